@@ -1,0 +1,180 @@
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use burn::module::{Flag, Module, Param, Reparameterizer};
+use burn::tensor::{DType, Tensor, TensorData};
+
+use super::module::{HdPissaAdapter, HdPissaShard};
+use super::path::{Side, factor_id};
+use super::select::select_shard;
+use crate::plan::Target;
+use crate::svd::{TruncatedSvd, window_energy};
+use crate::{HdPissaConfig, HdPissaError};
+
+/// What is known of a weight once its factors are computed.
+#[derive(Clone, Debug)]
+pub struct LayerProgress {
+    /// Position of the weight, from 0.
+    pub index: usize,
+    /// Number of weights.
+    pub total: usize,
+    /// Path of the weight.
+    pub path: String,
+    /// `[d_input, d_output]`.
+    pub shape: [usize; 2],
+    /// Share of the weight's squared Frobenius norm in the window of each shard.
+    pub energy: Vec<f64>,
+    /// Largest absolute inner product of two singular vectors of different shards; rounding error.
+    pub overlap: f64,
+    /// Time the decomposition took.
+    pub elapsed: Duration,
+}
+
+/// The [`Reparameterizer`] that attaches HD-PiSSA adapters.
+///
+/// [`prepare`](Self::prepare) chooses the targets and decomposes them, which can fail;
+/// `model.apply_reparameterization(hd_pissa)` then attaches the adapters and freezes every other
+/// float parameter, which cannot. [`HdPissaModule::apply_hd_pissa`] does both.
+#[derive(Debug)]
+pub struct HdPissa {
+    adapters: HashMap<String, HdPissaAdapter>,
+}
+
+impl HdPissa {
+    /// Computes the adapters of `model` for the shards in `hosted_shards`, one weight at a time.
+    ///
+    /// `progress` is called after each weight. The factors are made on the weight's device, in
+    /// `f32`. The first hosted shard is selected.
+    ///
+    /// # Errors
+    ///
+    /// See [`HdPissaError`]; every check comes before the first decomposition, except that for
+    /// NaN and infinite values, which comes before that of its weight.
+    pub fn prepare<M: Module>(
+        model: &M,
+        config: &HdPissaConfig,
+        hosted_shards: impl IntoIterator<Item = usize>,
+        mut progress: impl FnMut(LayerProgress),
+    ) -> Result<Self, HdPissaError> {
+        let hosted = check_hosted(hosted_shards.into_iter().collect(), config.shards)?;
+        let (targets, _) = config.targets_of(model)?;
+        let total = targets.len();
+        let mut adapters = HashMap::with_capacity(total);
+        for (index, target) in targets.into_iter().enumerate() {
+            let start = Instant::now();
+            let count = config.shards * target.rank;
+            let svd = TruncatedSvd::compute(&target.path, &target.weight, config.svd, count)?;
+            let shape = target.weight.dims();
+            progress(LayerProgress {
+                index,
+                total,
+                path: target.path.clone(),
+                shape,
+                energy: window_energy(&svd.values, target.rank, config.shards),
+                overlap: svd.overlap_of_windows(target.rank),
+                elapsed: start.elapsed(),
+            });
+            let adapter = adapter(&target, &svd, config, &hosted);
+            adapters.insert(target.path, adapter);
+        }
+        Ok(Self { adapters })
+    }
+}
+
+fn check_hosted(mut hosted: Vec<usize>, shards: usize) -> Result<Vec<usize>, HdPissaError> {
+    if shards == 0 {
+        return Err(HdPissaError::ZeroShards);
+    }
+    hosted.sort_unstable();
+    let distinct = hosted.windows(2).all(|pair| pair[0] != pair[1]);
+    match hosted.last() {
+        Some(&last) if distinct && last < shards => Ok(hosted),
+        _ => Err(HdPissaError::InvalidHostedShards { hosted, shards }),
+    }
+}
+
+fn adapter(
+    target: &Target,
+    svd: &TruncatedSvd,
+    config: &HdPissaConfig,
+    hosted: &[usize],
+) -> HdPissaAdapter {
+    let device = target.weight.device();
+    let [d_input, d_output] = target.weight.dims();
+    let rank = target.rank;
+    let factor = |values: Vec<f32>, shape: [usize; 2], shard: usize, side: Side| {
+        let data = TensorData::new(values, shape);
+        let mut param = Param::from_tensor(Tensor::<2>::from_data(data, (&device, DType::F32)));
+        param.id = factor_id(&target.path, shard, side);
+        param
+    };
+    // As Burn's own parameters: they live as long as the model.
+    let shards = device.memory_persistent_allocations((), |_| {
+        hosted
+            .iter()
+            .map(|&index| {
+                let (a, b) = svd.window(index * rank, rank, 1.0);
+                HdPissaShard {
+                    a: factor(a, [d_input, rank], index, Side::A),
+                    b: factor(b, [rank, d_output], index, Side::B),
+                    selected: Param::<Flag>::from_bool(index == hosted[0]),
+                    index,
+                }
+            })
+            .collect()
+    });
+    HdPissaAdapter {
+        shards,
+        num_shards: config.shards,
+        scale: config.alpha.map_or(1.0, |alpha| alpha / rank as f64),
+    }
+}
+
+impl Reparameterizer for HdPissa {
+    type Reparam = HdPissaAdapter;
+
+    fn reparameterize<const D: usize>(
+        &mut self,
+        path: &str,
+        param: Param<Tensor<D>>,
+    ) -> (Param<Tensor<D>>, Option<Self::Reparam>) {
+        (param.set_require_grad(false), self.adapters.remove(path))
+    }
+}
+
+/// HD-PiSSA on any Burn model.
+pub trait HdPissaModule: Module {
+    /// Attaches HD-PiSSA adapters to the weights that `config` chooses and freezes every other
+    /// float parameter. Model code stays as it is.
+    ///
+    /// `hosted_shards` are the shards whose gradients this worker computes: `0..config.shards` on
+    /// a single worker. The values of all weights are unchanged, bit for bit. Module-owned flags
+    /// (dropout, batch normalization) keep their state, as under Burn's `Lora`.
+    ///
+    /// A [`Linear`](burn::nn::Linear) whose weight carries an adapter computes a dense gradient in
+    /// its backward pass, of which the adapter takes the projection;
+    /// [`HdPissaLinear`](crate::HdPissaLinear) computes no tensor of the weight's size.
+    ///
+    /// # Errors
+    ///
+    /// See [`HdPissaError`].
+    fn apply_hd_pissa(
+        self,
+        config: &HdPissaConfig,
+        hosted_shards: impl IntoIterator<Item = usize>,
+    ) -> Result<Self, HdPissaError> {
+        let hd_pissa = HdPissa::prepare(&self, config, hosted_shards, |_| ())?;
+        Ok(self.apply_reparameterization(hd_pissa))
+    }
+
+    /// Directs the gradients of the following forward passes to shard `index`.
+    ///
+    /// # Panics
+    ///
+    /// If no adapter of the model hosts that shard.
+    fn select_shard(self, index: usize) -> Self {
+        select_shard(self, index)
+    }
+}
+
+impl<M: Module> HdPissaModule for M {}

@@ -1,0 +1,9 @@
+//! The adapter: its module, how it is attached to a model, and how its parameters are found again.
+
+mod apply;
+mod module;
+pub(crate) mod path;
+mod select;
+
+pub use apply::{HdPissa, HdPissaModule, LayerProgress};
+pub use module::{HdPissaAdapter, HdPissaShard};

@@ -1,0 +1,182 @@
+use burn::module::{ParamId, Reparameterization};
+
+use super::HdPissaAdapter;
+
+/// Container type that Burn announces when a traversal enters an attached reparameterization.
+pub(crate) const REPARAMETERIZATION: &str = "Reparameterization";
+
+/// The two factors of a shard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Side {
+    A,
+    B,
+}
+
+impl Side {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Side::A => "a",
+            Side::B => "b",
+        }
+    }
+}
+
+/// Name of a shard in parameter paths: `shard_3_of_8`.
+///
+/// Traversals see names, ids and tensors, but no plain field of an adapter. The index and the
+/// number of shards are part of the name so that the optimizer, records and other workers know
+/// which window of principal components a factor belongs to.
+pub(crate) fn shard_name(index: usize, shards: usize) -> String {
+    format!("shard_{index}_of_{shards}")
+}
+
+fn parse_shard_name(name: &str) -> Option<(usize, usize)> {
+    let (index, shards) = name.strip_prefix("shard_")?.split_once("_of_")?;
+    Some((index.parse().ok()?, shards.parse().ok()?))
+}
+
+/// Id of a factor: the same in every process that gives the model the same paths.
+pub(crate) fn factor_id(weight_path: &str, shard: usize, side: Side) -> ParamId {
+    ParamId::from(hash(&format!(
+        "hd_pissa/{weight_path}/{shard}/{}",
+        side.name()
+    )))
+}
+
+/// FNV-1a, 64 bits.
+pub(crate) fn hash(text: &str) -> u64 {
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    })
+}
+
+/// Where a traversal stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// In a shard of the HD-PiSSA adapter of a weight.
+    Shard {
+        weight: String,
+        index: usize,
+        shards: usize,
+        /// `None` at the shard's flag.
+        side: Option<Side>,
+    },
+    /// Anywhere else.
+    Other(String),
+}
+
+/// Follows the `enter_module` and `exit_module` calls of a visitor or mapper.
+#[derive(Debug, Default)]
+pub(crate) struct PathTracker {
+    stack: Vec<String>,
+    /// Depth of the name of the HD-PiSSA adapter that the traversal is in.
+    adapter: Option<usize>,
+}
+
+impl PathTracker {
+    pub(crate) fn enter(&mut self, name: &str, container: &str) {
+        if container == REPARAMETERIZATION && name == HdPissaAdapter::NAME {
+            self.adapter = Some(self.stack.len());
+        }
+        self.stack.push(name.to_string());
+    }
+
+    pub(crate) fn exit(&mut self) {
+        self.stack.pop();
+        if self.adapter == Some(self.stack.len()) {
+            self.adapter = None;
+        }
+    }
+
+    pub(crate) fn path(&self) -> String {
+        self.stack.join(".")
+    }
+
+    pub(crate) fn place(&self) -> Place {
+        let Some(depth) = self.adapter else {
+            return Place::Other(self.path());
+        };
+        let shard = self.stack.get(depth + 1).map(String::as_str);
+        match shard.and_then(parse_shard_name) {
+            Some((index, shards)) => Place::Shard {
+                weight: self.stack[..depth].join("."),
+                index,
+                shards,
+                side: match self.stack.get(depth + 2).map(String::as_str) {
+                    Some("a") => Some(Side::A),
+                    Some("b") => Some(Side::B),
+                    _ => None,
+                },
+            },
+            None => Place::Other(self.path()),
+        }
+    }
+}
+
+/// The two traversal callbacks that every visitor and mapper here forwards to its tracker.
+macro_rules! track_path {
+    ($field:ident) => {
+        fn enter_module(&mut self, name: &str, container_type: &str) {
+            self.$field.enter(name, container_type);
+        }
+
+        fn exit_module(&mut self, _name: &str, _container_type: &str) {
+            self.$field.exit();
+        }
+    };
+}
+pub(crate) use track_path;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn factors_are_told_from_lookalikes() {
+        let mut tracker = PathTracker::default();
+        for (name, container) in [
+            ("hd_pissa", "Struct:Model"),
+            ("shard_0_of_2", "Struct:Model"),
+            ("weight", "Struct:Linear"),
+        ] {
+            tracker.enter(name, container);
+        }
+        assert_eq!(
+            tracker.place(),
+            Place::Other("hd_pissa.shard_0_of_2.weight".into())
+        );
+        for (name, container) in [
+            ("hd_pissa", REPARAMETERIZATION),
+            ("shard_11_of_16", "Struct:HdPissaAdapter"),
+            ("b", "Struct:HdPissaShard"),
+        ] {
+            tracker.enter(name, container);
+        }
+        assert_eq!(
+            tracker.place(),
+            Place::Shard {
+                weight: "hd_pissa.shard_0_of_2.weight".into(),
+                index: 11,
+                shards: 16,
+                side: Some(Side::B)
+            }
+        );
+        for _ in 0..3 {
+            tracker.exit();
+        }
+        assert!(matches!(tracker.place(), Place::Other(_)));
+    }
+
+    #[test]
+    fn ids_depend_on_every_part() {
+        let ids = [
+            factor_id("fc.weight", 0, Side::A),
+            factor_id("fc.weight", 0, Side::B),
+            factor_id("fc.weight", 1, Side::A),
+            factor_id("fc2.weight", 0, Side::A),
+        ];
+        for (i, id) in ids.iter().enumerate() {
+            assert_eq!(ids.iter().position(|other| other == id), Some(i));
+        }
+    }
+}

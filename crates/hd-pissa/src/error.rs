@@ -1,0 +1,116 @@
+use burn::tensor::DType;
+
+/// Why a model could not be prepared for HD-PiSSA or PiSSA.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum HdPissaError {
+    /// The target group selects no weight.
+    #[error(
+        "no target matched: of the model's {} candidate weights none is selected by the targets; \
+         candidates: {}",
+        candidates.len(), list(candidates)
+    )]
+    NoTarget {
+        /// Paths of the rank-2 `weight` parameters that could have been chosen.
+        candidates: Vec<String>,
+    },
+    /// The rank is zero.
+    #[error("the rank of `{path}` is 0; it must be at least 1")]
+    ZeroRank {
+        /// Path of the weight.
+        path: String,
+    },
+    /// The number of shards is zero.
+    #[error("the number of shards is 0; it must be at least 1")]
+    ZeroShards,
+    /// The windows of all shards need more principal components than the weight has.
+    #[error(
+        "`{path}` of shape [{d_input}, {d_output}] has {} principal components, but {shards} \
+         shards of rank {rank} need {}: the largest rank for {shards} shards is {}, the largest \
+         number of shards of rank {rank} is {}",
+        d_input.min(d_output), shards * rank, d_input.min(d_output) / shards,
+        d_input.min(d_output) / rank
+    )]
+    RankTooLarge {
+        /// Path of the weight.
+        path: String,
+        /// First dimension of the weight.
+        d_input: usize,
+        /// Second dimension of the weight.
+        d_output: usize,
+        /// Rank of each shard.
+        rank: usize,
+        /// Number of shards.
+        shards: usize,
+    },
+    /// Alpha is NaN, infinite, zero or negative.
+    #[error("alpha is {alpha}; it must be a finite number above 0")]
+    InvalidAlpha {
+        /// The value given.
+        alpha: f64,
+    },
+    /// A parameter already carries a reparameterization, and Burn does not nest them.
+    #[error(
+        "`{path}` already carries the reparameterization `{name}`; materialize() the model first"
+    )]
+    AlreadyReparameterized {
+        /// Path of the parameter.
+        path: String,
+        /// Name of the reparameterization.
+        name: String,
+    },
+    /// The weight is on a backend that the adapter's operations are not implemented for.
+    #[error(
+        "`{path}` is on {device}, a backend this build of hd-pissa has no operations for; enable \
+         the feature of that backend (flex, wgpu, cuda, rocm, metal, vulkan or cpu)"
+    )]
+    UnsupportedBackend {
+        /// Path of the weight.
+        path: String,
+        /// The device, as Burn prints it.
+        device: String,
+    },
+    /// The weight is quantized or of a float type that is not supported.
+    #[error("`{path}` has dtype {dtype:?}; supported are F32, F16 and BF16")]
+    UnsupportedDtype {
+        /// Path of the weight.
+        path: String,
+        /// Its dtype.
+        dtype: DType,
+    },
+    /// The weight holds NaN or infinite values.
+    #[error("`{path}` holds {count} NaN or infinite values, the first at row {row}, column {col}")]
+    NonFiniteWeight {
+        /// Path of the weight.
+        path: String,
+        /// How many.
+        count: usize,
+        /// Row of the first one.
+        row: usize,
+        /// Column of the first one.
+        col: usize,
+    },
+    /// The singular value decomposition did not converge.
+    #[error("the singular value decomposition of `{path}` did not converge")]
+    NoConvergence {
+        /// Path of the weight.
+        path: String,
+    },
+    /// The worker is to host no shard, a shard twice, or one that does not exist.
+    #[error("hosted shards {hosted:?} are not a non-empty set of distinct indices below {shards}")]
+    InvalidHostedShards {
+        /// What was given.
+        hosted: Vec<usize>,
+        /// Number of shards of the configuration.
+        shards: usize,
+    },
+}
+
+fn list(paths: &[String]) -> String {
+    const SHOWN: usize = 12;
+    match paths.len() {
+        0 => "none (no rank-2 parameter named `weight`)".into(),
+        n if n <= SHOWN => paths.join(", "),
+        n => format!("{}, and {} more", paths[..SHOWN].join(", "), n - SHOWN),
+    }
+}

@@ -1,0 +1,147 @@
+use burn::config::Config;
+use burn::module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay, Param};
+use burn::nn::{Linear, LinearConfig, LinearLayout};
+use burn::tensor::{Device, Tensor, module::linear};
+
+use crate::HdPissaAdapter;
+use crate::ops::adapter_linear;
+
+/// Configuration of a [`HdPissaLinear`]: that of Burn's [`Linear`].
+///
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use hd_pissa::HdPissaLinearConfig;
+///
+/// let device = Device::flex();
+/// let layer = HdPissaLinearConfig::new(8, 12).with_bias(false).init(&device);
+/// assert_eq!(layer.forward(Tensor::<3>::ones([2, 5, 8], &device)).dims(), [2, 5, 12]);
+/// ```
+#[derive(Config, Debug)]
+pub struct HdPissaLinearConfig {
+    /// The size of the input features.
+    pub d_input: usize,
+    /// The size of the output features.
+    pub d_output: usize,
+    /// Whether a bias is added.
+    #[config(default = true)]
+    pub bias: bool,
+    /// How weight and bias are initialized; Burn's default for a linear layer.
+    #[config(
+        default = "Initializer::KaimingUniform{gain: 1.0 / f64::sqrt(3.0), fan_out_only: false}"
+    )]
+    pub initializer: Initializer,
+    /// The layout in which the weight is stored.
+    #[config(default = "LinearLayout::Row")]
+    pub layout: LinearLayout,
+}
+
+impl HdPissaLinearConfig {
+    /// A layer without adapter; [`apply_hd_pissa`](crate::HdPissaModule::apply_hd_pissa) attaches
+    /// one.
+    pub fn init(&self, device: &Device) -> HdPissaLinear {
+        LinearConfig::new(self.d_input, self.d_output)
+            .with_bias(self.bias)
+            .with_initializer(self.initializer.clone())
+            .with_layout(self.layout)
+            .init(device)
+            .into()
+    }
+}
+
+/// A linear layer that trains with HD-PiSSA at the cost of a frozen one: `y = x · W + bias`.
+///
+/// With an HD-PiSSA adapter on its `weight` it computes the factors' gradients from `x` and the
+/// gradient of `y` alone, and makes no tensor of the weight's size, forward or backward (a `bf16`
+/// weight on Flex excepted, whose product converts to `f32`). With any other reparameterization,
+/// or none, it is Burn's [`Linear`]. Parameter paths and records are those of `Linear` too.
+#[derive(Module, Debug)]
+#[module(custom_display)]
+pub struct HdPissaLinear {
+    /// Matrix of shape `[d_input, d_output]`, which may carry an adapter.
+    pub weight: Param<Tensor<2>>,
+    /// Vector of shape `[d_output]`.
+    pub bias: Option<Param<Tensor<1>>>,
+}
+
+impl HdPissaLinear {
+    /// Takes over the parameters of a [`Linear`], with any adapter of its weight.
+    pub fn from_linear(linear: Linear) -> Self {
+        Self {
+            weight: linear.weight,
+            bias: linear.bias,
+        }
+    }
+
+    /// Burn's [`Linear`] with the parameters of this layer, adapter included.
+    pub fn into_linear(self) -> Linear {
+        Linear {
+            weight: self.weight,
+            bias: self.bias,
+        }
+    }
+
+    /// Applies the layer.
+    ///
+    /// # Shapes
+    ///
+    /// - input: `[.., d_input]`
+    /// - output: `[.., d_output]`
+    ///
+    /// # Panics
+    ///
+    /// If the last dimension of `input` is not `d_input`.
+    pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
+        let bias = self.bias.as_ref().map(Param::val);
+        let Some(adapter) = self.weight.reparameterization::<HdPissaAdapter>() else {
+            return linear(input, self.weight.val(), bias);
+        };
+        let weight = self.weight.base();
+        let Some(shard) = adapter.selected() else {
+            return linear(input, weight, bias);
+        };
+        let output = adapter_linear(input, weight, shard.a.val(), shard.b.val(), adapter.scale);
+        match bias {
+            Some(bias) => output + bias.unsqueeze(),
+            None => output,
+        }
+    }
+}
+
+impl From<Linear> for HdPissaLinear {
+    fn from(linear: Linear) -> Self {
+        Self::from_linear(linear)
+    }
+}
+
+impl From<HdPissaLinear> for Linear {
+    fn from(layer: HdPissaLinear) -> Self {
+        layer.into_linear()
+    }
+}
+
+impl ModuleDisplay for HdPissaLinear {
+    fn custom_settings(&self) -> Option<DisplaySettings> {
+        DisplaySettings::new()
+            .with_new_line_after_attribute(false)
+            .optional()
+    }
+
+    fn custom_content(&self, content: Content) -> Option<Content> {
+        let [d_input, d_output] = self.weight.lazy_shape().dims();
+        let content = content
+            .add("d_input", &d_input)
+            .add("d_output", &d_output)
+            .add("bias", &self.bias.is_some());
+        match self.weight.reparameterization::<HdPissaAdapter>() {
+            Some(adapter) => {
+                let hosted: Vec<usize> = adapter.shards.iter().map(|shard| shard.index).collect();
+                let rank = adapter.shards.first().map_or(0, |shard| shard.a.dims()[1]);
+                content
+                    .add("rank", &rank)
+                    .add_formatted(&format!("shards: {hosted:?} of {}", adapter.num_shards))
+            }
+            None => content,
+        }
+        .optional()
+    }
+}

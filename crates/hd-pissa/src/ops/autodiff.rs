@@ -1,0 +1,184 @@
+use burn::backend::{Autodiff, AutodiffBackend, Backend, tensor::FloatTensor};
+use burn::tensor::{BoolDType, DType};
+use burn_autodiff::{
+    NodeId,
+    checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+    grads::Gradients,
+    ops::{Backward, Ops, OpsKind},
+};
+
+use super::HdPissaOps;
+use super::contract::{cast, flatten, product};
+
+/// Backward of [`HdPissaOps::hd_pissa_linear`], parents `x`, `a`, `b`.
+#[derive(Debug)]
+struct AdapterLinear;
+
+/// What the backward pass keeps of the forward pass. Each field is there only if one of the
+/// requested gradients needs it.
+#[derive(Clone, Debug)]
+struct LinearState<B: Backend> {
+    x: Option<NodeId>,
+    w: Option<FloatTensor<B>>,
+    b: Option<FloatTensor<B>>,
+    /// `x · a`, `[tokens, rank]`.
+    p: Option<FloatTensor<B>>,
+    scale: f64,
+}
+
+impl<B: HdPissaOps> Backward<B, 3> for AdapterLinear {
+    type State = LinearState<B>;
+
+    fn backward(
+        self,
+        ops: Ops<Self::State, 3>,
+        grads: &mut Gradients,
+        checkpointer: &mut Checkpointer,
+    ) {
+        let [node_x, node_a, node_b] = ops.parents;
+        let state = ops.state;
+        let g = grads.consume::<B>(&ops.node);
+        let x = state
+            .x
+            .map(|id| checkpointer.retrieve_node_output::<FloatTensor<B>>(id));
+
+        if node_a.is_some() || node_b.is_some() {
+            let g = cast::<B>(flatten::<B>(g.clone()), DType::F32);
+            if let (Some(node), Some(x), Some(b)) = (node_a, x, state.b) {
+                let q = product::<B>(g.clone(), B::float_transpose(b));
+                let q = scaled::<B>(q, state.scale);
+                let x = cast::<B>(flatten::<B>(x), DType::F32);
+                grads.register::<B>(node.id, product::<B>(B::float_transpose(x), q));
+            }
+            if let (Some(node), Some(p)) = (node_b, state.p) {
+                let p = scaled::<B>(p, state.scale);
+                grads.register::<B>(node.id, product::<B>(B::float_transpose(p), g));
+            }
+        }
+        if let (Some(node), Some(w)) = (node_x, state.w) {
+            let dx = super::contract::dense_linear::<B>(g, B::float_transpose(w));
+            grads.register::<B>(node.id, dx);
+        }
+    }
+}
+
+/// Backward of [`HdPissaOps::hd_pissa_weight`], parents `a`, `b`.
+#[derive(Debug)]
+struct AdapterWeight;
+
+#[derive(Clone, Debug)]
+struct WeightState<B: Backend> {
+    a: FloatTensor<B>,
+    b: FloatTensor<B>,
+    scale: f64,
+}
+
+impl<B: HdPissaOps> Backward<B, 2> for AdapterWeight {
+    type State = WeightState<B>;
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let [node_a, node_b] = ops.parents;
+        let WeightState { a, b, scale } = ops.state;
+        let g = cast::<B>(grads.consume::<B>(&ops.node), DType::F32);
+        if let Some(node) = node_a {
+            let grad = product::<B>(g.clone(), B::float_transpose(b));
+            grads.register::<B>(node.id, scaled::<B>(grad, scale));
+        }
+        if let Some(node) = node_b {
+            let grad = product::<B>(B::float_transpose(a), g);
+            grads.register::<B>(node.id, scaled::<B>(grad, scale));
+        }
+    }
+}
+
+fn scaled<B: Backend>(x: FloatTensor<B>, scale: f64) -> FloatTensor<B> {
+    if scale == 1.0 {
+        x
+    } else {
+        B::float_mul_scalar(x, scale.into())
+    }
+}
+
+impl<B: HdPissaOps, C: CheckpointStrategy> HdPissaOps for Autodiff<B, C> {
+    fn hd_pissa_linear(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        scale: f64,
+    ) -> FloatTensor<Self> {
+        let (x_tracked, a_tracked, b_tracked) = (x.is_tracked(), a.is_tracked(), b.is_tracked());
+        match AdapterLinear
+            .prepare::<C>([x.node(), a.node(), b.node()])
+            .compute_bound()
+            .stateful()
+        {
+            OpsKind::Tracked(mut prep) => {
+                let saved_x = a_tracked.then(|| prep.checkpoint(&x));
+                let (x, w) = (x.into_primitive(), w.into_primitive());
+                let (a, b) = (a.into_primitive(), b.into_primitive());
+                let p = b_tracked.then(|| {
+                    let x = cast::<B>(flatten::<B>(x.clone()), DType::F32);
+                    product::<B>(x, a.clone())
+                });
+                let state = LinearState {
+                    x: saved_x,
+                    w: x_tracked.then(|| w.clone()),
+                    b: a_tracked.then(|| b.clone()),
+                    p,
+                    scale,
+                };
+                prep.finish(state, B::hd_pissa_linear(x, w, a, b, scale))
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::hd_pissa_linear(
+                x.into_primitive(),
+                w.into_primitive(),
+                a.into_primitive(),
+                b.into_primitive(),
+                scale,
+            )),
+        }
+    }
+
+    fn hd_pissa_weight(
+        w: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        scale: f64,
+    ) -> FloatTensor<Self> {
+        match AdapterWeight
+            .prepare::<C>([a.node(), b.node()])
+            .compute_bound()
+            .stateful()
+        {
+            OpsKind::Tracked(prep) => {
+                let state = WeightState {
+                    a: a.into_primitive(),
+                    b: b.into_primitive(),
+                    scale,
+                };
+                prep.finish(state, w.into_primitive())
+            }
+            OpsKind::UnTracked(prep) => prep.finish(w.into_primitive()),
+        }
+    }
+
+    fn hd_pissa_merge(
+        w: FloatTensor<Self>,
+        left: FloatTensor<Self>,
+        right: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        // The step happens outside the graph, on tensors without autodiff; a tensor that has it
+        // nevertheless is a constant here.
+        let merged = B::hd_pissa_merge(
+            w.into_primitive(),
+            left.into_primitive(),
+            right.into_primitive(),
+        );
+        Self::from_inner(merged)
+    }
+
+    fn hd_pissa_count_non_finite(x: FloatTensor<Self>, bool_dtype: BoolDType) -> FloatTensor<Self> {
+        Self::from_inner(B::hd_pissa_count_non_finite(x.into_primitive(), bool_dtype))
+    }
+}

@@ -1,0 +1,4 @@
+use super::HdPissaOps;
+use burn_cubecl::CubeBackend;
+
+impl HdPissaOps for CubeBackend {}

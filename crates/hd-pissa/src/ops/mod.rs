@@ -1,0 +1,14 @@
+//! The backend extension behind the adapter: [`HdPissaOps`] is the contract, one file per backend
+//! implements it, and the functions re-exported here apply it to tensors.
+
+mod autodiff;
+mod contract;
+#[cfg(feature = "cubecl-backend")]
+mod cubecl;
+#[cfg(feature = "flex")]
+mod flex;
+mod tensor;
+
+pub use contract::HdPissaOps;
+pub use tensor::{adapter_linear, adapter_weight};
+pub(crate) use tensor::{count_non_finite, is_supported, merge};

@@ -1,0 +1,183 @@
+use std::fmt::{self, Debug, Display, Formatter};
+
+use burn::store::RecordError;
+use hd_pissa_comm::CommError;
+
+/// Why the optimizer refused to be built, to step or to load.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum OptimizerError {
+    /// The inner optimizer's update depends on the value of the parameter.
+    #[error(
+        "the inner optimizer reads the value of the parameter it updates{}, as weight decay, Lamb \
+         and Adafactor's parameter scale do: the factors are fixed frames of the weight, and \
+         their value says nothing about it; turn that off or choose Adam, AdamW or Lion without \
+         decay, SGD, RMSProp or Adagrad",
+        path.as_ref().map(|path| format!(" (`{path}`)")).unwrap_or_default()
+    )]
+    ReadsParameter {
+        /// The parameter for which it does, if only a parameter group is concerned.
+        path: Option<String>,
+    },
+    /// The inner optimizer clips gradients tensor by tensor.
+    #[error(
+        "the inner optimizer clips each tensor's gradient on its own; build it without clipping \
+         and use HdPissaOptimizer::with_max_grad_norm, which clips by the global norm of a shard"
+    )]
+    ClipsPerTensor,
+    /// The model has no HD-PiSSA adapter.
+    #[error("the model has no HD-PiSSA adapter; call apply_hd_pissa first")]
+    NoAdapter,
+    /// The weights of the model do not all have the same shards.
+    #[error("`{path}` has the shards {found}, `{first_path}` has {expected}")]
+    UnevenShards {
+        /// Path of the weight that differs.
+        path: String,
+        /// Its shards.
+        found: String,
+        /// Path of the first adapted weight.
+        first_path: String,
+        /// The first weight's shards.
+        expected: String,
+    },
+    /// No gradients were given for a hosted shard.
+    #[error(
+        "no gradients for shard {shard}, which this worker hosts; each step needs a backward pass \
+         of every hosted shard: select_shard({shard}), forward, backward, push({shard}, ..)"
+    )]
+    MissingShard {
+        /// Index of the shard.
+        shard: usize,
+    },
+    /// Gradients were given for a shard that this worker does not host.
+    #[error("gradients for shard {shard}, but this worker hosts {hosted:?}")]
+    UnknownShard {
+        /// Index of the shard.
+        shard: usize,
+        /// The hosted shards.
+        hosted: Vec<usize>,
+    },
+    /// One set of gradients holds those of several shards, or of none.
+    #[error(
+        "the gradients belong to the shards {shards:?}, not to exactly one; collect the gradients \
+         of several shards with ShardGradients::push"
+    )]
+    AmbiguousShard {
+        /// The shards that have gradients in the set.
+        shards: Vec<usize>,
+    },
+    /// Gradients pushed for one shard hold those of another.
+    #[error(
+        "gradients pushed for shard {shard} include gradients of shard {found}; call \
+         select_shard({shard}) before its forward pass"
+    )]
+    WrongShard {
+        /// The shard given to `push`.
+        shard: usize,
+        /// The shard whose factors have gradients.
+        found: usize,
+    },
+    /// A gradient or a delta is NaN or infinite. Every worker refuses the step alike.
+    #[error("`{path}`: the gradient or the update holds {count} NaN or infinite values")]
+    NonFinite {
+        /// Path of the parameter.
+        path: String,
+        /// How many values, in gradients and deltas of one parameter or of one shard of a weight.
+        count: usize,
+    },
+    /// The workers together do not host every shard exactly once.
+    #[error("the workers host the shards {hosted:?}; together they must host each of 0..{shards}")]
+    IncompleteShards {
+        /// The hosted shards in the order of workers.
+        hosted: Vec<usize>,
+        /// Number of shards of the adapters.
+        shards: usize,
+    },
+    /// Workers disagree about the run.
+    #[error("worker {worker} has {setting} {theirs}, this worker has {ours}")]
+    WorkerMismatch {
+        /// Index of the other worker.
+        worker: usize,
+        /// What differs.
+        setting: &'static str,
+        /// This worker's value.
+        ours: String,
+        /// The other worker's value.
+        theirs: String,
+    },
+    /// The exchange between workers failed.
+    #[error(transparent)]
+    Comm(#[from] CommError),
+    /// The clipping threshold is NaN, infinite, zero or negative.
+    #[error("the largest gradient norm is {value}; it must be a finite number above 0")]
+    InvalidMaxGradNorm {
+        /// The value given.
+        value: f64,
+    },
+    /// A file or buffer is not a record of this optimizer.
+    #[error("not a record of an HD-PiSSA optimizer: {reason}")]
+    InvalidRecord {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A record was written by a version of this crate with another format.
+    #[error(
+        "the optimizer record has format version {found}; this build reads version {supported}"
+    )]
+    UnsupportedVersion {
+        /// Version of the record.
+        found: u64,
+        /// Version that can be read.
+        supported: u64,
+    },
+    /// Reading or writing a record failed.
+    #[error("optimizer record `{path}`: {reason}")]
+    Io {
+        /// The file.
+        path: String,
+        /// What failed.
+        reason: String,
+    },
+}
+
+impl From<RecordError> for OptimizerError {
+    fn from(error: RecordError) -> Self {
+        Self::InvalidRecord {
+            reason: error.to_string(),
+        }
+    }
+}
+
+/// A refused step, which gives the model back as it was.
+pub struct StepError<M> {
+    /// The model: weights and frames are those from before the step.
+    pub model: M,
+    /// Why the step was refused.
+    pub cause: OptimizerError,
+}
+
+impl<M> Debug for StepError<M> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.debug_struct("StepError")
+            .field("cause", &self.cause)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<M> Display for StepError<M> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        write!(f, "step refused: {}", self.cause)
+    }
+}
+
+impl<M> std::error::Error for StepError<M> {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.cause)
+    }
+}
+
+impl<M> From<StepError<M>> for OptimizerError {
+    fn from(error: StepError<M>) -> Self {
+        error.cause
+    }
+}

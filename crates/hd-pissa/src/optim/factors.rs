@@ -1,0 +1,278 @@
+//! The factors of a model: read, replaced by zeros, and put back.
+
+use std::collections::HashMap;
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
+use burn::tensor::Tensor;
+
+use super::OptimizerError;
+use crate::adapter::path::{PathTracker, Place, Side, track_path};
+use crate::ops;
+
+/// A factor as a traversal finds it.
+#[derive(Clone, Debug)]
+pub(super) struct Factor {
+    pub(super) id: ParamId,
+    /// With its autodiff association.
+    pub(super) value: Tensor<2>,
+}
+
+/// The two factors of a hosted shard of one weight.
+#[derive(Clone, Debug)]
+pub(super) struct ShardFactors {
+    pub(super) index: usize,
+    pub(super) a: Factor,
+    pub(super) b: Factor,
+}
+
+/// The hosted shards of one weight, by ascending index.
+#[derive(Clone, Debug)]
+pub(super) struct WeightFactors {
+    pub(super) path: String,
+    pub(super) shards: Vec<ShardFactors>,
+    num_shards: usize,
+}
+
+impl WeightFactors {
+    pub(super) fn d_input(&self) -> usize {
+        self.shards[0].a.value.dims()[0]
+    }
+
+    pub(super) fn d_output(&self) -> usize {
+        self.shards[0].b.value.dims()[1]
+    }
+
+    pub(super) fn rank(&self) -> usize {
+        self.shards[0].a.value.dims()[1]
+    }
+
+    fn hosted(&self) -> Vec<usize> {
+        self.shards.iter().map(|shard| shard.index).collect()
+    }
+}
+
+/// All factors of a model, in traversal order of the weights.
+#[derive(Clone, Debug)]
+pub(super) struct Factors {
+    pub(super) weights: Vec<WeightFactors>,
+    /// The shards that this worker hosts, the same for every weight.
+    pub(super) hosted: Vec<usize>,
+    /// Number of shards over all workers.
+    pub(super) num_shards: usize,
+}
+
+impl Factors {
+    pub(super) fn of<M: Module>(model: &M) -> Result<Self, OptimizerError> {
+        let mut collector = Collector {
+            path: PathTracker::default(),
+            half: None,
+            weights: Vec::new(),
+        };
+        model.visit(&mut collector);
+        let weights = collector.weights;
+        let Some(first) = weights.first() else {
+            return Err(OptimizerError::NoAdapter);
+        };
+        let hosted = first.hosted();
+        for weight in &weights {
+            if weight.hosted() != hosted || weight.num_shards != first.num_shards {
+                let describe = |w: &WeightFactors| format!("{:?} of {}", w.hosted(), w.num_shards);
+                return Err(OptimizerError::UnevenShards {
+                    path: weight.path.clone(),
+                    found: describe(weight),
+                    first_path: first.path.clone(),
+                    expected: describe(first),
+                });
+            }
+        }
+        Ok(Self {
+            hosted,
+            num_shards: first.num_shards,
+            weights,
+        })
+    }
+
+    /// Every factor with its weight's position, its shard and its side.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (usize, usize, &Factor)> {
+        self.weights
+            .iter()
+            .enumerate()
+            .flat_map(|(weight, factors)| {
+                factors.shards.iter().flat_map(move |shard| {
+                    [&shard.a, &shard.b].map(|factor| (weight, shard.index, factor))
+                })
+            })
+    }
+}
+
+struct Collector {
+    path: PathTracker,
+    /// `a` of the shard being visited, whose `b` comes next.
+    half: Option<Factor>,
+    weights: Vec<WeightFactors>,
+}
+
+impl ModuleVisitor for Collector {
+    track_path!(path);
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let Place::Shard {
+            weight,
+            index,
+            shards,
+            side: Some(side),
+        } = self.path.place()
+        else {
+            return;
+        };
+        let factor = Factor {
+            id: param.id,
+            value: Tensor::from_dispatch(param.base().into_dispatch()),
+        };
+        match (side, self.half.take()) {
+            (Side::A, _) => self.half = Some(factor),
+            (Side::B, Some(a)) => {
+                if self.weights.last().is_none_or(|last| last.path != weight) {
+                    self.weights.push(WeightFactors {
+                        path: weight,
+                        shards: Vec::new(),
+                        num_shards: shards,
+                    });
+                }
+                let last = self.weights.last_mut().expect("just pushed");
+                let b = factor;
+                last.shards.push(ShardFactors { index, a, b });
+            }
+            (Side::B, None) => unreachable!("a shard's fields are visited in order: a, b"),
+        }
+    }
+}
+
+/// Replaces every factor by zeros, so that an optimizer step leaves exactly its delta there.
+pub(super) struct ZeroFactors {
+    path: PathTracker,
+}
+
+impl ZeroFactors {
+    pub(super) fn apply<M: Module>(model: M) -> M {
+        model.map(&mut Self {
+            path: PathTracker::default(),
+        })
+    }
+}
+
+impl ModuleMapper for ZeroFactors {
+    track_path!(path);
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        match self.path.place() {
+            Place::Shard { side: Some(_), .. } => {
+                let (id, value, mapper) = param.consume();
+                let zeros = value.clone().inner().zeros_like();
+                Param::from_mapped_value(id, like_parameter(zeros, &value), mapper)
+            }
+            _ => param,
+        }
+    }
+}
+
+/// The deltas of all shards of one weight, stacked for the merge:
+/// `ΔW = left · right` with `left = [a + Δa | Δa]` and `right = [Δb ; b]`.
+pub(super) struct StackedDelta {
+    /// `[d_input, 2·K·rank]`
+    pub(super) left: Tensor<2>,
+    /// `[2·K·rank, d_output]`
+    pub(super) right: Tensor<2>,
+}
+
+/// Puts the frames back and merges the deltas into the weights.
+pub(super) struct Commit {
+    path: PathTracker,
+    frames: HashMap<ParamId, Tensor<2>>,
+    deltas: HashMap<String, StackedDelta>,
+}
+
+impl Commit {
+    pub(super) fn apply<M: Module>(
+        model: M,
+        factors: Factors,
+        deltas: HashMap<String, StackedDelta>,
+    ) -> M {
+        let frames = factors
+            .weights
+            .into_iter()
+            .flat_map(|weight| weight.shards)
+            .flat_map(|shard| [shard.a, shard.b])
+            .map(|factor| (factor.id, factor.value))
+            .collect();
+        model.map(&mut Self {
+            path: PathTracker::default(),
+            frames,
+            deltas,
+        })
+    }
+}
+
+impl ModuleMapper for Commit {
+    track_path!(path);
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        match self.path.place() {
+            Place::Shard { side: Some(_), .. } => match self.frames.remove(&param.id) {
+                Some(frame) => {
+                    let (id, _, mapper) = param.consume();
+                    let frame = Tensor::from_dispatch(frame.into_dispatch());
+                    Param::from_mapped_value(id, frame, mapper)
+                }
+                None => param,
+            },
+            Place::Shard { side: None, .. } => param,
+            Place::Other(path) => match self.deltas.remove(&path) {
+                Some(StackedDelta { left, right }) => {
+                    let (id, value, mapper) = param.consume();
+                    // A handle of the storage would make the merge copy: keep only the settings.
+                    let settings = Settings::of(&value);
+                    let weight = Tensor::<2>::from_dispatch(value.inner().into_dispatch());
+                    let merged = ops::merge(weight, left, right);
+                    let merged = Tensor::<D>::from_dispatch(merged.into_dispatch());
+                    Param::from_mapped_value(id, settings.restore(merged), mapper)
+                }
+                None => param,
+            },
+        }
+    }
+}
+
+/// `value`, which has no autodiff association, with that of `parameter`.
+fn like_parameter<const D: usize>(value: Tensor<D>, parameter: &Tensor<D>) -> Tensor<D> {
+    Settings::of(parameter).restore(value)
+}
+
+/// What a parameter's tensor carries besides its values.
+struct Settings {
+    autodiff: bool,
+    require_grad: bool,
+    checkpointing: Option<burn::backend::GradientCheckpointingStrategy>,
+}
+
+impl Settings {
+    fn of<const D: usize>(parameter: &Tensor<D>) -> Self {
+        Self {
+            autodiff: parameter.is_autodiff(),
+            require_grad: parameter.is_require_grad(),
+            checkpointing: parameter.gradient_checkpointing_strategy(),
+        }
+    }
+
+    fn restore<const D: usize>(self, value: Tensor<D>) -> Tensor<D> {
+        if !self.autodiff {
+            return value;
+        }
+        let value = Tensor::from_inner(value);
+        let value = match self.checkpointing {
+            Some(strategy) => value.with_gradient_checkpointing_strategy(strategy),
+            None => value,
+        };
+        value.set_require_grad(self.require_grad)
+    }
+}

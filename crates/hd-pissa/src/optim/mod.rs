@@ -1,0 +1,14 @@
+//! The distributed optimizer: a Burn optimizer for the factors of every shard, and the merge of
+//! all shards' deltas into the weights.
+
+mod error;
+mod exchange;
+mod factors;
+mod gradients;
+mod optimizer;
+mod others;
+mod probe;
+
+pub use error::{OptimizerError, StepError};
+pub use gradients::ShardGradients;
+pub use optimizer::HdPissaOptimizer;

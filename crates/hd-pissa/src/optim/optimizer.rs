@@ -1,0 +1,449 @@
+use std::collections::HashMap;
+use std::path::Path;
+
+use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
+use burn::module::{Module, ParamId};
+use burn::optim::{GradientsParams, ModuleOptimizer, OptimizerRecord};
+use burn::tensor::{Bytes, Device, Tensor};
+use burn_pack::{Reader, Scalar, Writer};
+use hd_pissa_comm::Communicator;
+
+use super::exchange::{Pair, Roster, ShardDeltas};
+use super::factors::{Commit, Factors, StackedDelta, ZeroFactors};
+use super::gradients::ShardGradients;
+use super::others::mean_gradients;
+use super::probe::Probe;
+use super::{OptimizerError, StepError};
+use crate::ops;
+
+/// Version of the records that this build writes and reads.
+const FORMAT_VERSION: u64 = 1;
+const FORMAT_KEY: &str = "hd_pissa.format_version";
+
+/// Steps of a model with HD-PiSSA adapters: a Burn optimizer turns each shard's gradients into
+/// deltas of its factors, all deltas are gathered, and every weight takes
+///
+/// `W += Σ_k (a_k·Δb_k + Δa_k·b_k + Δa_k·Δb_k)`
+///
+/// as one product. The factors stay as they are. Trainable parameters outside the adapters take
+/// the mean of the shards' gradients.
+///
+/// The inner optimizer's moments, parameter groups and records are Burn's own: the factors of each
+/// shard are parameters with ids of their own. It may be any [`ModuleOptimizer`] whose update does
+/// not depend on the parameter's value.
+///
+/// ```
+/// use burn::nn::LinearConfig;
+/// use burn::optim::{AdamConfig, GradientsParams};
+/// use burn::tensor::{Device, Tensor};
+/// use hd_pissa::{HdPissaConfig, HdPissaModule, HdPissaOptimizer, comm::Solo};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let device = Device::flex().autodiff();
+/// let config = HdPissaConfig::new().with_rank(4).with_shards(1);
+/// let mut model = LinearConfig::new(16, 8).init(&device).apply_hd_pissa(&config, 0..1)?;
+/// let mut optim = HdPissaOptimizer::new(AdamConfig::new().with_epsilon(1e-8).init(), Solo)?;
+///
+/// let loss = model.forward(Tensor::<2>::ones([5, 16], &device)).square().mean();
+/// let grads = GradientsParams::from_grads(loss.backward(), &model);
+/// model = optim.step(2e-5, model, grads)?;
+/// # Ok(())
+/// # }
+/// ```
+pub struct HdPissaOptimizer {
+    inner: ModuleOptimizer,
+    communicator: Box<dyn Communicator>,
+    max_grad_norm: Option<f64>,
+    roster: Option<Roster>,
+}
+
+impl HdPissaOptimizer {
+    /// Wraps `inner` for a worker with the given transport.
+    ///
+    /// # Errors
+    ///
+    /// - [`OptimizerError::ReadsParameter`] if a trial on a small parameter shows that the update
+    ///   depends on its value (weight decay, Lamb, Adafactor's parameter scale). Parameter groups
+    ///   are tried with the model's own paths at the first step.
+    /// - [`OptimizerError::ClipsPerTensor`] if `inner` clips gradients.
+    pub fn new(
+        inner: ModuleOptimizer,
+        communicator: impl Communicator + 'static,
+    ) -> Result<Self, OptimizerError> {
+        if inner.has_gradient_clipping() {
+            return Err(OptimizerError::ClipsPerTensor);
+        }
+        let anywhere = [(String::from("weight"), ParamId::new())];
+        let probe = Probe::new(&Device::default(), anywhere);
+        if probe.reads_parameter(&inner).is_some() {
+            return Err(OptimizerError::ReadsParameter { path: None });
+        }
+        Ok(Self {
+            inner,
+            communicator: Box::new(communicator),
+            max_grad_norm: None,
+            roster: None,
+        })
+    }
+
+    /// Scales each shard's factor gradients down to this global (2-)norm where it is larger.
+    ///
+    /// The norm runs over all factors of one shard. Gradients of parameters outside the adapters
+    /// are not clipped.
+    ///
+    /// # Errors
+    ///
+    /// [`OptimizerError::InvalidMaxGradNorm`] unless `max_norm` is finite and above 0.
+    pub fn with_max_grad_norm(mut self, max_norm: f64) -> Result<Self, OptimizerError> {
+        if !(max_norm.is_finite() && max_norm > 0.0) {
+            return Err(OptimizerError::InvalidMaxGradNorm { value: max_norm });
+        }
+        self.max_grad_norm = Some(max_norm);
+        Ok(self)
+    }
+
+    /// Takes one step: Burn's call, with the gradients of one shard (`GradientsParams`) or of
+    /// several ([`ShardGradients`]).
+    ///
+    /// The gradients must cover every shard that this worker hosts. All workers step together.
+    /// Where no one else holds a weight's tensor it is updated in place; a clone of the model, a
+    /// copy from `valid()` or a live graph keeps its values, and the step copies. Reads back from
+    /// the device once.
+    ///
+    /// # Errors
+    ///
+    /// A refused step gives the model back. Weights, frames and moments are then as before, on
+    /// every worker; see [`OptimizerError`] for the causes.
+    pub fn step<M: Module>(
+        &mut self,
+        lr: impl Into<ModuleLearningRate>,
+        model: M,
+        grads: impl Into<ShardGradients>,
+    ) -> Result<M, StepError<M>> {
+        match self.prepare(lr.into(), &model, grads.into()) {
+            Ok(Prepared {
+                stepped,
+                inner,
+                factors,
+                deltas,
+            }) => {
+                // The last handle to the old weights, so that the merge can write in place.
+                drop(model);
+                self.inner = inner;
+                Ok(Commit::apply(stepped, factors, deltas))
+            }
+            Err(cause) => Err(StepError { model, cause }),
+        }
+    }
+
+    /// Everything of a step that can fail; changes neither `self.inner` nor the model.
+    fn prepare<M: Module>(
+        &mut self,
+        lr: ModuleLearningRate,
+        model: &M,
+        grads: ShardGradients,
+    ) -> Result<Prepared<M>, OptimizerError> {
+        let factors = Factors::of(model)?;
+        let communicator = &*self.communicator;
+        let roster = match self.roster.take() {
+            Some(roster) => roster,
+            None => {
+                self.refuse_groups_that_read(&factors)?;
+                Roster::agree(&factors, communicator)?
+            }
+        };
+        let roster = self.roster.insert(roster);
+
+        let mut shards = grads.resolve(&factors)?;
+        if let Some(max_norm) = self.max_grad_norm {
+            clip(&mut shards, &factors, max_norm);
+        }
+        let others = mean_gradients(model, &mut shards, roster, communicator)?;
+
+        let (gradients, bad_gradients) = join(shards, others.gradients, &factors);
+        let mut inner = self.inner.clone();
+        let stepped = inner.step(lr, ZeroFactors::apply(model.clone()), gradients);
+        let hosted = deltas_of(&Factors::of(&stepped)?, bad_gradients);
+        let all = roster.gather_deltas(hosted, &factors, communicator)?;
+        refuse_non_finite(&all, &factors, others.non_finite)?;
+
+        let deltas = factors
+            .weights
+            .iter()
+            .enumerate()
+            .map(|(weight, layout)| {
+                let frames = (0..all.len()).map(|shard| roster.frame(&factors, weight, shard));
+                let deltas = all.iter().map(|shard| shard.pairs[weight].clone());
+                (layout.path.clone(), stack(frames.zip(deltas)))
+            })
+            .collect();
+        Ok(Prepared {
+            stepped,
+            inner,
+            factors,
+            deltas,
+        })
+    }
+
+    /// The probe of [`new`](Self::new) again, with the paths and ids that parameter groups match.
+    fn refuse_groups_that_read(&self, factors: &Factors) -> Result<(), OptimizerError> {
+        let params = factors.iter().map(|(weight, shard, factor)| {
+            let weight = &factors.weights[weight];
+            let position = weight.shards.iter().find(|s| s.index == shard);
+            let side = match position {
+                Some(shard) if shard.a.id == factor.id => "a",
+                _ => "b",
+            };
+            let name = crate::adapter::path::shard_name(shard, factors.num_shards);
+            (format!("{}.hd_pissa.{name}.{side}", weight.path), factor.id)
+        });
+        match Probe::new(&Device::default(), params).reads_parameter(&self.inner) {
+            Some(path) => Err(OptimizerError::ReadsParameter { path: Some(path) }),
+            None => Ok(()),
+        }
+    }
+
+    /// Serializes the state of the inner optimizer (the moments of the hosted shards) in Burn's
+    /// format, with a format version.
+    ///
+    /// # Errors
+    ///
+    /// [`OptimizerError::InvalidRecord`] if the state cannot be serialized.
+    pub fn to_bytes(&self) -> Result<Bytes, OptimizerError> {
+        let reader = Reader::from_bytes(self.inner.into_bytes()?).map_err(invalid_record)?;
+        let scalars = reader.scalars().clone();
+        let metadata = reader.metadata().clone();
+        let mut writer = Writer::new(reader.into_tensors().map_err(invalid_record)?)
+            .with_scalar(FORMAT_KEY, Scalar::from(FORMAT_VERSION));
+        for (key, value) in &scalars {
+            writer = writer.with_scalar(key, *value);
+        }
+        for (key, value) in &metadata {
+            writer = writer.with_metadata(key, value);
+        }
+        writer.into_bytes().map_err(invalid_record)
+    }
+
+    /// Restores a state written by [`to_bytes`](Self::to_bytes).
+    ///
+    /// # Errors
+    ///
+    /// [`OptimizerError::InvalidRecord`] or [`OptimizerError::UnsupportedVersion`]; `self` is then
+    /// lost, the record unread.
+    pub fn from_bytes(mut self, bytes: Bytes) -> Result<Self, OptimizerError> {
+        let reader = Reader::from_bytes(bytes.clone()).map_err(invalid_record)?;
+        let version = reader.scalars().get(FORMAT_KEY).copied();
+        match version.and_then(|version| u64::try_from(version).ok()) {
+            Some(FORMAT_VERSION) => {}
+            Some(found) => {
+                return Err(OptimizerError::UnsupportedVersion {
+                    found,
+                    supported: FORMAT_VERSION,
+                });
+            }
+            None => {
+                return Err(OptimizerError::InvalidRecord {
+                    reason: format!("it has no scalar `{FORMAT_KEY}`"),
+                });
+            }
+        }
+        drop(reader);
+        self.inner = self.inner.load_record(OptimizerRecord::from_bytes(bytes)?);
+        Ok(self)
+    }
+
+    /// Writes the state to a file, beside it first and then renamed: the file is complete or as
+    /// before.
+    ///
+    /// # Errors
+    ///
+    /// [`OptimizerError::Io`] with the path, and those of [`to_bytes`](Self::to_bytes).
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<(), OptimizerError> {
+        let path = path.as_ref();
+        let bytes = self.to_bytes()?;
+        let write = || -> std::io::Result<()> {
+            let folder = match path.parent() {
+                Some(folder) if !folder.as_os_str().is_empty() => folder,
+                _ => Path::new("."),
+            };
+            let mut file = tempfile::NamedTempFile::new_in(folder)?;
+            std::io::Write::write_all(&mut file, &bytes)?;
+            file.as_file().sync_all()?;
+            file.persist(path)?;
+            Ok(())
+        };
+        write().map_err(|error| io_error(path, &error))
+    }
+
+    /// Restores a state written by [`save`](Self::save).
+    ///
+    /// # Errors
+    ///
+    /// [`OptimizerError::Io`] with the path, and those of [`from_bytes`](Self::from_bytes).
+    pub fn load(self, path: impl AsRef<Path>) -> Result<Self, OptimizerError> {
+        let path = path.as_ref();
+        let bytes = std::fs::read(path).map_err(|error| io_error(path, &error))?;
+        self.from_bytes(Bytes::from_bytes_vec(bytes))
+    }
+}
+
+/// A step that only remains to be committed.
+struct Prepared<M> {
+    /// The model after the inner step: deltas in the place of factors, other parameters updated.
+    stepped: M,
+    inner: ModuleOptimizer,
+    /// The factors of the model before the step.
+    factors: Factors,
+    deltas: HashMap<String, StackedDelta>,
+}
+
+fn invalid_record(error: impl std::fmt::Display) -> OptimizerError {
+    OptimizerError::InvalidRecord {
+        reason: error.to_string(),
+    }
+}
+
+fn io_error(path: &Path, error: &std::io::Error) -> OptimizerError {
+    OptimizerError::Io {
+        path: path.display().to_string(),
+        reason: error.to_string(),
+    }
+}
+
+/// Scales the factor gradients of each shard to a global norm of at most `max_norm`.
+fn clip(shards: &mut [GradientsParams], factors: &Factors, max_norm: f64) {
+    for (gradients, &shard) in shards.iter_mut().zip(&factors.hosted) {
+        let ids: Vec<ParamId> = factors
+            .iter()
+            .filter(|&(_, index, _)| index == shard)
+            .map(|(_, _, factor)| factor.id)
+            .collect();
+        let squares = ids
+            .iter()
+            .filter_map(|&id| gradients.get::<2>(id))
+            .map(|gradient| gradient.square().sum());
+        let Some(sum) = squares.reduce(|sum, square| sum + square) else {
+            continue;
+        };
+        // The small term is that of PyTorch's clip_grad_norm_.
+        let factor = (sum.sqrt() + 1e-6).recip() * max_norm;
+        let factor = factor.clamp_max(1.0).unsqueeze::<2>();
+        for id in ids {
+            if let Some(gradient) = gradients.remove::<2>(id) {
+                gradients.register(id, gradient * factor.clone());
+            }
+        }
+    }
+}
+
+/// One set of gradients for the inner optimizer, whose parameters have different ids in each
+/// shard; and for each hosted shard and weight the number of bad values.
+fn join(
+    shards: Vec<GradientsParams>,
+    others: GradientsParams,
+    factors: &Factors,
+) -> (GradientsParams, Vec<Vec<Option<Tensor<1>>>>) {
+    let mut joined = others;
+    let counts = shards
+        .into_iter()
+        .enumerate()
+        .map(|(position, mut gradients)| {
+            let weights = factors
+                .weights
+                .iter()
+                .map(|weight| &weight.shards[position]);
+            weights
+                .map(|shard| {
+                    [shard.a.id, shard.b.id]
+                        .into_iter()
+                        .filter_map(|id| {
+                            let gradient = gradients.remove::<2>(id)?;
+                            let count = ops::count_non_finite(gradient.clone());
+                            joined.register(id, gradient);
+                            Some(count)
+                        })
+                        .reduce(|sum, count| sum + count)
+                })
+                .collect()
+        })
+        .collect();
+    (joined, counts)
+}
+
+/// Reads the deltas out of the factors' places, shard by shard.
+fn deltas_of(stepped: &Factors, bad_gradients: Vec<Vec<Option<Tensor<1>>>>) -> Vec<ShardDeltas> {
+    bad_gradients
+        .into_iter()
+        .enumerate()
+        .map(|(position, bad_gradients)| {
+            let mut pairs = Vec::with_capacity(stepped.weights.len());
+            let mut non_finite = Vec::with_capacity(stepped.weights.len());
+            for (weight, bad_gradients) in stepped.weights.iter().zip(bad_gradients) {
+                let shard = &weight.shards[position];
+                let pair = Pair {
+                    a: shard.a.value.clone().inner(),
+                    b: shard.b.value.clone().inner(),
+                };
+                let bad =
+                    ops::count_non_finite(pair.a.clone()) + ops::count_non_finite(pair.b.clone());
+                non_finite.push(match bad_gradients {
+                    Some(count) => bad + count,
+                    None => bad,
+                });
+                pairs.push(pair);
+            }
+            ShardDeltas { pairs, non_finite }
+        })
+        .collect()
+}
+
+/// The step's one read-back.
+fn refuse_non_finite(
+    all: &[ShardDeltas],
+    factors: &Factors,
+    others: Vec<(String, Tensor<1>)>,
+) -> Result<(), OptimizerError> {
+    let counts = all
+        .iter()
+        .flat_map(|shard| shard.non_finite.iter().cloned())
+        .chain(others.iter().map(|(_, count)| count.clone()))
+        .collect();
+    let counts = Tensor::cat(counts, 0).into_data();
+    let Some((position, count)) = counts
+        .iter::<f32>()
+        .enumerate()
+        .find(|&(_, count)| count != 0.0)
+    else {
+        return Ok(());
+    };
+    let weights = factors.weights.len();
+    let path = match position.checked_sub(all.len() * weights) {
+        Some(other) => others[other].0.clone(),
+        None => {
+            let (shard, weight) = (position / weights, position % weights);
+            let name = crate::adapter::path::shard_name(shard, factors.num_shards);
+            format!("{}.hd_pissa.{name}", factors.weights[weight].path)
+        }
+    };
+    Err(OptimizerError::NonFinite {
+        path,
+        count: count as usize,
+    })
+}
+
+/// `left = [a + Δa | Δa]`, `right = [Δb ; b]`, over all shards in order.
+fn stack(shards: impl Iterator<Item = (Pair, Pair)>) -> StackedDelta {
+    let (mut left, mut delta_a, mut delta_b, mut right) = (vec![], vec![], vec![], vec![]);
+    for (frame, delta) in shards {
+        left.push(frame.a + delta.a.clone());
+        delta_a.push(delta.a);
+        delta_b.push(delta.b);
+        right.push(frame.b);
+    }
+    left.append(&mut delta_a);
+    delta_b.append(&mut right);
+    StackedDelta {
+        left: Tensor::cat(left, 1),
+        right: Tensor::cat(delta_b, 0),
+    }
+}

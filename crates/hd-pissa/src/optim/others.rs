@@ -1,0 +1,112 @@
+//! Trainable parameters outside the adapters: they take the mean of all shards' gradients.
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::optim::GradientsParams;
+use burn::tensor::{DType, Tensor};
+use hd_pissa_comm::Communicator;
+
+use super::OptimizerError;
+use super::exchange::Roster;
+use crate::adapter::path::{PathTracker, Place, track_path};
+use crate::ops;
+
+/// The mean gradients, and for each parameter its path and its number of bad values.
+#[derive(Default)]
+pub(super) struct MeanGradients {
+    pub(super) gradients: GradientsParams,
+    pub(super) non_finite: Vec<(String, Tensor<1>)>,
+}
+
+/// Takes the gradients of parameters outside the adapters out of `shards` and averages them over
+/// all shards of all workers, summing in the order of shards, in `f32`. A parameter without a
+/// gradient in some shard counts as zero there.
+pub(super) fn mean_gradients<M: Module>(
+    model: &M,
+    shards: &mut [GradientsParams],
+    roster: &Roster,
+    communicator: &dyn Communicator,
+) -> Result<MeanGradients, OptimizerError> {
+    let mut flatten = Flatten {
+        path: PathTracker::default(),
+        rows: vec![Vec::new(); shards.len()],
+        shards,
+    };
+    model.visit(&mut flatten);
+    if flatten.rows[0].is_empty() {
+        return Ok(MeanGradients::default());
+    }
+    let rows = flatten
+        .rows
+        .into_iter()
+        .map(|row| Tensor::cat(row, 0))
+        .collect();
+    let rows = roster.gather_rows(rows, communicator)?;
+    let count = rows.len() as f64;
+    let sum = rows.into_iter().reduce(|sum, row| sum + row);
+    let mut unflatten = Unflatten {
+        path: PathTracker::default(),
+        mean: sum.expect("there is a shard") / count,
+        start: 0,
+        result: MeanGradients::default(),
+    };
+    model.visit(&mut unflatten);
+    Ok(unflatten.result)
+}
+
+fn is_other<const D: usize>(path: &PathTracker, param: &Param<Tensor<D>>) -> Option<String> {
+    match path.place() {
+        Place::Other(path) if param.is_require_grad() => Some(path),
+        _ => None,
+    }
+}
+
+struct Flatten<'a> {
+    path: PathTracker,
+    shards: &'a mut [GradientsParams],
+    /// Flat gradients of each shard.
+    rows: Vec<Vec<Tensor<1>>>,
+}
+
+impl ModuleVisitor for Flatten<'_> {
+    track_path!(path);
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if is_other(&self.path, param).is_none() {
+            return;
+        }
+        for (shard, row) in self.shards.iter_mut().zip(&mut self.rows) {
+            let gradient = match shard.remove::<D>(param.id) {
+                Some(gradient) => gradient,
+                None => param.base().inner().zeros_like(),
+            };
+            let len = gradient.shape().num_elements();
+            row.push(gradient.cast(DType::F32).reshape([len]));
+        }
+    }
+}
+
+struct Unflatten {
+    path: PathTracker,
+    mean: Tensor<1>,
+    start: usize,
+    result: MeanGradients,
+}
+
+impl ModuleVisitor for Unflatten {
+    track_path!(path);
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let Some(path) = is_other(&self.path, param) else {
+            return;
+        };
+        let shape = param.lazy_shape();
+        let len = shape.num_elements();
+        let mean = self.mean.clone().narrow(0, self.start, len);
+        self.start += len;
+        self.result
+            .non_finite
+            .push((path, ops::count_non_finite(mean.clone())));
+        let gradient = mean.reshape::<D, _>(shape).cast(param.base().dtype());
+        self.result.gradients.register(param.id, gradient);
+    }
+}

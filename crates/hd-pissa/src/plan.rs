@@ -1,0 +1,308 @@
+//! Which weights are adapted, and what that costs.
+
+use std::fmt::{self, Display, Formatter};
+
+use burn::module::{Module, ModuleVisitor, Param, ParamGroup};
+use burn::tensor::{DType, Tensor};
+
+use crate::adapter::path::REPARAMETERIZATION;
+use crate::svd::{singular_values, window_energy};
+use crate::{HdPissaConfig, HdPissaError, ops};
+
+/// Paths that hold no target by default: language-model heads and output projections.
+const EXCLUDED: &str = "(lm_head|head|output)";
+
+/// A weight chosen by the configuration, checked against it.
+#[derive(Debug)]
+pub(crate) struct Target {
+    pub(crate) path: String,
+    pub(crate) rank: usize,
+    pub(crate) weight: Tensor<2>,
+}
+
+/// How targets are chosen and sized; shared by HD-PiSSA and its baseline PiSSA.
+pub(crate) struct Selection<'a> {
+    pub(crate) targets: Option<&'a ParamGroup>,
+    pub(crate) rank: &'a dyn Fn(&burn::module::ParamId, &str) -> usize,
+    pub(crate) shards: usize,
+    pub(crate) alpha: Option<f64>,
+}
+
+impl Selection<'_> {
+    /// The targets of `model` in traversal order, and the model's number of float parameters.
+    pub(crate) fn targets<M: Module>(
+        &self,
+        model: &M,
+    ) -> Result<(Vec<Target>, usize), HdPissaError> {
+        if self.shards == 0 {
+            return Err(HdPissaError::ZeroShards);
+        }
+        if let Some(alpha) = self.alpha
+            && !(alpha.is_finite() && alpha > 0.0)
+        {
+            return Err(HdPissaError::InvalidAlpha { alpha });
+        }
+        let mut finder = TargetFinder {
+            selection: self,
+            excluded: ParamGroup::from_regex(EXCLUDED).expect("the pattern is valid"),
+            stack: Vec::new(),
+            candidates: Vec::new(),
+            targets: Vec::new(),
+            parameters: 0,
+            error: None,
+        };
+        model.visit(&mut finder);
+        match finder.error {
+            Some(error) => Err(error),
+            None if finder.targets.is_empty() => Err(HdPissaError::NoTarget {
+                candidates: finder.candidates,
+            }),
+            None => Ok((finder.targets, finder.parameters)),
+        }
+    }
+}
+
+struct TargetFinder<'a> {
+    selection: &'a Selection<'a>,
+    excluded: ParamGroup,
+    /// Names and container types from the root.
+    stack: Vec<(String, String)>,
+    candidates: Vec<String>,
+    targets: Vec<Target>,
+    parameters: usize,
+    error: Option<HdPissaError>,
+}
+
+impl TargetFinder<'_> {
+    fn path(&self) -> String {
+        let names: Vec<&str> = self.stack.iter().map(|(name, _)| name.as_str()).collect();
+        names.join(".")
+    }
+
+    fn is_linear_weight(&self) -> bool {
+        self.stack.last().is_some_and(|(name, container)| {
+            name == "weight"
+                && matches!(container.as_str(), "Struct:Linear" | "Struct:HdPissaLinear")
+        })
+    }
+
+    fn check(&self, path: &str, rank: usize, weight: &Tensor<2>) -> Result<(), HdPissaError> {
+        let path = path.to_string();
+        if rank == 0 {
+            return Err(HdPissaError::ZeroRank { path });
+        }
+        let [d_input, d_output] = weight.dims();
+        let shards = self.selection.shards;
+        if rank.saturating_mul(shards) > d_input.min(d_output) {
+            return Err(HdPissaError::RankTooLarge {
+                path,
+                d_input,
+                d_output,
+                rank,
+                shards,
+            });
+        }
+        if !matches!(weight.dtype(), DType::F32 | DType::F16 | DType::BF16) {
+            return Err(HdPissaError::UnsupportedDtype {
+                path,
+                dtype: weight.dtype(),
+            });
+        }
+        let device = weight.device();
+        if !ops::is_supported(&device) {
+            return Err(HdPissaError::UnsupportedBackend {
+                path,
+                device: format!("{device:?}"),
+            });
+        }
+        Ok(())
+    }
+}
+
+impl ModuleVisitor for TargetFinder<'_> {
+    fn enter_module(&mut self, name: &str, container_type: &str) {
+        if container_type == REPARAMETERIZATION {
+            let path = self.path();
+            self.error
+                .get_or_insert_with(|| HdPissaError::AlreadyReparameterized {
+                    path,
+                    name: name.to_string(),
+                });
+        }
+        self.stack.push((name.into(), container_type.into()));
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.stack.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        self.parameters += param.lazy_shape().num_elements();
+        if D != 2 || self.error.is_some() {
+            return;
+        }
+        let path = self.path();
+        if path.rsplit('.').next() == Some("weight") {
+            self.candidates.push(path.clone());
+        }
+        let chosen = match self.selection.targets {
+            Some(group) => group.matches(&param.id, Some(&path)),
+            None => self.is_linear_weight() && !self.excluded.matches(&param.id, Some(&path)),
+        };
+        if !chosen {
+            return;
+        }
+        let rank = (self.selection.rank)(&param.id, &path);
+        let weight = Tensor::<2>::from_dispatch(param.base().into_dispatch());
+        match self.check(&path, rank, &weight) {
+            Ok(()) => self.targets.push(Target { path, rank, weight }),
+            Err(error) => self.error = Some(error),
+        }
+    }
+}
+
+impl HdPissaConfig {
+    pub(crate) fn targets_of<M: Module>(
+        &self,
+        model: &M,
+    ) -> Result<(Vec<Target>, usize), HdPissaError> {
+        let rank = |id: &burn::module::ParamId, path: &str| {
+            self.target_ranks
+                .iter()
+                .rev()
+                .find(|entry| entry.targets.matches(id, Some(path)))
+                .map_or(self.rank, |entry| entry.rank)
+        };
+        Selection {
+            targets: self.targets.as_ref(),
+            rank: &rank,
+            shards: self.shards,
+            alpha: self.alpha,
+        }
+        .targets(model)
+    }
+
+    /// What [`apply_hd_pissa`](crate::HdPissaModule::apply_hd_pissa) would do to `model`: a dry
+    /// run, whose result prints as a table.
+    ///
+    /// Computes the singular values of every target, but no singular vectors.
+    ///
+    /// # Errors
+    ///
+    /// Those of `apply_hd_pissa`, [`HdPissaError::InvalidHostedShards`] excepted.
+    pub fn plan<M: Module>(&self, model: &M) -> Result<HdPissaPlan, HdPissaError> {
+        let (targets, parameters) = self.targets_of(model)?;
+        let weights = targets
+            .into_iter()
+            .map(|target| {
+                let values = singular_values(&target.path, &target.weight, self.svd)?;
+                Ok(PlannedWeight {
+                    shape: target.weight.dims(),
+                    energy: window_energy(&values, target.rank, self.shards),
+                    path: target.path,
+                    rank: target.rank,
+                })
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(HdPissaPlan {
+            weights,
+            shards: self.shards,
+            parameters,
+        })
+    }
+}
+
+/// One row of a [`HdPissaPlan`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct PlannedWeight {
+    /// Path of the weight.
+    pub path: String,
+    /// `[d_input, d_output]`.
+    pub shape: [usize; 2],
+    /// Rank of each shard.
+    pub rank: usize,
+    /// Share of the weight's squared Frobenius norm in the window of each shard.
+    pub energy: Vec<f64>,
+}
+
+impl PlannedWeight {
+    /// Trainable parameters of one shard: `rank · (d_input + d_output)`.
+    pub fn parameters_per_shard(&self) -> usize {
+        self.rank * (self.shape[0] + self.shape[1])
+    }
+}
+
+/// The weights that a configuration adapts in a model, with their cost. Prints as a table.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HdPissaPlan {
+    /// The adapted weights in traversal order.
+    pub weights: Vec<PlannedWeight>,
+    /// Number of shards.
+    pub shards: usize,
+    /// Float parameters of the model without adapters.
+    pub parameters: usize,
+}
+
+impl HdPissaPlan {
+    /// Trainable parameters of one shard.
+    pub fn parameters_per_shard(&self) -> usize {
+        self.weights
+            .iter()
+            .map(PlannedWeight::parameters_per_shard)
+            .sum()
+    }
+
+    /// Trainable parameters of all shards.
+    pub fn trainable_parameters(&self) -> usize {
+        self.shards * self.parameters_per_shard()
+    }
+
+    /// Bytes of `f32` deltas that each shard contributes to the gather of one step.
+    pub fn bytes_per_shard_and_step(&self) -> usize {
+        4 * self.parameters_per_shard()
+    }
+}
+
+impl Display for HdPissaPlan {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let width = self
+            .weights
+            .iter()
+            .map(|weight| weight.path.len())
+            .max()
+            .unwrap_or(0)
+            .max("weight".len());
+        writeln!(
+            f,
+            "{:width$}  {:>14}  {:>5}  {:>9}  {:>21}  {:>12}  {:>12}",
+            "weight", "shape", "rank", "energy %", "first..last shard %", "trainable", "bytes/step"
+        )?;
+        for weight in &self.weights {
+            let percent = |share: f64| format!("{:.2}", 100.0 * share);
+            let first = weight.energy.first().copied().unwrap_or(0.0);
+            let last = weight.energy.last().copied().unwrap_or(0.0);
+            writeln!(
+                f,
+                "{:width$}  {:>14}  {:>5}  {:>9}  {:>21}  {:>12}  {:>12}",
+                weight.path,
+                format!("{}x{}", weight.shape[0], weight.shape[1]),
+                weight.rank,
+                percent(weight.energy.iter().sum()),
+                format!("{}..{}", percent(first), percent(last)),
+                self.shards * weight.parameters_per_shard(),
+                self.shards * 4 * weight.parameters_per_shard(),
+            )?;
+        }
+        write!(
+            f,
+            "{} weights, {} shards; trainable {} of {} parameters ({:.2} %); \
+             {} bytes per shard and step",
+            self.weights.len(),
+            self.shards,
+            self.trainable_parameters(),
+            self.parameters,
+            100.0 * self.trainable_parameters() as f64 / self.parameters.max(1) as f64,
+            self.bytes_per_shard_and_step(),
+        )
+    }
+}

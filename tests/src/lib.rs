@@ -1,0 +1,96 @@
+//! Helpers shared by the integration tests.
+
+use burn::module::{Module, Param};
+use burn::nn::{Linear, LinearConfig};
+use burn::tensor::{Device, Distribution, Tensor, TensorData};
+use hd_pissa::{HdPissaLinear, HdPissaLinearConfig};
+
+/// Two layers of Burn's `Linear`, of prime sizes, with an activation between them.
+#[derive(Module, Debug)]
+pub struct Dense {
+    pub first: Linear,
+    pub second: Linear,
+}
+
+impl Dense {
+    pub fn new(device: &Device) -> Self {
+        Self {
+            first: LinearConfig::new(13, 17).init(device),
+            second: LinearConfig::new(17, 11).with_bias(false).init(device),
+        }
+    }
+
+    pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+        self.second.forward(self.first.forward(x).tanh())
+    }
+}
+
+/// [`Dense`] with `HdPissaLinear` layers and the same parameter paths.
+#[derive(Module, Debug)]
+pub struct Lean {
+    pub first: HdPissaLinear,
+    pub second: HdPissaLinear,
+}
+
+impl Lean {
+    pub fn new(device: &Device) -> Self {
+        Self {
+            first: HdPissaLinearConfig::new(13, 17).init(device),
+            second: HdPissaLinearConfig::new(17, 11)
+                .with_bias(false)
+                .init(device),
+        }
+    }
+
+    pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+        self.second.forward(self.first.forward(x).tanh())
+    }
+}
+
+impl From<Dense> for Lean {
+    fn from(model: Dense) -> Self {
+        Self {
+            first: model.first.into(),
+            second: model.second.into(),
+        }
+    }
+}
+
+/// Standard normal values.
+pub fn normal<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
+    Tensor::random(shape, Distribution::Normal(0.0, 1.0), device)
+}
+
+/// The values of a tensor as `f32`, row by row.
+pub fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    tensor.inner().into_data().iter::<f32>().collect()
+}
+
+/// The bits of a tensor's values, to compare without tolerance.
+pub fn bits<const D: usize>(tensor: &Tensor<D>) -> TensorData {
+    tensor.clone().inner().into_data()
+}
+
+/// The stored value of a parameter, without its adapter.
+pub fn base(param: &Param<Tensor<2>>) -> Tensor<2> {
+    param.base().inner()
+}
+
+/// Largest absolute difference of two tensors, relative to the largest entry of `expected`.
+pub fn relative_error<const D: usize>(actual: Tensor<D>, expected: Tensor<D>) -> f32 {
+    let (actual, expected) = (values(actual), values(expected));
+    assert_eq!(actual.len(), expected.len());
+    let largest = expected.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+    let error = actual
+        .iter()
+        .zip(&expected)
+        .fold(0.0f32, |m, (x, y)| m.max((x - y).abs()));
+    if error == 0.0 { 0.0 } else { error / largest }
+}
+
+/// Asserts that two tensors agree within `tolerance` of the largest entry of `expected`.
+#[track_caller]
+pub fn assert_close<const D: usize>(actual: Tensor<D>, expected: Tensor<D>, tolerance: f32) {
+    let error = relative_error(actual, expected);
+    assert!(error <= tolerance, "relative error {error} > {tolerance}");
+}
