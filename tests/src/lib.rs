@@ -1,5 +1,7 @@
 //! Helpers shared by the integration tests.
 
+use std::path::{Path, PathBuf};
+
 use burn::module::{Module, Param};
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, Distribution, Tensor, TensorData};
@@ -93,4 +95,12 @@ pub fn relative_error<const D: usize>(actual: Tensor<D>, expected: Tensor<D>) ->
 pub fn assert_close<const D: usize>(actual: Tensor<D>, expected: Tensor<D>, tolerance: f32) {
     let error = relative_error(actual, expected);
     assert!(error <= tolerance, "relative error {error} > {tolerance}");
+}
+
+/// The folder with larger recorded runs and data, which the repository does not hold:
+/// `HD_PISSA_SHARED`, or `shared` beside the checkout.
+pub fn shared() -> Option<PathBuf> {
+    let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared");
+    let folder = std::env::var_os("HD_PISSA_SHARED").map_or(beside, PathBuf::from);
+    folder.is_dir().then_some(folder)
 }

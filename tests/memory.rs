@@ -1,0 +1,185 @@
+//! What a training step allocates on Flex, seen by the global allocator.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicIsize, AtomicUsize, Ordering};
+
+use burn::module::Module;
+use burn::nn::{Linear, LinearConfig};
+use burn::optim::{AdamConfig, GradientsParams};
+use burn::tensor::{Device, Tensor};
+use hd_pissa::comm::Solo;
+use hd_pissa::{HdPissaConfig, HdPissaLinear, HdPissaModule, HdPissaOptimizer, ShardGradients};
+use hd_pissa_tests::normal;
+
+/// The system's allocator, with a count of live bytes and of large allocations.
+struct Counting;
+
+static LARGEST: AtomicUsize = AtomicUsize::new(0);
+static LIVE: AtomicIsize = AtomicIsize::new(0);
+static PEAK: AtomicIsize = AtomicIsize::new(0);
+/// One measurement at a time.
+static MEASURING: Mutex<()> = Mutex::new(());
+
+fn count(size: usize) {
+    LARGEST.fetch_max(size, Ordering::Relaxed);
+    let live = LIVE.fetch_add(size as isize, Ordering::Relaxed) + size as isize;
+    PEAK.fetch_max(live, Ordering::Relaxed);
+}
+
+// SAFETY: every call is passed on to the system's allocator unchanged.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count(layout.size());
+        // SAFETY: the caller keeps the contract of this very method.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        count(layout.size());
+        // SAFETY: as above.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        LIVE.fetch_sub(layout.size() as isize, Ordering::Relaxed);
+        count(size);
+        // SAFETY: as above.
+        unsafe { System.realloc(pointer, layout, size) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        LIVE.fetch_sub(layout.size() as isize, Ordering::Relaxed);
+        // SAFETY: as above.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// The largest allocation and the growth of live bytes at its peak, while `work` runs.
+fn measure<T>(work: impl FnOnce() -> T) -> (T, usize, usize) {
+    LARGEST.store(0, Ordering::Relaxed);
+    let before = LIVE.load(Ordering::Relaxed);
+    PEAK.store(before, Ordering::Relaxed);
+    let result = work();
+    let peak = PEAK.load(Ordering::Relaxed) - before;
+    (result, LARGEST.load(Ordering::Relaxed), peak as usize)
+}
+
+const D_INPUT: usize = 2048;
+const D_OUTPUT: usize = 1536;
+const TOKENS: usize = 32;
+const WEIGHT_BYTES: usize = 4 * D_INPUT * D_OUTPUT;
+
+fn layer(device: &Device) -> Linear {
+    LinearConfig::new(D_INPUT, D_OUTPUT).init(device)
+}
+
+fn config() -> HdPissaConfig {
+    HdPissaConfig::new().with_rank(4).with_shards(2)
+}
+
+fn forward_backward(forward: impl FnOnce(Tensor<2>) -> Tensor<2>, device: &Device) -> usize {
+    let x = normal([TOKENS, D_INPUT], device).require_grad();
+    let (_, largest, _) = measure(|| {
+        let grads = forward(x.clone()).square().sum().backward();
+        x.grad(&grads).expect("the input is tracked");
+    });
+    largest
+}
+
+#[test]
+fn the_adapter_makes_no_tensor_of_the_weights_size() {
+    let _guard = MEASURING.lock().unwrap();
+    let device = Device::flex().autodiff();
+    let linear = layer(&device).apply_hd_pissa(&config(), 0..2).unwrap();
+    let lean = HdPissaLinear::from_linear(linear.clone());
+
+    // gemm packs blocks of an operand; that is bounded by its block sizes, not by the weight's.
+    let largest = forward_backward(|x| lean.forward(x), &device);
+    assert!(
+        largest < WEIGHT_BYTES / 2,
+        "{largest} of {WEIGHT_BYTES} bytes"
+    );
+    // The measurement sees a tensor of that size where there is one: Burn's layer computes the
+    // dense gradient, which the adapter projects.
+    let largest = forward_backward(|x| linear.forward(x), &device);
+    assert!(largest >= WEIGHT_BYTES, "{largest} of {WEIGHT_BYTES} bytes");
+}
+
+#[test]
+fn a_step_updates_the_weight_in_place() {
+    let _guard = MEASURING.lock().unwrap();
+    let device = Device::flex().autodiff();
+    let mut model: HdPissaLinear = layer(&device).into();
+    model = model.apply_hd_pissa(&config(), 0..2).unwrap();
+    let adam = AdamConfig::new().with_epsilon(1e-8).init();
+    let mut optim = HdPissaOptimizer::new(adam, Solo).unwrap();
+
+    let mut live = Vec::new();
+    for step in 0..40 {
+        let mut gradients = ShardGradients::new(&model);
+        for shard in 0..2 {
+            model = model.select_shard(shard);
+            let x = normal([TOKENS, D_INPUT], &device).require_grad();
+            let loss = model.forward(x).square().mean();
+            gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
+        }
+        let (stepped, largest, peak) = measure(|| optim.step(1e-4, model, gradients).unwrap());
+        model = stepped;
+        assert!(
+            largest < WEIGHT_BYTES / 2,
+            "step {step}: {largest} of {WEIGHT_BYTES} bytes"
+        );
+        assert!(
+            peak < WEIGHT_BYTES,
+            "step {step}: {peak} of {WEIGHT_BYTES} bytes"
+        );
+        live.push(LIVE.load(Ordering::Relaxed));
+    }
+    // Nothing accumulates: the last steps end with as many live bytes as the tenth.
+    let growth = live[39] - live[9];
+    assert!(
+        growth.abs() < 64 * 1024,
+        "{growth} bytes in 30 steps: {live:?}"
+    );
+
+    // Held by someone else, the weight is copied: the measurement sees that too.
+    let clone = model.clone();
+    let x = normal([TOKENS, D_INPUT], &device);
+    let mut gradients = ShardGradients::new(&model);
+    for shard in 0..2 {
+        model = model.select_shard(shard);
+        let loss = model.forward(x.clone()).square().mean();
+        gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
+    }
+    let (_, largest, _) = measure(|| optim.step(1e-4, model, gradients).unwrap());
+    assert!(largest >= WEIGHT_BYTES, "{largest} of {WEIGHT_BYTES} bytes");
+    drop(clone);
+}
+
+#[test]
+fn nothing_extra_without_gradients() {
+    let _guard = MEASURING.lock().unwrap();
+    let device = Device::flex().autodiff();
+    let adapted: HdPissaLinear = layer(&device)
+        .apply_hd_pissa(&config(), 0..2)
+        .unwrap()
+        .into();
+    let frozen = adapted.clone().freeze();
+    let peak_of = |layer: &HdPissaLinear, x: &Tensor<2>| {
+        let (y, _, peak) = measure(|| layer.forward(x.clone()));
+        drop(y);
+        peak
+    };
+    let plain: HdPissaLinear = layer(&device).no_grad().into();
+    let x = normal([TOKENS, D_INPUT], &device);
+    // Once before measuring: thread-local buffers of the product are made at its first use.
+    peak_of(&plain, &x);
+    let reference = peak_of(&plain, &x);
+    let slack = 16 * 1024;
+    assert!(peak_of(&frozen, &x) <= reference + slack);
+    assert!(peak_of(&adapted.valid(), &x.inner()) <= reference + slack);
+}

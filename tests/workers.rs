@@ -1,0 +1,167 @@
+//! Shards are one thing, workers another: any layout of the same shards gives the same weights.
+
+use std::time::Duration;
+
+use burn::module::{Module, ParamGroup};
+use burn::optim::{AdamConfig, GradientsParams};
+use burn::tensor::{Device, Tensor, TensorData};
+use hd_pissa::comm::{Communicator, Solo, thread_group};
+use hd_pissa::{HdPissaConfig, HdPissaModule, HdPissaOptimizer, OptimizerError, ShardGradients};
+use hd_pissa_tests::{Lean, base, bits, normal};
+
+const SHARDS: usize = 4;
+const STEPS: usize = 5;
+
+fn config() -> HdPissaConfig {
+    HdPissaConfig::new().with_rank(2).with_shards(SHARDS)
+}
+
+/// Trains the shards `hosted` of `start`, one of whose biases trains too; the final parameters.
+fn train(
+    start: Lean,
+    hosted: Vec<usize>,
+    data: &[Vec<Tensor<2>>],
+    communicator: impl Communicator + 'static,
+) -> Vec<TensorData> {
+    let mut model = start
+        .apply_hd_pissa(&config(), hosted.clone())
+        .unwrap()
+        .set_require_grad_group(ParamGroup::from_path("first.bias"), true);
+    let adam = AdamConfig::new().with_epsilon(1e-8).init();
+    let mut optim = HdPissaOptimizer::new(adam, communicator).unwrap();
+    for batches in data {
+        let mut gradients = ShardGradients::new(&model);
+        for &shard in &hosted {
+            model = model.select_shard(shard);
+            let loss = model.forward(batches[shard].clone()).square().mean();
+            gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
+        }
+        model = optim.step(1e-2, model, gradients).unwrap();
+    }
+    vec![
+        bits(&base(&model.first.weight)),
+        bits(&base(&model.second.weight)),
+        bits(&model.first.bias.unwrap().val()),
+    ]
+}
+
+#[test]
+fn every_layout_of_shards_on_workers_gives_the_same_bits() {
+    let device = Device::flex().autodiff();
+    let start = Lean::new(&device);
+    let data: Vec<Vec<Tensor<2>>> = (0..STEPS)
+        .map(|_| (0..SHARDS).map(|_| normal([5, 13], &device)).collect())
+        .collect();
+    let solo = train(start.clone(), (0..SHARDS).collect(), &data, Solo);
+    // Contiguous blocks, and shards dealt out in another order.
+    for layout in [
+        vec![vec![0, 1], vec![2, 3]],
+        vec![vec![3, 0], vec![1, 2]],
+        vec![vec![2], vec![0], vec![3], vec![1]],
+    ] {
+        let group = thread_group(layout.len(), Duration::from_secs(60));
+        std::thread::scope(|scope| {
+            let workers: Vec<_> = layout
+                .into_iter()
+                .zip(group)
+                .map(|(hosted, communicator)| {
+                    let (start, data) = (start.clone(), &data);
+                    scope.spawn(move || train(start, hosted, data, communicator))
+                })
+                .collect();
+            for worker in workers {
+                assert_eq!(worker.join().unwrap(), solo);
+            }
+        });
+    }
+}
+
+/// The step's result on each of two workers that host the shards given.
+fn first_steps(
+    models: [Lean; 2],
+    hosted: [usize; 2],
+    spoil: f32,
+) -> Vec<Result<(), OptimizerError>> {
+    let group = thread_group(2, Duration::from_secs(60));
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = models
+            .into_iter()
+            .zip(hosted)
+            .zip(group)
+            .map(|((model, shard), communicator)| {
+                scope.spawn(move || {
+                    let device = Device::flex().autodiff();
+                    let index = communicator.worker_index();
+                    let adam = AdamConfig::new().init();
+                    let mut optim = HdPissaOptimizer::new(adam, communicator).unwrap();
+                    let model = model.select_shard(shard);
+                    let factor = if index == 1 { spoil } else { 1.0 };
+                    let x = normal([5, 13], &device) * factor;
+                    let loss = model.forward(x).square().mean();
+                    let grads = GradientsParams::from_grads(loss.backward(), &model);
+                    let before = bits(&base(&model.first.weight));
+                    match optim.step(1e-3, model, grads) {
+                        Ok(_) => Ok(()),
+                        Err(error) => {
+                            assert_eq!(bits(&base(&error.model.first.weight)), before);
+                            Err(error.cause)
+                        }
+                    }
+                })
+            })
+            .collect();
+        workers.into_iter().map(|w| w.join().unwrap()).collect()
+    })
+}
+
+#[test]
+fn a_bad_gradient_on_one_worker_refuses_the_step_on_all() {
+    let device = Device::flex().autodiff();
+    let start = Lean::new(&device);
+    let config = config().with_shards(2);
+    let model = |shard| start.clone().apply_hd_pissa(&config, [shard]).unwrap();
+    assert_eq!(
+        first_steps([model(0), model(1)], [0, 1], 1.0),
+        vec![Ok(()); 2]
+    );
+    let errors = first_steps([model(0), model(1)], [0, 1], f32::NAN);
+    assert_eq!(errors[0], errors[1]);
+    match &errors[0] {
+        Err(OptimizerError::NonFinite { path, .. }) => {
+            assert_eq!(path, "first.weight.hd_pissa.shard_1_of_2");
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn workers_that_disagree_are_refused() {
+    let device = Device::flex().autodiff();
+    let start = Lean::new(&device);
+    let config = config().with_shards(2);
+    let model =
+        |config: &HdPissaConfig, shard| start.clone().apply_hd_pissa(config, [shard]).unwrap();
+
+    let errors = first_steps([model(&config, 1), model(&config, 1)], [1, 1], 1.0);
+    let hosted = vec![1, 1];
+    assert_eq!(
+        errors,
+        vec![Err(OptimizerError::IncompleteShards { hosted, shards: 2 }); 2]
+    );
+
+    let other = config.clone().with_rank(3);
+    let errors = first_steps([model(&config, 0), model(&other, 1)], [0, 1], 1.0);
+    for (worker, error) in [1, 0].into_iter().zip(errors) {
+        match error {
+            Err(OptimizerError::WorkerMismatch {
+                worker: named,
+                setting,
+                ..
+            }) => {
+                assert_eq!(named, worker);
+                assert!(setting.contains("fingerprint"), "{setting}");
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}
