@@ -104,3 +104,8 @@ pub fn shared() -> Option<PathBuf> {
     let folder = std::env::var_os("HD_PISSA_SHARED").map_or(beside, PathBuf::from);
     folder.is_dir().then_some(folder)
 }
+
+/// The listings of the README, compiled and run as documentation tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+pub struct Readme;

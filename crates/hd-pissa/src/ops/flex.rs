@@ -54,10 +54,13 @@ fn layout(tensor: &FlexTensor) -> Option<Order> {
     let layout = tensor.layout();
     let (rows, cols) = (layout.shape()[0], layout.shape()[1]);
     let whole = layout.start_offset() == 0 && tensor.storage::<f32>().len() == rows * cols;
-    match layout.strides() {
-        &[row, 1] if whole && row == cols as isize => Some(Order::RowMajor),
-        &[1, col] if whole && col == rows as isize => Some(Order::ColumnMajor),
-        _ => None,
+    let strides = (layout.strides()[0], layout.strides()[1]);
+    if whole && strides == (cols as isize, 1) {
+        Some(Order::RowMajor)
+    } else if whole && strides == (1, rows as isize) {
+        Some(Order::ColumnMajor)
+    } else {
+        None
     }
 }
 

@@ -1,0 +1,290 @@
+//! The listings of the book, as tests. Anchors mark what a chapter shows.
+
+use std::time::Duration;
+
+use burn::nn::{Linear, LinearConfig, Relu};
+use burn::optim::{AdamConfig, GradientsParams};
+use burn::prelude::*;
+use hd_pissa::comm::{Communicator, Solo, thread_group};
+use hd_pissa::ops::adapter_linear;
+use hd_pissa::{
+    HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaModule, HdPissaOptimizer, ShardGradients,
+};
+use hd_pissa_tests::{assert_close, base, bits, normal};
+
+type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+// ANCHOR: model
+#[derive(Module, Debug)]
+struct Mlp {
+    up: Linear,
+    down: Linear,
+}
+
+impl Mlp {
+    fn new(device: &Device) -> Self {
+        Self {
+            up: LinearConfig::new(32, 96).init(device),
+            down: LinearConfig::new(96, 32).init(device),
+        }
+    }
+
+    fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+        self.down.forward(Relu::new().forward(self.up.forward(x)))
+    }
+}
+// ANCHOR_END: model
+
+fn batch(device: &Device) -> Tensor<2> {
+    normal([8, 32], device)
+}
+
+#[test]
+fn quick_start() -> Result {
+    let device = Device::flex().autodiff();
+    let model = Mlp::new(&device);
+    let before = bits(&base(&model.up.weight));
+
+    // ANCHOR: plan
+    let config = HdPissaConfig::new().with_rank(2).with_shards(4);
+    println!("{}", config.plan(&model)?);
+    // ANCHOR_END: plan
+
+    // ANCHOR: apply
+    let mut model = model.apply_hd_pissa(&config, 0..4)?; // this worker hosts shards 0 to 3
+    let adam = AdamConfig::new().with_epsilon(1e-8).init();
+    let mut optim = HdPissaOptimizer::new(adam, Solo)?;
+    // ANCHOR_END: apply
+    assert_eq!(bits(&base(&model.up.weight)), before);
+
+    // ANCHOR: train
+    for _step in 0..10 {
+        let mut gradients = ShardGradients::new(&model);
+        for shard in 0..4 {
+            model = model.select_shard(shard);
+            for _micro_batch in 0..2 {
+                let x = batch(&device); // the shard's own data
+                let loss = (model.forward(x.clone()) - x).square().mean();
+                gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
+            }
+        }
+        model = optim.step(1e-3, model, gradients.into_mean())?;
+    }
+    // ANCHOR_END: train
+
+    // ANCHOR: finish
+    let trained = model.valid().materialize();
+    // ANCHOR_END: finish
+    assert!(
+        trained
+            .up
+            .weight
+            .reparameterization::<HdPissaAdapter>()
+            .is_none()
+    );
+    assert_ne!(bits(&base(&trained.up.weight)), before);
+    Ok(())
+}
+
+#[test]
+fn two_ways_in() -> Result {
+    let device = Device::flex().autodiff();
+    let model = Mlp::new(&device);
+
+    // ANCHOR: lean
+    #[derive(Module, Debug)]
+    struct LeanMlp {
+        up: HdPissaLinear, // instead of Linear
+        down: HdPissaLinear,
+    }
+    // ANCHOR_END: lean
+
+    let config = HdPissaConfig::new().with_rank(2).with_shards(1);
+    let model = model.apply_hd_pissa(&config, 0..1)?;
+    let lean = LeanMlp {
+        up: model.up.clone().into(),
+        down: model.down.clone().into(),
+    };
+    let x = batch(&device);
+    let y = lean
+        .down
+        .forward(Relu::new().forward(lean.up.forward(x.clone())));
+    assert_close(y, model.forward(x), 1e-6);
+    Ok(())
+}
+
+/// One layer's adapter, as the mathematics chapter speaks of it.
+fn layer(device: &Device, shards: usize) -> Result<HdPissaLinear> {
+    let linear = LinearConfig::new(12, 9).with_bias(false).init(device);
+    let config = HdPissaConfig::new().with_rank(2).with_shards(shards);
+    Ok(HdPissaLinear::from_linear(linear).apply_hd_pissa(&config, 0..shards)?)
+}
+
+#[test]
+fn frames() -> Result {
+    let device = Device::flex();
+    let layer = layer(&device, 3)?;
+
+    // ANCHOR: frames
+    let adapter = layer.weight.reparameterization::<HdPissaAdapter>().unwrap();
+    let [first, second] = [&adapter.shards[0], &adapter.shards[1]];
+    // aᵀ·a = √Σ Uᵀ·U √Σ: zero between shards, the singular values within one.
+    let between = first.a.val().transpose().matmul(second.a.val());
+    let left = first.a.val().transpose().matmul(first.a.val());
+    let right = first.b.val().matmul(first.b.val().transpose());
+    // ANCHOR_END: frames
+    assert!(between.abs().max().into_scalar::<f32>() < 1e-6);
+    assert_close(left, right, 1e-5);
+    Ok(())
+}
+
+#[test]
+fn backward() -> Result {
+    let device = Device::flex().autodiff();
+    let layer = layer(&device, 1)?;
+    let shard = &layer
+        .weight
+        .reparameterization::<HdPissaAdapter>()
+        .unwrap()
+        .shards[0];
+    let (w, a, b) = (layer.weight.base(), shard.a.val(), shard.b.val());
+    let x = normal([5, 12], &device).require_grad();
+    let s = 1.5;
+
+    // ANCHOR: backward
+    let y = adapter_linear(x.clone(), w.clone(), a.clone(), b.clone(), s);
+    let grads = y.square().sum().backward(); // G = 2·y
+    let g = x.clone().matmul(w.clone()).inner() * 2.0;
+    let grad_x = g.clone().matmul(w.inner().transpose());
+    let q = g.clone().matmul(b.clone().inner().transpose()); // [tokens, r]
+    let grad_a = x.clone().inner().transpose().matmul(q) * s;
+    let p = x.clone().inner().matmul(a.clone().inner()); // [tokens, r]
+    let grad_b = p.transpose().matmul(g) * s;
+    // ANCHOR_END: backward
+    assert_close(x.grad(&grads).unwrap(), grad_x, 1e-5);
+    assert_close(a.grad(&grads).unwrap(), grad_a, 1e-5);
+    assert_close(b.grad(&grads).unwrap(), grad_b, 1e-5);
+    Ok(())
+}
+
+#[test]
+fn step() -> Result {
+    let device = Device::flex().autodiff();
+    let layer = layer(&device, 1)?;
+    let shard = layer
+        .weight
+        .reparameterization::<HdPissaAdapter>()
+        .unwrap()
+        .shards[0]
+        .clone();
+    let (a, b) = (shard.a.val().inner(), shard.b.val().inner());
+    let w = base(&layer.weight);
+    let lr = 1e-3;
+    let loss = layer.forward(normal([5, 12], &device)).square().mean();
+    let grads = GradientsParams::from_grads(loss.backward(), &layer);
+    let grad_a = grads.get::<2>(shard.a.id).unwrap();
+    let grad_b = grads.get::<2>(shard.b.id).unwrap();
+    let adam = AdamConfig::new().with_epsilon(1e-8).init();
+    let updated = HdPissaOptimizer::new(adam, Solo)?.step(lr, layer, grads)?;
+
+    // ANCHOR: step
+    // Adam's first step: the bias-corrected moments are the gradient and its square.
+    let delta = |grad: Tensor<2>| grad.clone() / (grad.square().sqrt() + 1e-8) * -lr;
+    let (delta_a, delta_b) = (delta(grad_a), delta(grad_b));
+    let left = Tensor::cat(vec![a + delta_a.clone(), delta_a], 1); // [d_input, 2·r]
+    let right = Tensor::cat(vec![delta_b, b], 0); // [2·r, d_output]
+    let expected = w.clone() + left.matmul(right);
+    // ANCHOR_END: step
+    assert_close(base(&updated.weight) - w.clone(), expected - w, 1e-4);
+    Ok(())
+}
+
+#[test]
+fn workers() -> Result {
+    fn device_of(_worker: usize) -> Device {
+        Device::flex()
+    }
+    let start = Mlp::new(&Device::flex());
+
+    // ANCHOR: workers
+    let config = HdPissaConfig::new().with_rank(2).with_shards(4);
+    let workers: Vec<_> = thread_group(2, Duration::from_secs(60))
+        .into_iter()
+        .map(|communicator| {
+            let (model, config) = (start.clone(), config.clone());
+            std::thread::spawn(move || {
+                let worker = communicator.worker_index();
+                let hosted = [2 * worker, 2 * worker + 1];
+                let device = device_of(worker).autodiff();
+                let mut model = model
+                    .fork(&device)
+                    .train()
+                    .apply_hd_pissa(&config, hosted)
+                    .unwrap();
+                let adam = AdamConfig::new().with_epsilon(1e-8).init();
+                let mut optim = HdPissaOptimizer::new(adam, communicator).unwrap();
+                let mut gradients = ShardGradients::new(&model);
+                for shard in hosted {
+                    model = model.select_shard(shard);
+                    let loss = model.forward(batch(&device)).square().mean();
+                    gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
+                }
+                optim.step(1e-3, model, gradients).unwrap()
+            })
+        })
+        .collect();
+    // ANCHOR_END: workers
+    let weights: Vec<_> = workers
+        .into_iter()
+        .map(|worker| bits(&base(&worker.join().unwrap().up.weight)))
+        .collect();
+    assert_eq!(weights[0], weights[1]);
+    assert_ne!(weights[0], bits(&base(&start.up.weight)));
+    Ok(())
+}
+
+#[test]
+fn refused_and_records() -> Result {
+    let device = Device::flex().autodiff();
+    let config = HdPissaConfig::new().with_rank(2).with_shards(1);
+    let mut model = Mlp::new(&device).apply_hd_pissa(&config, 0..1)?;
+    let adam = || AdamConfig::new().with_epsilon(1e-8).init();
+    let mut optim = HdPissaOptimizer::new(adam(), Solo)?;
+    let loss = (model.forward(batch(&device)) * f32::NAN).sum();
+    let gradients = GradientsParams::from_grads(loss.backward(), &model);
+
+    // ANCHOR: refused
+    model = match optim.step(1e-3, model, gradients) {
+        Ok(model) => model,
+        Err(error) => {
+            eprintln!("{error}"); // step refused: `up.weight.hd_pissa.shard_0_of_1`: …
+            error.model // as it was; go on with the next batch
+        }
+    };
+    // ANCHOR_END: refused
+    assert!(
+        base(&model.up.weight)
+            .is_finite()
+            .all()
+            .into_scalar::<bool>()
+    );
+
+    let folder = tempfile::tempdir()?;
+    let [model_file, optimizer_file] =
+        ["model.bpk", "optimizer.bpk"].map(|f| folder.path().join(f));
+    // ANCHOR: records
+    model.clone().save_file(&model_file)?;
+    optim.save(&optimizer_file)?;
+
+    let restored = Mlp::new(&device)
+        .apply_hd_pissa(&config, 0..1)?
+        .try_load_file(&model_file)?;
+    let optim = HdPissaOptimizer::new(adam(), Solo)?.load(&optimizer_file)?;
+    // ANCHOR_END: records
+    assert_eq!(
+        bits(&base(&restored.up.weight)),
+        bits(&base(&model.up.weight))
+    );
+    drop(optim);
+    Ok(())
+}

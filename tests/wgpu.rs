@@ -1,0 +1,207 @@
+//! WGPU against Flex: values, gradients, whole steps, and memory over many steps.
+//!
+//! Runs with the feature `wgpu` where a WGPU adapter is found; software drivers will do. With
+//! `HD_PISSA_REQUIRE_WGPU=1` a missing adapter fails the test.
+#![cfg(feature = "wgpu")]
+
+use burn::module::Module;
+use burn::optim::{AdamConfig, GradientsParams};
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use hd_pissa::comm::Solo;
+use hd_pissa::ops::adapter_linear;
+use hd_pissa::{
+    HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaLinearConfig, HdPissaModule,
+    HdPissaOptimizer, OptimizerError, ShardGradients,
+};
+use hd_pissa_tests::{Dense, Lean, assert_close, base, bits, normal, values};
+
+/// The device, or `None` where there is no adapter and none is required.
+fn wgpu() -> Option<Device> {
+    let found = std::panic::catch_unwind(|| {
+        let device = Device::wgpu(Default::default());
+        Tensor::<1>::zeros([1], &device).into_data();
+        device
+    });
+    match found {
+        Ok(device) => Some(device),
+        Err(_) if std::env::var_os("HD_PISSA_REQUIRE_WGPU").is_some_and(|v| v == "1") => {
+            panic!("HD_PISSA_REQUIRE_WGPU=1, but no WGPU adapter was found")
+        }
+        Err(_) => {
+            println!("skipped: no WGPU adapter");
+            None
+        }
+    }
+}
+
+fn on<const D: usize>(tensor: &Tensor<D>, device: &Device) -> Tensor<D> {
+    Tensor::from_data(tensor.clone().inner().into_data(), (device, tensor.dtype()))
+}
+
+#[test]
+fn values_and_gradients() {
+    let Some(gpu) = wgpu() else { return };
+    let cpu = Device::flex();
+    for ([tokens, d_input, d_output, rank], dtype, tolerance) in [
+        ([5, 13, 7, 1], DType::F32, 1e-5),
+        ([64, 96, 33, 8], DType::F32, 1e-5),
+        ([1, 31, 64, 16], DType::F32, 1e-5),
+        ([24, 64, 48, 4], DType::F16, 5e-3),
+        ([7, 19, 23, 3], DType::F16, 5e-3),
+    ] {
+        // The leaves of one run on each device; which inputs are tracked varies.
+        for track_x in [false, true] {
+            let x = normal([tokens, d_input], &cpu).cast(dtype);
+            let w = (normal([d_input, d_output], &cpu) * 0.2).cast(dtype);
+            let (a, b) = (
+                normal([d_input, rank], &cpu),
+                normal([rank, d_output], &cpu),
+            );
+            let run = |device: &Device| {
+                let device = &device.clone().autodiff();
+                let x = on(&x, device).set_require_grad(track_x);
+                let (a, b) = (on(&a, device).require_grad(), on(&b, device).require_grad());
+                let y = adapter_linear(x.clone(), on(&w, device), a.clone(), b.clone(), 1.5);
+                let y = y.cast(DType::F32);
+                let grads = (y.clone().tanh().sum() + y.clone().square().mean()).backward();
+                let leaves = [a.grad(&grads), b.grad(&grads), x.grad(&grads)];
+                let leaves = leaves.map(|leaf| leaf.map(|g| g.cast(DType::F32).into_data()));
+                (y.inner().into_data(), leaves)
+            };
+            let ((gpu_y, gpu_grads), (cpu_y, cpu_grads)) = (run(&gpu), run(&cpu));
+            let close = |gpu: TensorData, reference: TensorData| {
+                let tensor = |data| Tensor::<2>::from_data(data, &cpu);
+                assert_close(tensor(gpu), tensor(reference), tolerance);
+            };
+            close(gpu_y, cpu_y);
+            assert_eq!(gpu_grads[2].is_some(), track_x);
+            for (gpu, cpu) in gpu_grads.into_iter().zip(cpu_grads) {
+                if let (Some(gpu), Some(cpu)) = (gpu, cpu) {
+                    close(gpu, cpu);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn empty_batches() {
+    let Some(gpu) = wgpu() else { return };
+    let device = gpu.autodiff();
+    let (a, b) = (
+        normal([5, 2], &device).require_grad(),
+        normal([2, 3], &device).require_grad(),
+    );
+    let x = Tensor::<2>::zeros([0, 5], &device);
+    let y = adapter_linear(x, normal([5, 3], &device), a, b, 1.0);
+    assert_eq!(y.dims(), [0, 3]);
+}
+
+/// One model on both devices, the same batches: the weights after a few steps.
+#[test]
+fn steps() {
+    let Some(gpu) = wgpu() else { return };
+    let config = HdPissaConfig::new().with_rank(2).with_shards(3);
+    let start = Dense::new(&Device::flex())
+        .into_record()
+        .into_bytes()
+        .unwrap();
+    let batches: Vec<Tensor<2>> = (0..12).map(|_| normal([6, 13], &Device::flex())).collect();
+    let train = |device: &Device| {
+        let device = device.clone().autodiff();
+        let record = burn::store::ModuleRecord::from_bytes(start.clone()).unwrap();
+        let model: Lean = Dense::new(&device).load_record(record).into();
+        let before = base(&model.first.weight).into_data();
+        let mut model = model.apply_hd_pissa(&config, 0..3).unwrap();
+        let adam = AdamConfig::new().with_epsilon(1e-8).init();
+        let mut optim = HdPissaOptimizer::new(adam, Solo).unwrap();
+        for step in batches.chunks(3) {
+            let mut gradients = ShardGradients::new(&model);
+            for (shard, batch) in step.iter().enumerate() {
+                model = model.select_shard(shard);
+                let loss = model.forward(on(batch, &device)).square().mean();
+                gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
+            }
+            model = optim.step(1e-2, model, gradients).unwrap();
+        }
+        let after = base(&model.first.weight).into_data();
+        let tensor = |data| Tensor::<2>::from_data(data, &Device::flex());
+        tensor(after) - tensor(before)
+    };
+    // Of the change, not of the weight.
+    assert_close(train(&gpu), train(&Device::flex()), 1e-3);
+}
+
+#[test]
+fn a_clone_is_unchanged_and_bad_steps_are_refused() {
+    let Some(gpu) = wgpu() else { return };
+    let device = gpu.autodiff();
+    let layer = HdPissaLinearConfig::new(13, 17).init(&device);
+    let config = HdPissaConfig::new().with_rank(2).with_shards(1);
+    let model = layer.apply_hd_pissa(&config, 0..1).unwrap();
+    let mut optim = HdPissaOptimizer::new(AdamConfig::new().init(), Solo).unwrap();
+    let gradients = |model: &HdPissaLinear, factor: f32| {
+        let loss = model
+            .forward(normal([4, 13], &device) * factor)
+            .square()
+            .mean();
+        GradientsParams::from_grads(loss.backward(), model)
+    };
+    let before = bits(&base(&model.weight));
+    let (clone, grads) = (model.clone(), gradients(&model, 1.0));
+    let model = optim.step(1e-2, model, grads).unwrap();
+    assert_ne!(bits(&base(&model.weight)), before);
+    assert_eq!(bits(&base(&clone.weight)), before);
+
+    for bad in [f32::NAN, f32::INFINITY] {
+        let before = bits(&base(&model.weight));
+        let grads = gradients(&model, bad);
+        let error = optim.step(1e-2, model.clone(), grads).unwrap_err();
+        assert!(
+            matches!(error.cause, OptimizerError::NonFinite { .. }),
+            "{}",
+            error.cause
+        );
+        assert_eq!(bits(&base(&error.model.weight)), before);
+    }
+}
+
+/// Memory in use on the device stays where it is after the first steps.
+#[test]
+fn five_hundred_steps_without_growth() {
+    let Some(gpu) = wgpu() else { return };
+    let device = gpu.clone().autodiff();
+    let config = HdPissaConfig::new().with_rank(2).with_shards(2);
+    let mut model = Lean::new(&device).apply_hd_pissa(&config, 0..2).unwrap();
+    let adam = AdamConfig::new().with_epsilon(1e-8).init();
+    let mut optim = HdPissaOptimizer::new(adam, Solo).unwrap();
+    let mut used = Vec::new();
+    for step in 0..500 {
+        let mut gradients = ShardGradients::new(&model);
+        for shard in 0..2 {
+            model = model.select_shard(shard);
+            let loss = model.forward(normal([6, 13], &device)).square().mean();
+            gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
+        }
+        model = optim.step(1e-3, model, gradients).unwrap();
+        if step % 100 == 99 {
+            gpu.sync().unwrap();
+            used.push(gpu.memory_pool_usage().expect("WGPU reports its memory"));
+        }
+    }
+    let adapter = model
+        .first
+        .weight
+        .reparameterization::<HdPissaAdapter>()
+        .unwrap();
+    assert!(
+        values(adapter.shards[1].a.val())
+            .iter()
+            .all(|x| x.is_finite())
+    );
+    let (early, late) = (&used[0], &used[4]);
+    assert!(
+        late.bytes_in_use <= early.bytes_in_use && late.number_allocs <= early.number_allocs,
+        "after 100 steps: {early:?}; after 500: {late:?}"
+    );
+}
