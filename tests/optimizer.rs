@@ -276,35 +276,10 @@ fn flipping_the_sign_of_a_component_changes_nothing() {
     );
 }
 
-/// Singular values of a matrix, descending, by one-sided Jacobi rotations in `f64`.
+/// Singular values of a matrix, descending, in `f64`.
 fn singular_values(rows: usize, cols: usize, values: &[f32]) -> Vec<f64> {
-    let mut columns: Vec<Vec<f64>> = (0..cols)
-        .map(|c| (0..rows).map(|r| values[r * cols + c].into()).collect())
-        .collect();
-    let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
-    for _ in 0..60 {
-        for i in 0..cols {
-            for j in i + 1..cols {
-                let (p, q) = (dot(&columns[i], &columns[i]), dot(&columns[j], &columns[j]));
-                let cross = dot(&columns[i], &columns[j]);
-                if cross.abs() <= 1e-15 * (p * q).sqrt() {
-                    continue;
-                }
-                let zeta = (q - p) / (2.0 * cross);
-                let t = zeta.signum() / (zeta.abs() + (1.0 + zeta * zeta).sqrt());
-                let cos = 1.0 / (1.0 + t * t).sqrt();
-                let sin = cos * t;
-                for r in 0..rows {
-                    let (x, y) = (columns[i][r], columns[j][r]);
-                    columns[i][r] = cos * x - sin * y;
-                    columns[j][r] = sin * x + cos * y;
-                }
-            }
-        }
-    }
-    let mut values: Vec<f64> = columns.iter().map(|c| dot(c, c).sqrt()).collect();
-    values.sort_by(|x, y| y.total_cmp(x));
-    values
+    let matrix = faer::Mat::from_fn(rows, cols, |r, c| f64::from(values[r * cols + c]));
+    matrix.singular_values().unwrap()
 }
 
 #[test]

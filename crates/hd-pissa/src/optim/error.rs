@@ -29,15 +29,13 @@ pub enum OptimizerError {
     #[error("the model has no HD-PiSSA adapter; call apply_hd_pissa first")]
     NoAdapter,
     /// The weights of the model do not all have the same shards.
-    #[error("`{path}` has the shards {found}, `{first_path}` has {expected}")]
+    #[error("`{path}` has the shards {found}, other weights have {expected}")]
     UnevenShards {
-        /// Path of the weight that differs.
+        /// Path of the first weight that differs.
         path: String,
         /// Its shards.
         found: String,
-        /// Path of the first adapted weight.
-        first_path: String,
-        /// The first weight's shards.
+        /// The shards of the weights before it.
         expected: String,
     },
     /// No gradients were given for a hosted shard.

@@ -80,7 +80,6 @@ impl Factors {
                 return Err(OptimizerError::UnevenShards {
                     path: weight.path.clone(),
                     found: describe(weight),
-                    first_path: first.path.clone(),
                     expected: describe(first),
                 });
             }
