@@ -30,6 +30,12 @@ pub(crate) fn shard_name(index: usize, shards: usize) -> String {
     format!("shard_{index}_of_{shards}")
 }
 
+/// Path of a shard of the adapter of a weight.
+pub(crate) fn shard_path(weight: &str, index: usize, shards: usize) -> String {
+    let (adapter, shard) = (HdPissaAdapter::NAME, shard_name(index, shards));
+    format!("{weight}.{adapter}.{shard}")
+}
+
 fn parse_shard_name(name: &str) -> Option<(usize, usize)> {
     let (index, shards) = name.strip_prefix("shard_")?.split_once("_of_")?;
     Some((index.parse().ok()?, shards.parse().ok()?))

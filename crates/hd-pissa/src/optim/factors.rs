@@ -91,16 +91,14 @@ impl Factors {
         })
     }
 
-    /// Every factor with its weight's position, its shard and its side.
-    pub(super) fn iter(&self) -> impl Iterator<Item = (usize, usize, &Factor)> {
-        self.weights
-            .iter()
-            .enumerate()
-            .flat_map(|(weight, factors)| {
-                factors.shards.iter().flat_map(move |shard| {
-                    [&shard.a, &shard.b].map(|factor| (weight, shard.index, factor))
-                })
+    /// Every factor, with the weight, the shard and the side it belongs to.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&WeightFactors, usize, Side, &Factor)> {
+        self.weights.iter().flat_map(|weight| {
+            weight.shards.iter().flat_map(move |shard| {
+                [(Side::A, &shard.a), (Side::B, &shard.b)]
+                    .map(|(side, factor)| (weight, shard.index, side, factor))
             })
+        })
     }
 }
 

@@ -167,8 +167,8 @@ impl ShardGradients {
 fn shards_in(gradients: &GradientsParams, factors: &Factors) -> Vec<usize> {
     let mut shards: Vec<usize> = factors
         .iter()
-        .filter(|(_, _, factor)| gradients.get::<2>(factor.id).is_some())
-        .map(|(_, shard, _)| shard)
+        .filter(|(_, _, _, factor)| gradients.get::<2>(factor.id).is_some())
+        .map(|(_, shard, _, _)| shard)
         .collect();
     shards.sort_unstable();
     shards.dedup();

@@ -14,6 +14,7 @@ use super::gradients::ShardGradients;
 use super::others::mean_gradients;
 use super::probe::Probe;
 use super::{OptimizerError, StepError};
+use crate::adapter::path::shard_path;
 use crate::ops;
 
 /// Version of the records that this build writes and reads.
@@ -187,15 +188,9 @@ impl HdPissaOptimizer {
 
     /// The probe of [`new`](Self::new) again, with the paths and ids that parameter groups match.
     fn refuse_groups_that_read(&self, factors: &Factors) -> Result<(), OptimizerError> {
-        let params = factors.iter().map(|(weight, shard, factor)| {
-            let weight = &factors.weights[weight];
-            let position = weight.shards.iter().find(|s| s.index == shard);
-            let side = match position {
-                Some(shard) if shard.a.id == factor.id => "a",
-                _ => "b",
-            };
-            let name = crate::adapter::path::shard_name(shard, factors.num_shards);
-            (format!("{}.hd_pissa.{name}.{side}", weight.path), factor.id)
+        let params = factors.iter().map(|(weight, shard, side, factor)| {
+            let shard = shard_path(&weight.path, shard, factors.num_shards);
+            (format!("{shard}.{}", side.name()), factor.id)
         });
         match Probe::new(&Device::default(), params).reads_parameter(&self.inner) {
             Some(path) => Err(OptimizerError::ReadsParameter { path: Some(path) }),
@@ -315,8 +310,8 @@ fn clip(shards: &mut [GradientsParams], factors: &Factors, max_norm: f64) {
     for (gradients, &shard) in shards.iter_mut().zip(&factors.hosted) {
         let ids: Vec<ParamId> = factors
             .iter()
-            .filter(|&(_, index, _)| index == shard)
-            .map(|(_, _, factor)| factor.id)
+            .filter(|&(_, index, _, _)| index == shard)
+            .map(|(_, _, _, factor)| factor.id)
             .collect();
         let squares = ids
             .iter()
@@ -421,8 +416,7 @@ fn refuse_non_finite(
         Some(other) => others[other].0.clone(),
         None => {
             let (shard, weight) = (position / weights, position % weights);
-            let name = crate::adapter::path::shard_name(shard, factors.num_shards);
-            format!("{}.hd_pissa.{name}", factors.weights[weight].path)
+            shard_path(&factors.weights[weight].path, shard, factors.num_shards)
         }
     };
     Err(OptimizerError::NonFinite {
