@@ -165,17 +165,18 @@ impl<B: HdPissaOps, C: CheckpointStrategy> HdPissaOps for Autodiff<B, C> {
 
     fn hd_pissa_merge(
         w: FloatTensor<Self>,
-        left: FloatTensor<Self>,
-        right: FloatTensor<Self>,
+        frames: FloatTensor<Self>,
+        deltas: FloatTensor<Self>,
+        rank: usize,
     ) -> FloatTensor<Self> {
         // The step happens outside the graph, on tensors without autodiff; a tensor that has it
         // nevertheless is a constant here.
-        let merged = B::hd_pissa_merge(
+        Self::from_inner(B::hd_pissa_merge(
             w.into_primitive(),
-            left.into_primitive(),
-            right.into_primitive(),
-        );
-        Self::from_inner(merged)
+            frames.into_primitive(),
+            deltas.into_primitive(),
+            rank,
+        ))
     }
 
     fn hd_pissa_count_non_finite(x: FloatTensor<Self>, bool_dtype: BoolDType) -> FloatTensor<Self> {

@@ -1,5 +1,5 @@
 use burn::backend::{Backend, TensorMetadata, backend_extension, tensor::FloatTensor};
-use burn::tensor::{BoolDType, DType, FloatDType, Shape};
+use burn::tensor::{BoolDType, DType, FloatDType, Shape, Slice};
 
 /// What the adapter and the optimizer need from a backend beyond Burn's own operations.
 ///
@@ -41,18 +41,37 @@ pub trait HdPissaOps: Backend {
         w
     }
 
-    /// `w + left · right`, rounded once to the dtype of `w`.
+    /// `w + Σ_k ((a_k + Δa_k)·Δb_k + Δa_k·b_k)`, rounded once to the dtype of `w`.
     ///
-    /// `left: [d_input, n]` and `right: [n, d_output]` are `f32`. The result reuses the memory of
-    /// `w` where the backend can and no other handle to it exists.
+    /// `frames` and `deltas` are `f32` of shape `[shards, rank · (d_input + d_output)]`: row `k`
+    /// holds `a_k`, row by row, followed by `b_k`, row by row, or their deltas. The result reuses
+    /// the memory of `w` where the backend can and no other handle to it exists.
     #[fusion(default)]
     fn hd_pissa_merge(
         w: FloatTensor<Self>,
-        left: FloatTensor<Self>,
-        right: FloatTensor<Self>,
+        frames: FloatTensor<Self>,
+        deltas: FloatTensor<Self>,
+        rank: usize,
     ) -> FloatTensor<Self> {
-        let dtype = w.dtype();
-        let update = Self::float_matmul(left, right);
+        let (dtype, shape) = (w.dtype(), w.shape());
+        let (d_input, d_output) = (shape[0], shape[1]);
+        let factor = |rows: &FloatTensor<Self>, shard: usize, left: bool| {
+            let (start, shape) = match left {
+                true => (0, [d_input, rank]),
+                false => (d_input * rank, [rank, d_output]),
+            };
+            let row = Slice::from(shard..shard + 1);
+            let columns = Slice::from(start..start + shape[0] * shape[1]);
+            let part = Self::float_slice(rows.clone(), &[row, columns]);
+            Self::float_reshape(part, Shape::new(shape))
+        };
+        let (mut left, mut right) = (Vec::new(), Vec::new());
+        for shard in 0..frames.shape()[0] {
+            let moved = Self::float_add(factor(&frames, shard, true), factor(&deltas, shard, true));
+            left.extend([moved, factor(&deltas, shard, true)]);
+            right.extend([factor(&deltas, shard, false), factor(&frames, shard, false)]);
+        }
+        let update = Self::float_matmul(Self::float_cat(left, 1), Self::float_cat(right, 0));
         let sum = Self::float_add(cast::<Self>(w, DType::F32), update);
         cast::<Self>(sum, dtype)
     }

@@ -71,12 +71,35 @@ pub fn adapter_weight(weight: Tensor<2>, a: Tensor<2>, b: Tensor<2>, scale: f64)
     ))
 }
 
-/// `weight + left · right`, in the memory of `weight` where no one else holds it.
-pub(crate) fn merge(weight: Tensor<2>, left: Tensor<2>, right: Tensor<2>) -> Tensor<2> {
+/// `weight + Σ_k ((a_k + Δa_k)·Δb_k + Δa_k·b_k)`: what a weight takes in one step.
+///
+/// # Shapes
+///
+/// - weight: `[d_input, d_output]`, f32, f16 or bf16
+/// - frames, deltas: `[shards, rank · (d_input + d_output)]`, `f32`; row `k` holds `a_k` row by row,
+///   then `b_k` row by row, or their deltas
+/// - output: as weight, in its memory where nothing else holds it and the backend can
+///
+/// The sum is accumulated in `f32` and rounded once to the weight's dtype.
+///
+/// # Panics
+///
+/// If the shapes do not fit, or on a backend that [`HdPissaOps`] is not implemented for.
+pub fn merge(weight: Tensor<2>, frames: Tensor<2>, deltas: Tensor<2>, rank: usize) -> Tensor<2> {
+    let [d_input, d_output] = weight.dims();
+    let shards = frames.dims()[0];
+    let expected = [shards, rank * (d_input + d_output)];
+    assert!(
+        rank > 0 && frames.dims() == expected && deltas.dims() == expected,
+        "merge: frames {:?} and deltas {:?} must both be {expected:?}, for rank {rank} above 0",
+        frames.dims(),
+        deltas.dims()
+    );
     Tensor::from_dispatch(Dispatch::hd_pissa_merge(
         weight.into_dispatch(),
-        left.into_dispatch(),
-        right.into_dispatch(),
+        frames.into_dispatch(),
+        deltas.into_dispatch(),
+        rank,
     ))
 }
 

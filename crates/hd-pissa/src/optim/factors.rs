@@ -173,44 +173,38 @@ impl ModuleMapper for ZeroFactors {
     }
 }
 
-/// The deltas of all shards of one weight, stacked for the merge:
-/// `ΔW = left · right` with `left = [a + Δa | Δa]` and `right = [Δb ; b]`.
-pub(super) struct StackedDelta {
-    /// `[d_input, 2·K·rank]`
-    pub(super) left: Tensor<2>,
-    /// `[2·K·rank, d_output]`
-    pub(super) right: Tensor<2>,
+/// The frames and deltas of all shards of one weight, as [`ops::merge`] takes them.
+pub(super) struct WeightUpdate {
+    pub(super) frames: Tensor<2>,
+    pub(super) deltas: Tensor<2>,
+    pub(super) rank: usize,
 }
 
-/// Puts the frames back and merges the deltas into the weights.
-pub(super) struct Commit {
+/// Puts the frames back and merges the updates into the weights.
+pub(super) struct Commit<F> {
     path: PathTracker,
     frames: HashMap<ParamId, Tensor<2>>,
-    deltas: HashMap<String, StackedDelta>,
+    /// Positions of the adapted weights.
+    weights: HashMap<String, usize>,
+    update: F,
 }
 
-impl Commit {
-    pub(super) fn apply<M: Module>(
-        model: M,
-        factors: Factors,
-        deltas: HashMap<String, StackedDelta>,
-    ) -> M {
-        let frames = factors
-            .weights
-            .into_iter()
-            .flat_map(|weight| weight.shards)
-            .flat_map(|shard| [shard.a, shard.b])
-            .map(|factor| (factor.id, factor.value))
-            .collect();
+impl<F: Fn(usize) -> WeightUpdate> Commit<F> {
+    /// `update` is called with the position of each weight when its turn comes, so that the
+    /// buffers of one weight at a time are live.
+    pub(super) fn apply<M: Module>(model: M, factors: &Factors, update: F) -> M {
+        let frame = |factor: &Factor| (factor.id, factor.value.clone());
+        let paths = factors.weights.iter().enumerate();
         model.map(&mut Self {
             path: PathTracker::default(),
-            frames,
-            deltas,
+            frames: factors.iter().map(|(_, _, _, f)| frame(f)).collect(),
+            weights: paths.map(|(i, weight)| (weight.path.clone(), i)).collect(),
+            update,
         })
     }
 }
 
-impl ModuleMapper for Commit {
+impl<F: Fn(usize) -> WeightUpdate> ModuleMapper for Commit<F> {
     track_path!(path);
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
@@ -224,13 +218,15 @@ impl ModuleMapper for Commit {
                 None => param,
             },
             Place::Shard { side: None, .. } => param,
-            Place::Other(path) => match self.deltas.remove(&path) {
-                Some(StackedDelta { left, right }) => {
+            Place::Other(path) => match self.weights.get(&path) {
+                Some(&weight) => {
                     let (id, value, mapper) = param.consume();
                     // A handle of the storage would make the merge copy: keep only the settings.
                     let settings = Settings::of(&value);
-                    let weight = Tensor::<2>::from_dispatch(value.inner().into_dispatch());
-                    let merged = ops::merge(weight, left, right);
+                    let weight_value = Tensor::<2>::from_dispatch(value.inner().into_dispatch());
+                    let update = (self.update)(weight);
+                    let merged =
+                        ops::merge(weight_value, update.frames, update.deltas, update.rank);
                     let merged = Tensor::<D>::from_dispatch(merged.into_dispatch());
                     Param::from_mapped_value(id, settings.restore(merged), mapper)
                 }

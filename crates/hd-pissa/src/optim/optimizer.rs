@@ -1,4 +1,3 @@
-use std::collections::HashMap;
 use std::path::Path;
 
 use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
@@ -9,7 +8,7 @@ use burn_pack::{Reader, Scalar, Writer};
 use hd_pissa_comm::Communicator;
 
 use super::exchange::{Pair, Roster, ShardDeltas};
-use super::factors::{Commit, Factors, StackedDelta, ZeroFactors};
+use super::factors::{Commit, Factors, WeightUpdate, ZeroFactors};
 use super::gradients::ShardGradients;
 use super::others::mean_gradients;
 use super::probe::Probe;
@@ -121,20 +120,27 @@ impl HdPissaOptimizer {
         model: M,
         grads: impl Into<ShardGradients>,
     ) -> Result<M, StepError<M>> {
-        match self.prepare(lr.into(), &model, grads.into()) {
-            Ok(Prepared {
-                stepped,
-                inner,
-                factors,
-                deltas,
-            }) => {
-                // The last handle to the old weights, so that the merge can write in place.
-                drop(model);
-                self.inner = inner;
-                Ok(Commit::apply(stepped, factors, deltas))
-            }
-            Err(cause) => Err(StepError { model, cause }),
-        }
+        let Prepared {
+            stepped,
+            inner,
+            factors,
+            deltas,
+        } = match self.prepare(lr.into(), &model, grads.into()) {
+            Ok(prepared) => prepared,
+            Err(cause) => return Err(StepError { model, cause }),
+        };
+        // The last handle to the old weights, so that the merge can write in place.
+        drop(model);
+        self.inner = inner;
+        let roster = self
+            .roster
+            .as_ref()
+            .expect("agreed on before the first step");
+        Ok(Commit::apply(stepped, &factors, |weight| WeightUpdate {
+            frames: rows((0..deltas.len()).map(|shard| roster.frame(&factors, weight, shard))),
+            deltas: rows(deltas.iter().map(|shard| shard.pairs[weight].clone())),
+            rank: factors.weights[weight].rank(),
+        }))
     }
 
     /// Everything of a step that can fail; changes neither `self.inner` nor the model.
@@ -165,19 +171,9 @@ impl HdPissaOptimizer {
         let mut inner = self.inner.clone();
         let stepped = inner.step(lr, ZeroFactors::apply(model.clone()), gradients);
         let hosted = deltas_of(&Factors::of(&stepped)?, bad_gradients);
-        let all = roster.gather_deltas(hosted, &factors, communicator)?;
-        refuse_non_finite(&all, &factors, others.non_finite)?;
+        let deltas = roster.gather_deltas(hosted, &factors, communicator)?;
+        refuse_non_finite(&deltas, &factors, others.non_finite)?;
 
-        let deltas = factors
-            .weights
-            .iter()
-            .enumerate()
-            .map(|(weight, layout)| {
-                let frames = (0..all.len()).map(|shard| roster.frame(&factors, weight, shard));
-                let deltas = all.iter().map(|shard| shard.pairs[weight].clone());
-                (layout.path.clone(), stack(frames.zip(deltas)))
-            })
-            .collect();
         Ok(Prepared {
             stepped,
             inner,
@@ -289,7 +285,8 @@ struct Prepared<M> {
     inner: ModuleOptimizer,
     /// The factors of the model before the step.
     factors: Factors,
-    deltas: HashMap<String, StackedDelta>,
+    /// The deltas of every shard, by index.
+    deltas: Vec<ShardDeltas>,
 }
 
 fn invalid_record(error: impl std::fmt::Display) -> OptimizerError {
@@ -425,19 +422,13 @@ fn refuse_non_finite(
     })
 }
 
-/// `left = [a + Δa | Δa]`, `right = [Δb ; b]`, over all shards in order.
-fn stack(shards: impl Iterator<Item = (Pair, Pair)>) -> StackedDelta {
-    let (mut left, mut delta_a, mut delta_b, mut right) = (vec![], vec![], vec![], vec![]);
-    for (frame, delta) in shards {
-        left.push(frame.a + delta.a.clone());
-        delta_a.push(delta.a);
-        delta_b.push(delta.b);
-        right.push(frame.b);
-    }
-    left.append(&mut delta_a);
-    delta_b.append(&mut right);
-    StackedDelta {
-        left: Tensor::cat(left, 1),
-        right: Tensor::cat(delta_b, 0),
-    }
+/// One row for each shard: its `a`, then its `b`, row by row.
+fn rows(pairs: impl Iterator<Item = Pair>) -> Tensor<2> {
+    let parts: Vec<Tensor<1>> = pairs
+        .flat_map(|pair| [pair.a.flatten(0, 1), pair.b.flatten(0, 1)])
+        .collect();
+    let shards = parts.len() / 2;
+    let all = Tensor::cat(parts, 0);
+    let len = all.dims()[0] / shards;
+    all.reshape([shards, len])
 }
