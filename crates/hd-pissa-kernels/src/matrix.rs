@@ -127,7 +127,8 @@ impl Matrix {
         let minor = self.minor_axis();
         let [near, far] = [minor, 1 - minor].map(|axis| (self.shape[axis], self.strides[axis]));
         let run = (near.0.max(1) - 1) * near.1;
-        if (near.0 > 1 && near.1 == 0) || (far.0 > 1 && far.1 <= run) {
+        let elements = near.0 * far.0;
+        if elements > 0 && ((near.0 > 1 && near.1 == 0) || (far.0 > 1 && far.1 <= run)) {
             let strides = self.strides;
             return Err(KernelError::Overlap { operand, strides });
         }

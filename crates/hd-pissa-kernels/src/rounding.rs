@@ -142,7 +142,7 @@ pub(crate) fn split<F: Float>(value: f32, #[comptime] dtype: FloatType) -> (f32,
 pub(crate) fn join(high: f32, low: u32, #[comptime] dtype: FloatType) -> f32 {
     let bits = u32::reinterpret(high);
     // The sign of the low half in all upper bits.
-    let extended = (low ^ 0x8000u32) - 0x8000u32;
+    let extended = ((low & 0xffffu32) ^ 0x8000u32) - 0x8000u32;
     let exact = f32::reinterpret(bits + extended);
     if comptime!(dtype == FloatType::BF16) {
         exact
