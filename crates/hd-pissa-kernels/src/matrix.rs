@@ -181,13 +181,19 @@ impl Matrix {
 
     /// Whether every run along `axis` can be read as aligned vectors of four.
     pub(crate) fn has_vectors(&self, axis: usize) -> bool {
-        self.strides[axis] == 1
+        self.span() > 0
+            && self.strides[axis] == 1
             && self.shape[axis].is_multiple_of(4)
             && self.strides[1 - axis].is_multiple_of(4)
             && is_aligned(&self.handle, self.dtype.size())
     }
 
-    pub(crate) fn arg(self, vector_size: usize) -> BufferArg {
+    pub(crate) fn arg(self, client: &Client, vector_size: usize) -> BufferArg {
+        if self.span() == 0 {
+            // An empty tensor may have no memory to bind; the kernel touches none of this.
+            // SAFETY: the buffer has the one element, of any type and vector size.
+            return unsafe { BufferArg::from_raw_parts(client.empty(16), 1) };
+        }
         let len = self.span().div_ceil(vector_size as u64) as usize;
         // SAFETY: `check_read` or `check_write` found `span` elements in the buffer, and a vector
         // size above one is only taken where the span is a multiple of it.

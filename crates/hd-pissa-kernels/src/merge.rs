@@ -263,7 +263,7 @@ pub fn merge(client: &Client, merge: Merge) -> Result<(), KernelError> {
             CubeDim::new_1d(tile.units() as u32),
             vector_size,
             weight_vector_size,
-            weight.clone().arg(weight_vector_size),
+            weight.clone().arg(client, weight_vector_size),
             companion.into(),
             frames.arg(vector_size),
             deltas.arg(vector_size),

@@ -65,12 +65,18 @@ fn properties(version: u32) -> Arc<DeviceProperties> {
         },
     );
     cubecl_cpp::register_supported_types(&mut properties);
-    let architecture = CudaArchitecture { version, tensor_cores: true };
+    let architecture = CudaArchitecture {
+        version,
+        tensor_cores: true,
+    };
     register_wmma_features(
         mma::CudaCmmaCompiler::Cpp.supported_cmma_combinations(&architecture),
         &mut properties,
     );
-    register_mma_features(mma::supported_mma_combinations(&architecture), &mut properties);
+    register_mma_features(
+        mma::supported_mma_combinations(&architecture),
+        &mut properties,
+    );
     properties.register_type_usage(ElemType::Float(FloatKind::TF32), TypeUsage::Conversion);
     properties.register_opaque_type(OpaqueType::Barrier);
     properties.features.plane.insert(Plane::Sync);
@@ -120,7 +126,11 @@ fn merges(kernels: &mut Vec<(String, Build)>) {
     for dtype in TYPES {
         let roundings = match dtype {
             FloatType::F32 => vec![Rounding::Nearest],
-            _ => vec![Rounding::Nearest, Rounding::Split(dtype), Rounding::Stochastic(dtype)],
+            _ => vec![
+                Rounding::Nearest,
+                Rounding::Split(dtype),
+                Rounding::Stochastic(dtype),
+            ],
         };
         for rounding in roundings {
             for (tile, factor_vectors, weight_vectors, column_major) in variants() {
@@ -129,9 +139,21 @@ fn merges(kernels: &mut Vec<(String, Build)>) {
                     tile.major(),
                     tile.minor(),
                     [
-                        if factor_vectors { "factor vectors" } else { "factor elements" },
-                        if weight_vectors { "weight vectors" } else { "weight elements" },
-                        if column_major { "column-major" } else { "row-major" },
+                        if factor_vectors {
+                            "factor vectors"
+                        } else {
+                            "factor elements"
+                        },
+                        if weight_vectors {
+                            "weight vectors"
+                        } else {
+                            "weight elements"
+                        },
+                        if column_major {
+                            "column-major"
+                        } else {
+                            "row-major"
+                        },
                     ]
                     .join(", ")
                 );
@@ -177,24 +199,50 @@ fn merges(kernels: &mut Vec<(String, Build)>) {
 
 fn variants() -> impl Iterator<Item = (Tile, bool, bool, bool)> {
     Tile::ALL.into_iter().flat_map(|tile| {
-        [(true, true), (true, false), (false, true), (false, false)].into_iter().flat_map(
-            move |(factors, weight)| {
+        [(true, true), (true, false), (false, true), (false, false)]
+            .into_iter()
+            .flat_map(move |(factors, weight)| {
                 [false, true].map(|column_major| (tile, factors, weight, column_major))
-            },
-        )
+            })
     })
 }
 
 /// The low-rank product: every dtype and tile with every way of reading, which each operand takes
 /// in turn; forward with and without bias.
 fn products(kernels: &mut Vec<(String, Build)>) {
-    let access = |vectors, along_depth| Access { vectors, along_depth };
+    let access = |vectors, along_depth| Access {
+        vectors,
+        along_depth,
+    };
     let ways = [
-        ("row-major", [access(true, true), access(true, false), access(true, false)]),
-        ("column-major weight", [access(true, true), access(true, true), access(true, true)]),
-        ("column-major input", [access(true, false), access(true, false), access(true, true)]),
-        ("elements", [access(false, true), access(false, false), access(false, false)]),
-        ("transposed elements", [access(false, false), access(false, true), access(false, true)]),
+        (
+            "row-major",
+            [access(true, true), access(true, false), access(true, false)],
+        ),
+        (
+            "column-major weight",
+            [access(true, true), access(true, true), access(true, true)],
+        ),
+        (
+            "column-major input",
+            [access(true, false), access(true, false), access(true, true)],
+        ),
+        (
+            "elements",
+            [
+                access(false, true),
+                access(false, false),
+                access(false, false),
+            ],
+        ),
+        (
+            "transposed elements",
+            [
+                access(false, false),
+                access(false, true),
+                access(false, true),
+            ],
+        ),
     ];
     for dtype in TYPES {
         for tile in Tile::ALL {
@@ -296,7 +344,10 @@ fn every_kernel_compiles_for_cuda_without_spills() {
         Err(NvrtcError::Missing)
             if std::env::var("HD_PISSA_REQUIRE_NVRTC").as_deref() != Ok("1") =>
         {
-            eprintln!("the sources are built, not compiled: {}", NvrtcError::Missing);
+            eprintln!(
+                "the sources are built, not compiled: {}",
+                NvrtcError::Missing
+            );
             None
         }
         Err(error) => panic!("{error}"),
@@ -306,7 +357,10 @@ fn every_kernel_compiles_for_cuda_without_spills() {
         .iter()
         .flat_map(|kernel| ARCHITECTURES.map(|architecture| (kernel, architecture)))
         .collect();
-    println!("{:<8}{:>10}{:>8}{:>8}{:>9}{:>9}  kernel", "", "registers", "spills", "stack", "shared", "cubin");
+    println!(
+        "{:<8}{:>10}{:>8}{:>8}{:>9}{:>9}  kernel",
+        "", "registers", "spills", "stack", "shared", "cubin"
+    );
     let next = AtomicUsize::new(0);
     let failed = AtomicUsize::new(0);
     let threads = std::thread::available_parallelism().map_or(1, |count| count.get());
@@ -341,5 +395,9 @@ fn every_kernel_compiles_for_cuda_without_spills() {
             });
         }
     });
-    assert_eq!(failed.into_inner(), 0, "kernels that spill or do not compile; see above");
+    assert_eq!(
+        failed.into_inner(),
+        0,
+        "kernels that spill or do not compile; see above"
+    );
 }

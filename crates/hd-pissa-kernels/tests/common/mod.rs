@@ -1,5 +1,8 @@
 //! A device to test on, random data and conversions.
 
+// Every test target compiles this module and uses its own part.
+#![allow(dead_code)]
+
 use std::panic::catch_unwind;
 use std::sync::OnceLock;
 

@@ -47,7 +47,10 @@ impl Nvrtc {
         for root in roots {
             let (mut libraries, mut includes) = (Vec::new(), Vec::new());
             walk(&root, 5, &mut |file| {
-                let name = file.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+                let name = file
+                    .file_name()
+                    .and_then(|name| name.to_str())
+                    .unwrap_or_default();
                 if name.starts_with("libnvrtc.so") {
                     libraries.push(file.to_path_buf());
                 } else if ["cuda_fp16.h", "cuda_runtime.h", "vector_types.h"].contains(&name) {
@@ -72,7 +75,11 @@ impl Nvrtc {
             "--ptxas-options=-v".into(),
         ]
         .into_iter()
-        .chain(self.includes.iter().map(|path| format!("--include-path={}", path.display())))
+        .chain(
+            self.includes
+                .iter()
+                .map(|path| format!("--include-path={}", path.display())),
+        )
         .map(c_string)
         .collect();
         let options: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
@@ -121,7 +128,10 @@ impl Nvrtc {
             if status != 0 {
                 return Err(NvrtcError::Compile(log));
             }
-            Ok(Usage { cubin_bytes: cubin, ..usage(&log)? })
+            Ok(Usage {
+                cubin_bytes: cubin,
+                ..usage(&log)?
+            })
         }
     }
 }
@@ -134,7 +144,9 @@ fn c_string(text: String) -> CString {
 fn usage(log: &str) -> Result<Usage, NvrtcError> {
     let before = |unit: &str| {
         let end = log.find(unit)?;
-        let digits = log[..end].rsplit(|c: char| !c.is_ascii_digit()).find(|d| !d.is_empty())?;
+        let digits = log[..end]
+            .rsplit(|c: char| !c.is_ascii_digit())
+            .find(|d| !d.is_empty())?;
         digits.parse::<u64>().ok()
     };
     let figures = || {
@@ -151,19 +163,24 @@ fn usage(log: &str) -> Result<Usage, NvrtcError> {
 }
 
 fn site_packages() -> Vec<PathBuf> {
-    let script = "import site; print('\\n'.join(site.getsitepackages() + [site.getusersitepackages()]))";
+    let script =
+        "import site; print('\\n'.join(site.getsitepackages() + [site.getusersitepackages()]))";
     Command::new("python3")
         .args(["-c", script])
         .output()
         .map(|output| {
             let text = String::from_utf8_lossy(&output.stdout).into_owned();
-            text.lines().map(|line| PathBuf::from(line).join("nvidia")).collect()
+            text.lines()
+                .map(|line| PathBuf::from(line).join("nvidia"))
+                .collect()
         })
         .unwrap_or_default()
 }
 
 fn walk(folder: &Path, depth: usize, visit: &mut impl FnMut(&Path)) {
-    let Ok(entries) = std::fs::read_dir(folder) else { return };
+    let Ok(entries) = std::fs::read_dir(folder) else {
+        return;
+    };
     for path in entries.flatten().map(|entry| entry.path()) {
         if !path.is_dir() {
             visit(&path);
