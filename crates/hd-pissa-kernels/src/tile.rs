@@ -62,7 +62,7 @@ impl Tile {
     }
 
     /// Bytes of shared memory for `parts` pairs of operand stages.
-    pub(crate) fn shared_bytes(&self, parts: usize) -> usize {
+    pub fn shared_bytes(&self, parts: usize) -> usize {
         parts * self.depth * (row_vectors(self.major()) + row_vectors(self.minor())) * 16
     }
 

@@ -1,17 +1,19 @@
 //! The CUDA C++ of every kernel, built without CUDA and compiled to machine code without a GPU.
 //!
 //! `cargo test --release -p hd-pissa-kernels --test cuda_source -- --nocapture` prints registers,
-//! spills and shared memory of every variant; a spill fails.
+//! spills and shared memory of every variant; a spill fails. NVRTC is looked for in Python's
+//! packages and in the folder `HD_PISSA_NVRTC`; without it the sources are built only, which is a
+//! failure if `HD_PISSA_REQUIRE_NVRTC=1`. `HD_PISSA_CUDA_SOURCE` names a folder for the sources.
 
 mod nvrtc;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use cubecl::ir::features::{Features, Plane};
+use cubecl::ir::features::{Features, Plane, TypeUsage};
 use cubecl::ir::{
     DeviceIdentity, DeviceProperties, ElemType, FloatKind, HardwareProperties,
-    MemoryDeviceProperties, OpaqueType, TargetProperties, TypeUsage, VectorSize,
+    MemoryDeviceProperties, OpaqueType, TargetProperties, VectorSize,
 };
 use cubecl::prelude::*;
 use cubecl::server::Handle;
@@ -74,7 +76,7 @@ fn properties(version: u32) -> Arc<DeviceProperties> {
         &mut properties,
     );
     register_mma_features(
-        mma::supported_mma_combinations(&architecture),
+        cubecl_cpp::cuda::supported_mma_combinations(&architecture),
         &mut properties,
     );
     properties.register_type_usage(ElemType::Float(FloatKind::TF32), TypeUsage::Conversion);
@@ -119,10 +121,16 @@ fn size(vectors: bool) -> usize {
     if vectors { 4 } else { 1 }
 }
 
-type Build = Box<dyn Fn(u32) -> String + Send + Sync>;
+/// A kernel's name, its dynamic shared memory in bytes (which the assembler does not see) and its
+/// source for a compute capability.
+struct Kernel {
+    name: String,
+    shared: usize,
+    build: Box<dyn Fn(u32) -> String + Send + Sync>,
+}
 
 /// Every merge that [`hd_pissa_kernels::merge`] can launch.
-fn merges(kernels: &mut Vec<(String, Build)>) {
+fn merges(kernels: &mut Vec<Kernel>) {
     for dtype in TYPES {
         let roundings = match dtype {
             FloatType::F32 => vec![Rounding::Nearest],
@@ -191,7 +199,11 @@ fn merges(kernels: &mut Vec<(String, Build)>) {
                     );
                     cpp(kernel, version)
                 };
-                kernels.push((name, Box::new(build)));
+                kernels.push(Kernel {
+                    name,
+                    shared: tile.shared_bytes(2) + tile.units() * 4,
+                    build: Box::new(build),
+                });
             }
         }
     }
@@ -209,7 +221,7 @@ fn variants() -> impl Iterator<Item = (Tile, bool, bool, bool)> {
 
 /// The low-rank product: every dtype and tile with every way of reading, which each operand takes
 /// in turn; forward with and without bias.
-fn products(kernels: &mut Vec<(String, Build)>) {
+fn products(kernels: &mut Vec<Kernel>) {
     let access = |vectors, along_depth| Access {
         vectors,
         along_depth,
@@ -290,14 +302,18 @@ fn products(kernels: &mut Vec<(String, Build)>) {
                         );
                         cpp(kernel, version)
                     };
-                    kernels.push((name, Box::new(build)));
+                    kernels.push(Kernel {
+                        name,
+                        shared: tile.shared_bytes(1),
+                        build: Box::new(build),
+                    });
                 }
             }
         }
     }
 }
 
-fn reductions(kernels: &mut Vec<(String, Build)>) {
+fn reductions(kernels: &mut Vec<Kernel>) {
     for dtype in TYPES {
         let build = move |version| {
             let kernel = reduce::count::create_dummy_kernel(
@@ -313,7 +329,12 @@ fn reductions(kernels: &mut Vec<(String, Build)>) {
             );
             cpp(kernel, version)
         };
-        kernels.push((format!("count non-finite {dtype:?}"), Box::new(build)));
+        let name = format!("count non-finite {dtype:?}");
+        kernels.push(Kernel {
+            name,
+            shared: 0,
+            build: Box::new(build),
+        });
     }
     let build = |version| {
         let kernel = reduce::sum::create_dummy_kernel(
@@ -329,12 +350,16 @@ fn reductions(kernels: &mut Vec<(String, Build)>) {
         );
         cpp(kernel, version)
     };
-    kernels.push(("sum of partial sums".into(), Box::new(build)));
+    kernels.push(Kernel {
+        name: "sum of partial sums".into(),
+        shared: 4 * 256,
+        build: Box::new(build),
+    });
 }
 
 #[test]
 fn every_kernel_compiles_for_cuda_without_spills() {
-    let mut kernels: Vec<(String, Build)> = Vec::new();
+    let mut kernels: Vec<Kernel> = Vec::new();
     reductions(&mut kernels);
     products(&mut kernels);
     merges(&mut kernels);
@@ -361,16 +386,27 @@ fn every_kernel_compiles_for_cuda_without_spills() {
         "{:<8}{:>10}{:>8}{:>8}{:>9}{:>9}  kernel",
         "", "registers", "spills", "stack", "shared", "cubin"
     );
+    let dump = std::env::var_os("HD_PISSA_CUDA_SOURCE").map(std::path::PathBuf::from);
     let next = AtomicUsize::new(0);
     let failed = AtomicUsize::new(0);
     let threads = std::thread::available_parallelism().map_or(1, |count| count.get());
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
-                while let Some(((name, build), (version, architecture))) =
-                    jobs.get(next.fetch_add(1, Ordering::Relaxed))
+                while let Some((
+                    Kernel {
+                        name,
+                        shared,
+                        build,
+                    },
+                    (version, architecture),
+                )) = jobs.get(next.fetch_add(1, Ordering::Relaxed))
                 {
                     let source = build(*version);
+                    if let Some(folder) = &dump {
+                        let file = format!("{architecture} {name}.cu").replace([' ', ','], "_");
+                        std::fs::write(folder.join(file), &source).expect("the folder is writable");
+                    }
                     let Some(nvrtc) = &nvrtc else { continue };
                     match nvrtc.compile(&source, architecture) {
                         Ok(usage) => {
@@ -379,7 +415,7 @@ fn every_kernel_compiles_for_cuda_without_spills() {
                                 usage.registers,
                                 usage.spill_bytes,
                                 usage.stack_bytes,
-                                usage.shared_bytes,
+                                usage.shared_bytes + *shared as u64,
                                 usage.cubin_bytes
                             );
                             if usage.spill_bytes > 0 {
