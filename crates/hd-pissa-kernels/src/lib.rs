@@ -1,0 +1,40 @@
+//! CubeCL kernels of HD-PiSSA: the delta merge and the fused low-rank product.
+//!
+//! The crate knows CubeCL and nothing of Burn. Every function takes a [`Client`](cubecl::client::Client)
+//! and device handles with explicit shapes and strides ([`Matrix`], [`Buffer`]), checks them, and
+//! queues its kernels without waiting for the device:
+//!
+//! - [`merge`]: `W += Σ_k (a_k + Δa_k)·Δb_k + Δa_k·b_k` in place, gated by
+//! - [`count_non_finite`]: the number of NaN and infinite elements, kept on the device;
+//! - [`low_rank_product`]: `y = x·W` and `p = x·a` in one launch.
+//!
+//! [`reference`] holds the same functions in plain Rust, slow and obvious.
+//!
+//! Results are bit-identical for identical inputs on the same device: every sum has a fixed order
+//! and no float is added atomically.
+
+mod error;
+mod matrix;
+mod merge;
+mod product;
+mod reduce;
+pub mod reference;
+mod rounding;
+mod tile;
+
+/// The kernels themselves, for building their source without a device. Not a stable interface.
+#[doc(hidden)]
+pub mod kernels {
+    pub use crate::merge::kernel as merge;
+    pub use crate::product::kernel as product;
+    pub use crate::reduce::kernel as reduce;
+    pub use crate::rounding::Rounding;
+    pub use crate::tile::{Access, OperandLaunch, Tile};
+}
+
+pub use error::KernelError;
+pub use matrix::{Buffer, FloatType, Matrix};
+pub use merge::{Merge, MergePrecision, ShardedFactors, companion_len, companion_shape, merge};
+pub use product::{LowRankProduct, low_rank_product};
+pub use reduce::{count_non_finite, new_counter};
+pub use rounding::{StochasticKey, path_hash};

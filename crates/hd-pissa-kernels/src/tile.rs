@@ -1,0 +1,337 @@
+use cubecl::prelude::*;
+
+/// Four `f32`, the unit of shared memory and of the accumulators.
+pub(crate) type Four = Vector<f32, Const<4>>;
+
+/// How a cube computes one tile of the output.
+///
+/// The axis along which the output's neighbours are adjacent in memory is the minor one. Every unit
+/// owns `major_vectors × minor_vectors` blocks of 4×4 elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Tile {
+    /// Blocks of a unit along the major axis.
+    pub major_vectors: usize,
+    /// Blocks of a unit along the minor axis.
+    pub minor_vectors: usize,
+    /// Units along the major axis.
+    pub major_units: usize,
+    /// Units along the minor axis.
+    pub minor_units: usize,
+    /// Steps of the inner dimension per stage of shared memory, a multiple of 4.
+    pub depth: usize,
+}
+
+impl Tile {
+    /// 128×128 elements by 256 units: 16 flops per byte of shared memory read.
+    pub const LARGE: Self = Self::new(2, 2, 16, 16);
+    /// 64×64 elements by 256 units.
+    pub const MEDIUM: Self = Self::new(1, 1, 16, 16);
+    /// 32×32 elements by 64 units.
+    pub const SMALL: Self = Self::new(1, 1, 8, 8);
+    /// Every tile, largest first.
+    pub const ALL: [Self; 3] = [Self::LARGE, Self::MEDIUM, Self::SMALL];
+
+    const fn new(
+        major_vectors: usize,
+        minor_vectors: usize,
+        major_units: usize,
+        minor_units: usize,
+    ) -> Self {
+        Self {
+            major_vectors,
+            minor_vectors,
+            major_units,
+            minor_units,
+            depth: 8,
+        }
+    }
+
+    /// Elements along the major axis.
+    pub fn major(&self) -> usize {
+        4 * self.major_vectors * self.major_units
+    }
+
+    /// Elements along the minor axis.
+    pub fn minor(&self) -> usize {
+        4 * self.minor_vectors * self.minor_units
+    }
+
+    /// Units of the cube.
+    pub fn units(&self) -> usize {
+        self.major_units * self.minor_units
+    }
+
+    /// Bytes of shared memory for `parts` pairs of operand stages.
+    pub fn shared_bytes(&self, parts: usize) -> usize {
+        parts * self.depth * (row_vectors(self.major()) + row_vectors(self.minor())) * 16
+    }
+
+    /// The largest tile that the device can run and that still yields a tile for every
+    /// multiprocessor; the smallest if none does.
+    pub(crate) fn choose(client: &Client, major: usize, minor: usize, parts: usize) -> Self {
+        let hardware = &client.properties().hardware;
+        // Without a count of multiprocessors: enough cubes for a desktop GPU.
+        let wanted = hardware.num_streaming_multiprocessors.unwrap_or(32) as usize;
+        Self::ALL
+            .into_iter()
+            .find(|tile| {
+                let cubes = major.div_ceil(tile.major()) * minor.div_ceil(tile.minor());
+                cubes >= wanted
+                    && tile.shared_bytes(parts) <= hardware.max_shared_memory_size
+                    && tile.units() <= hardware.max_units_per_cube as usize
+            })
+            .unwrap_or(Self::SMALL)
+    }
+}
+
+/// Vectors per depth step of a stage for a tile of `width` elements. One more than the elements
+/// need, so that the units that fill one column of a stage hit different banks.
+pub(crate) const fn row_vectors(width: usize) -> usize {
+    width / 4 + 1
+}
+
+/// How an operand is read from global memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Access {
+    /// Whether the buffer holds vectors of four, aligned with the operand's rows.
+    pub vectors: bool,
+    /// Whether neighbours in memory are neighbours along the inner dimension, not along the tile.
+    pub along_depth: bool,
+}
+
+impl Access {
+    /// Depth steps that a unit loads at once.
+    fn rows(self) -> usize {
+        if self.vectors && self.along_depth {
+            4
+        } else {
+            1
+        }
+    }
+}
+
+/// Where an operand's elements are: with `q = shard · shard_depth + step`, element `(t, q)` is
+/// number `offset + t · tile_stride + step · depth_stride + shard · shard_stride`.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+pub struct Operand {
+    /// Position of element `(0, 0)`.
+    pub offset: usize,
+    /// Distance along the tile.
+    pub tile_stride: usize,
+    /// Distance along the inner dimension, inside a shard.
+    pub depth_stride: usize,
+    /// Inner steps per shard.
+    pub shard_depth: usize,
+    /// Distance between shards.
+    pub shard_stride: usize,
+}
+
+/// What part of an operand a cube works on.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Window {
+    /// First element along the tile.
+    pub first: usize,
+    /// Elements of the operand along the tile.
+    pub extent: usize,
+    /// First inner step.
+    pub depth: usize,
+    /// Inner steps of the operand.
+    pub depth_extent: usize,
+}
+
+#[cube]
+fn address(operand: &Operand, t: usize, q: usize) -> usize {
+    let shard = q / operand.shard_depth;
+    let step = q - shard * operand.shard_depth;
+    operand.offset
+        + t * operand.tile_stride
+        + step * operand.depth_stride
+        + shard * operand.shard_stride
+}
+
+/// Four elements along the tile, from `t`, for each of `access.rows()` inner steps from `q`; zero
+/// outside of the operand.
+#[cube]
+fn load<F: Float, N: Size>(
+    source: &[Vector<F, N>],
+    operand: &Operand,
+    window: &Window,
+    t: usize,
+    q: usize,
+    #[comptime] access: Access,
+) -> Array<Four> {
+    let mut rows = Array::<Four>::new(comptime!(access.rows()));
+    #[unroll]
+    for row in 0..comptime!(access.rows()) {
+        rows[row] = Four::new(0.0);
+    }
+    if q < window.depth_extent {
+        if comptime!(!access.vectors) {
+            let mut value = Four::new(0.0);
+            let start = address(operand, t, q);
+            #[unroll]
+            for i in 0..4usize {
+                if t + i < window.extent {
+                    let element = source[start + i * operand.tile_stride];
+                    value.insert(i, f32::cast_from(element.extract(0usize)));
+                }
+            }
+            rows[0] = value;
+        } else if comptime!(!access.along_depth) {
+            if t < window.extent {
+                rows[0] = Four::cast_from(source[address(operand, t, q) / 4]);
+            }
+        } else {
+            let start = address(operand, t, q);
+            #[unroll]
+            for i in 0..4usize {
+                if t + i < window.extent {
+                    let line = Four::cast_from(source[(start + i * operand.tile_stride) / 4]);
+                    #[unroll]
+                    for row in 0..4usize {
+                        let mut value = rows[row];
+                        value.insert(i, line.extract(row));
+                        rows[row] = value;
+                    }
+                }
+            }
+        }
+    }
+    rows
+}
+
+/// The number of the first vector (along the tile) and the first inner step of a unit's job.
+#[cube]
+fn job_place(
+    job: usize,
+    #[comptime] width: usize,
+    #[comptime] steps: usize,
+    #[comptime] access: Access,
+) -> (usize, usize) {
+    let vectors = comptime!(width / 4);
+    // Neighbouring units read neighbouring memory.
+    if comptime!(access.along_depth) {
+        (job / steps, job % steps)
+    } else {
+        (job % vectors, job / vectors)
+    }
+}
+
+/// Fills a stage of `depth` inner steps with an operand.
+#[cube]
+pub(crate) fn fill<F: Float, N: Size>(
+    source: &[Vector<F, N>],
+    stage: &mut Shared<[Four]>,
+    operand: &Operand,
+    window: &Window,
+    #[comptime] width: usize,
+    #[comptime] depth: usize,
+    #[comptime] units: usize,
+    #[comptime] access: Access,
+) {
+    let rows = comptime!(access.rows());
+    let steps = comptime!(depth / rows);
+    let jobs = comptime!(width / 4 * steps);
+    #[unroll]
+    for pass in 0..comptime!(jobs.div_ceil(units)) {
+        let job = UNIT_POS as usize + pass * units;
+        if job < jobs {
+            let (vector, step) = job_place(job, width, steps, access);
+            let q = step * rows;
+            let loaded = load::<F, N>(
+                source,
+                operand,
+                window,
+                window.first + vector * 4,
+                window.depth + q,
+                access,
+            );
+            #[unroll]
+            for row in 0..rows {
+                stage[(q + row) * comptime!(row_vectors(width)) + vector] = loaded[row];
+            }
+        }
+    }
+}
+
+/// Fills two stages: one with the sum of two operands, one with the second alone.
+#[cube]
+pub(crate) fn fill_sum<F: Float, N: Size>(
+    source: &[Vector<F, N>],
+    operand: &Operand,
+    addend: &[Vector<F, N>],
+    addend_operand: &Operand,
+    sum_stage: &mut Shared<[Four]>,
+    addend_stage: &mut Shared<[Four]>,
+    window: &Window,
+    #[comptime] width: usize,
+    #[comptime] depth: usize,
+    #[comptime] units: usize,
+    #[comptime] access: Access,
+) {
+    let rows = comptime!(access.rows());
+    let steps = comptime!(depth / rows);
+    let jobs = comptime!(width / 4 * steps);
+    #[unroll]
+    for pass in 0..comptime!(jobs.div_ceil(units)) {
+        let job = UNIT_POS as usize + pass * units;
+        if job < jobs {
+            let (vector, step) = job_place(job, width, steps, access);
+            let q = step * rows;
+            let t = window.first + vector * 4;
+            let first = load::<F, N>(source, operand, window, t, window.depth + q, access);
+            let second = load::<F, N>(addend, addend_operand, window, t, window.depth + q, access);
+            #[unroll]
+            for row in 0..rows {
+                let place = (q + row) * comptime!(row_vectors(width)) + vector;
+                sum_stage[place] = first[row] + second[row];
+                addend_stage[place] = second[row];
+            }
+        }
+    }
+}
+
+/// Zeroed accumulators: vector `(m · 4 + i) · minor_vectors + v` holds row `i` of block `(m, v)`.
+#[cube]
+pub(crate) fn accumulators(#[comptime] tile: Tile) -> Array<Four> {
+    let count = comptime!(4 * tile.major_vectors * tile.minor_vectors);
+    let mut sums = Array::<Four>::new(count);
+    #[unroll]
+    for i in 0..count {
+        sums[i] = Four::new(0.0);
+    }
+    sums
+}
+
+/// Adds inner step `q` of a pair of stages to the accumulators.
+#[cube]
+pub(crate) fn accumulate(
+    sums: &mut Array<Four>,
+    major: &Shared<[Four]>,
+    minor: &Shared<[Four]>,
+    q: usize,
+    #[comptime] tile: Tile,
+) {
+    let unit = UNIT_POS as usize;
+    let (unit_major, unit_minor) = (unit / tile.minor_units, unit % tile.minor_units);
+    let mut columns = Array::<Four>::new(tile.minor_vectors);
+    #[unroll]
+    for v in 0..tile.minor_vectors {
+        columns[v] =
+            minor[q * comptime!(row_vectors(tile.minor())) + unit_minor + v * tile.minor_units];
+    }
+    #[unroll]
+    for m in 0..tile.major_vectors {
+        let rows =
+            major[q * comptime!(row_vectors(tile.major())) + unit_major + m * tile.major_units];
+        #[unroll]
+        for i in 0..4usize {
+            let row = Four::new(rows.extract(i));
+            #[unroll]
+            for v in 0..tile.minor_vectors {
+                let place = (m * 4 + i) * tile.minor_vectors + v;
+                sums[place] = fma(row, columns[v], sums[place]);
+            }
+        }
+    }
+}

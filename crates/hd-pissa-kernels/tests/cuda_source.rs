@@ -1,0 +1,439 @@
+//! The CUDA C++ of every kernel, built without CUDA and compiled to machine code without a GPU.
+//!
+//! `cargo test --release -p hd-pissa-kernels --test cuda_source -- --nocapture` prints registers,
+//! spills and shared memory of every variant; a spill fails. NVRTC is looked for in Python's
+//! packages and in the folder `HD_PISSA_NVRTC`; without it the sources are built only, which is a
+//! failure if `HD_PISSA_REQUIRE_NVRTC=1`. `HD_PISSA_CUDA_SOURCE` names a folder for the sources.
+
+mod nvrtc;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use cubecl::ir::features::{Features, Plane, TypeUsage};
+use cubecl::ir::{
+    DeviceIdentity, DeviceProperties, ElemType, FloatKind, HardwareProperties,
+    MemoryDeviceProperties, OpaqueType, TargetProperties, VectorSize,
+};
+use cubecl::prelude::*;
+use cubecl::server::Handle;
+use cubecl_common::device::{DeviceId, ServiceId};
+use cubecl_common::profile::TimingMethod;
+use cubecl_cpp::cuda::{arch::CudaArchitecture, mma};
+use cubecl_cpp::shared::{
+    CompilationOptions, CppCompiler, CppSupportedFeatures, register_mma_features,
+    register_wmma_features,
+};
+use cubecl_cpp::target::Cuda;
+use cubecl_environment::stream::StreamId;
+use cubecl_runtime::compiler::Compiler;
+use cubecl_runtime::kernel::CubeKernel;
+use hd_pissa_kernels::FloatType;
+use hd_pissa_kernels::kernels::{Access, OperandLaunch, Rounding, Tile, merge, product, reduce};
+
+use nvrtc::{Nvrtc, NvrtcError};
+
+const ARCHITECTURES: [(u32, &str); 2] = [(80, "sm_80"), (90, "sm_90a")];
+const TYPES: [FloatType; 3] = [FloatType::F32, FloatType::F16, FloatType::BF16];
+
+/// What CubeCL would report of a data-centre GPU of this compute capability.
+fn properties(version: u32) -> Arc<DeviceProperties> {
+    let mut properties = DeviceProperties::new(
+        Features::default(),
+        MemoryDeviceProperties::new(u64::MAX, 512),
+        HardwareProperties {
+            load_width: 128,
+            vector_register_count: None,
+            plane_size_min: 32,
+            plane_size_max: 32,
+            max_bindings: 32,
+            max_shared_memory_size: if version >= 90 { 232_448 } else { 166_912 },
+            max_cube_count: (i32::MAX as u32, 65535, 65535),
+            max_units_per_cube: 1024,
+            max_cube_dim: (1024, 1024, 64),
+            num_streaming_multiprocessors: Some(if version >= 90 { 132 } else { 108 }),
+            num_tensor_cores: Some(4),
+            min_tensor_cores_dim: Some(8),
+            num_cpu_cores: None,
+            last_level_cache_size: None,
+            max_vector_size: VectorSize::MAX,
+            cube_mma_reserved_shared_memory: 0,
+        },
+        TimingMethod::Device,
+        DeviceIdentity {
+            name: format!("sm_{version}"),
+            fingerprint: format!("ptx_sm{version}"),
+            physical: None,
+        },
+    );
+    cubecl_cpp::register_supported_types(&mut properties);
+    let architecture = CudaArchitecture {
+        version,
+        tensor_cores: true,
+    };
+    register_wmma_features(
+        mma::CudaCmmaCompiler::Cpp.supported_cmma_combinations(&architecture),
+        &mut properties,
+    );
+    register_mma_features(
+        cubecl_cpp::cuda::supported_mma_combinations(&architecture),
+        &mut properties,
+    );
+    properties.register_type_usage(ElemType::Float(FloatKind::TF32), TypeUsage::Conversion);
+    properties.register_opaque_type(OpaqueType::Barrier);
+    properties.features.plane.insert(Plane::Sync);
+    properties.features.copy_async = true;
+    Arc::new(properties)
+}
+
+fn cpp(kernel: impl CubeKernel, version: u32) -> String {
+    let options = CompilationOptions {
+        warp_size: 32,
+        supports_features: CppSupportedFeatures {
+            fast_math: true,
+            dp4a: true,
+            fast_tanh: true,
+            grid_constants: true,
+            clusters: version >= 90,
+            elect_sync: version >= 90,
+        },
+        ..Default::default()
+    };
+    CppCompiler::<Cuda>::default()
+        .compile(kernel.define(), &options)
+        .expect("the kernel has CUDA C++")
+        .source
+}
+
+fn buffer() -> BufferArg {
+    struct NoServer;
+    let service = ServiceId::of::<NoServer>(DeviceId::new(0, 0));
+    let handle = Handle::new(service, StreamId::current(), 1 << 20);
+    // SAFETY: the kernel is only compiled, never launched.
+    unsafe { BufferArg::from_raw_parts(handle, 1 << 12) }
+}
+
+fn operand() -> OperandLaunch {
+    OperandLaunch::new(0, 1, 1, 1, 1)
+}
+
+fn size(vectors: bool) -> usize {
+    if vectors { 4 } else { 1 }
+}
+
+/// A kernel's name, its dynamic shared memory in bytes (which the assembler does not see) and its
+/// source for a compute capability.
+struct Kernel {
+    name: String,
+    shared: usize,
+    build: Box<dyn Fn(u32) -> String + Send + Sync>,
+}
+
+/// Every merge that [`hd_pissa_kernels::merge`] can launch.
+fn merges(kernels: &mut Vec<Kernel>) {
+    for dtype in TYPES {
+        let roundings = match dtype {
+            FloatType::F32 => vec![Rounding::Nearest],
+            _ => vec![
+                Rounding::Nearest,
+                Rounding::Split(dtype),
+                Rounding::Stochastic(dtype),
+            ],
+        };
+        for rounding in roundings {
+            for (tile, factor_vectors, weight_vectors, column_major) in variants() {
+                let name = format!(
+                    "merge {dtype:?} {rounding:?} {}x{} {}",
+                    tile.major(),
+                    tile.minor(),
+                    [
+                        if factor_vectors {
+                            "factor vectors"
+                        } else {
+                            "factor elements"
+                        },
+                        if weight_vectors {
+                            "weight vectors"
+                        } else {
+                            "weight elements"
+                        },
+                        if column_major {
+                            "column-major"
+                        } else {
+                            "row-major"
+                        },
+                    ]
+                    .join(", ")
+                );
+                let build = move |version| {
+                    let companion = matches!(rounding, Rounding::Split(_)).then(buffer);
+                    let kernel = merge::create_dummy_kernel(
+                        properties(version),
+                        Arc::new(TargetProperties::default()),
+                        CubeCount::Static(1, 1, 1),
+                        CubeDim::new_1d(tile.units() as u32),
+                        size(factor_vectors),
+                        size(weight_vectors),
+                        buffer(),
+                        companion.into(),
+                        buffer(),
+                        buffer(),
+                        buffer(),
+                        buffer(),
+                        operand(),
+                        operand(),
+                        operand(),
+                        operand(),
+                        8,
+                        8,
+                        8,
+                        8,
+                        1,
+                        1,
+                        2,
+                        factor_vectors,
+                        column_major,
+                        rounding,
+                        tile,
+                        dtype.elem_type(),
+                    );
+                    cpp(kernel, version)
+                };
+                kernels.push(Kernel {
+                    name,
+                    shared: tile.shared_bytes(2) + tile.units() * 4,
+                    build: Box::new(build),
+                });
+            }
+        }
+    }
+}
+
+fn variants() -> impl Iterator<Item = (Tile, bool, bool, bool)> {
+    Tile::ALL.into_iter().flat_map(|tile| {
+        [(true, true), (true, false), (false, true), (false, false)]
+            .into_iter()
+            .flat_map(move |(factors, weight)| {
+                [false, true].map(|column_major| (tile, factors, weight, column_major))
+            })
+    })
+}
+
+/// The low-rank product: every dtype and tile with every way of reading, which each operand takes
+/// in turn; forward with and without bias.
+fn products(kernels: &mut Vec<Kernel>) {
+    let access = |vectors, along_depth| Access {
+        vectors,
+        along_depth,
+    };
+    let ways = [
+        (
+            "row-major",
+            [access(true, true), access(true, false), access(true, false)],
+        ),
+        (
+            "column-major weight",
+            [access(true, true), access(true, true), access(true, true)],
+        ),
+        (
+            "column-major input",
+            [access(true, false), access(true, false), access(true, true)],
+        ),
+        (
+            "elements",
+            [
+                access(false, true),
+                access(false, false),
+                access(false, false),
+            ],
+        ),
+        (
+            "transposed elements",
+            [
+                access(false, false),
+                access(false, true),
+                access(false, true),
+            ],
+        ),
+    ];
+    for dtype in TYPES {
+        for tile in Tile::ALL {
+            for (way, [input, weight, factor]) in ways {
+                for bias in [false, true] {
+                    let name = format!(
+                        "product {dtype:?} {}x{} {way}{}",
+                        tile.major(),
+                        tile.minor(),
+                        if bias { ", bias" } else { "" }
+                    );
+                    let build = move |version| {
+                        let kernel = product::create_dummy_kernel(
+                            properties(version),
+                            Arc::new(TargetProperties::default()),
+                            CubeCount::Static(1, 1, 1),
+                            CubeDim::new_1d(tile.units() as u32),
+                            size(input.vectors),
+                            size(weight.vectors),
+                            size(factor.vectors),
+                            size(input.vectors),
+                            buffer(),
+                            buffer(),
+                            buffer(),
+                            bias.then(buffer).into(),
+                            buffer(),
+                            buffer(),
+                            operand(),
+                            operand(),
+                            operand(),
+                            8,
+                            8,
+                            8,
+                            8,
+                            1,
+                            8,
+                            1,
+                            8,
+                            1,
+                            input,
+                            weight,
+                            factor,
+                            tile,
+                            dtype.elem_type(),
+                        );
+                        cpp(kernel, version)
+                    };
+                    kernels.push(Kernel {
+                        name,
+                        shared: tile.shared_bytes(1),
+                        build: Box::new(build),
+                    });
+                }
+            }
+        }
+    }
+}
+
+fn reductions(kernels: &mut Vec<Kernel>) {
+    for dtype in TYPES {
+        let build = move |version| {
+            let kernel = reduce::count::create_dummy_kernel(
+                properties(version),
+                Arc::new(TargetProperties::default()),
+                CubeCount::Static(1, 1, 1),
+                CubeDim::new_1d(256),
+                buffer(),
+                buffer(),
+                8,
+                256,
+                dtype.elem_type(),
+            );
+            cpp(kernel, version)
+        };
+        let name = format!("count non-finite {dtype:?}");
+        kernels.push(Kernel {
+            name,
+            shared: 0,
+            build: Box::new(build),
+        });
+    }
+    let build = |version| {
+        let kernel = reduce::sum::create_dummy_kernel(
+            properties(version),
+            Arc::new(TargetProperties::default()),
+            CubeCount::Static(1, 1, 1),
+            CubeDim::new_1d(256),
+            buffer(),
+            buffer(),
+            8,
+            1,
+            256,
+        );
+        cpp(kernel, version)
+    };
+    kernels.push(Kernel {
+        name: "sum of partial sums".into(),
+        shared: 4 * 256,
+        build: Box::new(build),
+    });
+}
+
+#[test]
+fn every_kernel_compiles_for_cuda_without_spills() {
+    let mut kernels: Vec<Kernel> = Vec::new();
+    reductions(&mut kernels);
+    products(&mut kernels);
+    merges(&mut kernels);
+
+    let nvrtc = match Nvrtc::find() {
+        Ok(nvrtc) => Some(nvrtc),
+        Err(NvrtcError::Missing)
+            if std::env::var("HD_PISSA_REQUIRE_NVRTC").as_deref() != Ok("1") =>
+        {
+            eprintln!(
+                "the sources are built, not compiled: {}",
+                NvrtcError::Missing
+            );
+            None
+        }
+        Err(error) => panic!("{error}"),
+    };
+
+    let jobs: Vec<_> = kernels
+        .iter()
+        .flat_map(|kernel| ARCHITECTURES.map(|architecture| (kernel, architecture)))
+        .collect();
+    println!(
+        "{:<8}{:>10}{:>8}{:>8}{:>9}{:>9}  kernel",
+        "", "registers", "spills", "stack", "shared", "cubin"
+    );
+    let dump = std::env::var_os("HD_PISSA_CUDA_SOURCE").map(std::path::PathBuf::from);
+    let next = AtomicUsize::new(0);
+    let failed = AtomicUsize::new(0);
+    let threads = std::thread::available_parallelism().map_or(1, |count| count.get());
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                while let Some((
+                    Kernel {
+                        name,
+                        shared,
+                        build,
+                    },
+                    (version, architecture),
+                )) = jobs.get(next.fetch_add(1, Ordering::Relaxed))
+                {
+                    let source = build(*version);
+                    if let Some(folder) = &dump {
+                        let file = format!("{architecture} {name}.cu").replace([' ', ','], "_");
+                        std::fs::write(folder.join(file), &source).expect("the folder is writable");
+                    }
+                    let Some(nvrtc) = &nvrtc else { continue };
+                    match nvrtc.compile(&source, architecture) {
+                        Ok(usage) => {
+                            println!(
+                                "{architecture:<8}{:>10}{:>8}{:>8}{:>9}{:>9}  {name}",
+                                usage.registers,
+                                usage.spill_bytes,
+                                usage.stack_bytes,
+                                usage.shared_bytes + *shared as u64,
+                                usage.cubin_bytes
+                            );
+                            if usage.spill_bytes > 0 {
+                                failed.fetch_add(1, Ordering::Relaxed);
+                            }
+                        }
+                        Err(error) => {
+                            println!("{architecture:<8} {name}: {error}\n{source}");
+                            failed.fetch_add(1, Ordering::Relaxed);
+                        }
+                    }
+                }
+            });
+        }
+    });
+    assert_eq!(
+        failed.into_inner(),
+        0,
+        "kernels that spill or do not compile; see above"
+    );
+}
