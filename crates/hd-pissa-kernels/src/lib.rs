@@ -35,6 +35,6 @@ pub mod kernels {
 pub use error::KernelError;
 pub use matrix::{Buffer, FloatType, Matrix};
 pub use merge::{Merge, MergePrecision, ShardedFactors, companion_len, companion_shape, merge};
-pub use product::{LowRankProduct, low_rank_product};
+pub use product::{LowRankProduct, is_fusion_preferred, low_rank_product};
 pub use reduce::{count_non_finite, new_counter};
 pub use rounding::{StochasticKey, path_hash};

@@ -1,3 +1,4 @@
+use cubecl::ir::{ElemType, FloatKind};
 use cubecl::prelude::*;
 
 use crate::merge::cube_count;
@@ -153,6 +154,26 @@ pub fn low_rank_product(client: &Client, product: LowRankProduct) -> Result<(), 
     Ok(())
 }
 
+/// Whether one launch of [`low_rank_product`] is the better way on this device, or the backend's own
+/// product for `y` and a small second one for `p`.
+///
+/// Fusing saves one of two reads of the input and one launch. The kernel multiplies on the ordinary
+/// units, so where the device has matrix units for the type (for `f32`: in `tf32`) the backend's
+/// product does several times its flops per second, which a second read of the input does not
+/// outweigh: there the answer is no.
+pub fn is_fusion_preferred(client: &Client, dtype: FloatType) -> bool {
+    let operand = match dtype {
+        FloatType::F32 => ElemType::Float(FloatKind::TF32),
+        half => half.elem_type(),
+    };
+    let matmul = &client.features().matmul;
+    !matmul
+        .cmma
+        .iter()
+        .chain(&matmul.mma)
+        .any(|config| config.a_type == operand)
+}
+
 /// How to read a matrix whose axis `tile_axis` lies along the tiles.
 fn operand(matrix: &Matrix, tile_axis: usize) -> (Access, OperandLaunch) {
     let depth_axis = 1 - tile_axis;
@@ -199,7 +220,7 @@ pub fn kernel<F: Float, NX: Size, NW: Size, NA: Size, NY: Size>(
     #[comptime] weight_access: Access,
     #[comptime] factor_access: Access,
     #[comptime] tile: Tile,
-    #[define(F)] _dtype: cubecl::ir::ElemType,
+    #[define(F)] _dtype: ElemType,
 ) {
     let (width_major, width_minor) = comptime!((tile.major(), tile.minor()));
     let units = comptime!(tile.units());

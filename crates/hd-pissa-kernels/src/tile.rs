@@ -61,9 +61,10 @@ impl Tile {
         self.major_units * self.minor_units
     }
 
-    /// Bytes of shared memory for `parts` pairs of operand stages.
-    pub fn shared_bytes(&self, parts: usize) -> usize {
+    /// Bytes of shared memory for `parts` pairs of operand stages and one sum over the units.
+    pub(crate) fn shared_bytes(&self, parts: usize) -> usize {
         parts * self.depth * (row_vectors(self.major()) + row_vectors(self.minor())) * 16
+            + self.units() * 4
     }
 
     /// The largest tile that the device can run and that still yields a tile for every

@@ -1,13 +1,5 @@
 //! The merge takes no memory of the weight's size. Alone in its process: the report covers it all.
 
-#![cfg(any(
-    feature = "wgpu",
-    feature = "cuda",
-    feature = "rocm",
-    feature = "cpu",
-    feature = "metal"
-))]
-
 mod common;
 
 use common::*;

@@ -1,13 +1,5 @@
 //! The merge on a device against its definition.
 
-#![cfg(any(
-    feature = "wgpu",
-    feature = "cuda",
-    feature = "rocm",
-    feature = "cpu",
-    feature = "metal"
-))]
-
 mod common;
 
 use common::*;

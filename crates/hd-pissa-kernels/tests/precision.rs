@@ -164,13 +164,6 @@ fn bf16_by_the_references() {
     judge("bf16", &start, &outcome);
 }
 
-#[cfg(any(
-    feature = "wgpu",
-    feature = "cuda",
-    feature = "rocm",
-    feature = "cpu",
-    feature = "metal"
-))]
 #[test]
 fn f16_on_the_device() {
     use hd_pissa_kernels::{Merge, MergePrecision, companion_len, merge, new_counter};

@@ -1,19 +1,12 @@
 //! The low-rank product on a device against its definition.
 
-#![cfg(any(
-    feature = "wgpu",
-    feature = "cuda",
-    feature = "rocm",
-    feature = "cpu",
-    feature = "metal"
-))]
-
 mod common;
 
 use common::*;
 use cubecl::client::Client;
 use hd_pissa_kernels::{
-    Buffer, FloatType, KernelError, LowRankProduct, Matrix, low_rank_product, reference,
+    Buffer, FloatType, KernelError, LowRankProduct, Matrix, is_fusion_preferred, low_rank_product,
+    reference,
 };
 
 /// (tokens, d_input, rank, d_output): tiny, prime, wide, deep, larger than every tile, empty.
@@ -256,6 +249,17 @@ fn a_non_finite_operand_stays_on_its_side() {
             .enumerate()
             .all(|(k, v)| v.is_finite() == (k % rank != 0))
     );
+}
+
+#[test]
+fn fusion_is_preferred_without_matrix_units() {
+    let Some(client) = client() else { return };
+    let matmul = &client.features().matmul;
+    if matmul.cmma.is_empty() && matmul.mma.is_empty() {
+        for dtype in [FloatType::F32, FloatType::F16, FloatType::BF16] {
+            assert!(is_fusion_preferred(&client, dtype));
+        }
+    }
 }
 
 #[test]
