@@ -46,7 +46,7 @@ pub trait HdPissaOps: Backend {
     /// `frames` and `deltas` are `f32` of shape `[shards, rank · (d_input + d_output)]`: row `k`
     /// holds `a_k`, row by row, followed by `b_k`, row by row, or their deltas. The result reuses
     /// the memory of `w` where the backend can and no other handle to it exists.
-    #[fusion(default)]
+    #[fusion(dtype = w, shape = w)]
     fn hd_pissa_merge(
         w: FloatTensor<Self>,
         frames: FloatTensor<Self>,
