@@ -4,7 +4,7 @@
 //! and device handles with explicit shapes and strides ([`Matrix`], [`Buffer`]), checks them, and
 //! queues its kernels without waiting for the device:
 //!
-//! - [`merge`]: `W += Σ_k (a_k + Δa_k)·Δb_k + Δa_k·b_k` in place, gated by
+//! - [`merge()`]: `W += Σ_k (a_k + Δa_k)·Δb_k + Δa_k·b_k` in place, gated by
 //! - [`count_non_finite`]: the number of NaN and infinite elements, kept on the device;
 //! - [`low_rank_product`]: `y = x·W` and `p = x·a` in one launch.
 //!

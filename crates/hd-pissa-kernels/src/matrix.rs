@@ -36,7 +36,7 @@ impl FloatType {
 
     /// Whether buffers of this type can be read, written and converted on the client's device.
     pub fn is_supported(self, client: &Client) -> bool {
-        let usage = client.properties().type_usage(self.elem_type().into());
+        let usage = client.properties().type_usage(self.elem_type());
         usage.contains(TypeUsage::Buffer) && usage.contains(TypeUsage::Conversion)
     }
 

@@ -500,7 +500,7 @@ fn write<F: Float, M: Size>(
 ) {
     let vectorized = M::value().comptime() == 4;
     let start = major * major_stride + minor * minor_stride;
-    let words_per_run = (minor_extent + 1) / 2;
+    let words_per_run = minor_extent.div_ceil(2);
 
     let mut old = Four::new(0.0);
     if vectorized {

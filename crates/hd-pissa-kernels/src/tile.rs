@@ -24,8 +24,9 @@ pub struct Tile {
 impl Tile {
     /// 128×128 elements by 256 units: 16 flops per byte of shared memory read.
     pub const LARGE: Self = Self::new(2, 2, 16, 16);
-    /// 64×64 elements by 256 units.
-    pub const MEDIUM: Self = Self::new(1, 1, 16, 16);
+    /// 64×64 elements by 64 units. More units with fewer elements each would have the CUDA assembler
+    /// spill registers to fit more cubes on a multiprocessor.
+    pub const MEDIUM: Self = Self::new(2, 2, 8, 8);
     /// 32×32 elements by 64 units.
     pub const SMALL: Self = Self::new(1, 1, 8, 8);
     /// Every tile, largest first.

@@ -3,7 +3,8 @@
 //! `cargo test --release -p hd-pissa-kernels --test cuda_source -- --nocapture` prints registers,
 //! spills and shared memory of every variant; a spill fails. NVRTC is looked for in Python's
 //! packages and in the folder `HD_PISSA_NVRTC`; without it the sources are built only, which is a
-//! failure if `HD_PISSA_REQUIRE_NVRTC=1`. `HD_PISSA_CUDA_SOURCE` names a folder for the sources.
+//! failure if `HD_PISSA_REQUIRE_NVRTC=1`. `HD_PISSA_CUDA_SOURCE` names a folder for the sources,
+//! `HD_PISSA_KERNEL` a part of the names of the kernels to look at.
 
 mod nvrtc;
 
@@ -379,6 +380,9 @@ fn every_kernel_compiles_for_cuda_without_spills() {
     reductions(&mut kernels);
     products(&mut kernels);
     merges(&mut kernels);
+    if let Ok(part) = std::env::var("HD_PISSA_KERNEL") {
+        kernels.retain(|kernel| kernel.name.contains(&part));
+    }
 
     let nvrtc = match Nvrtc::find() {
         Ok(nvrtc) => Some(nvrtc),

@@ -116,18 +116,18 @@ fn product_is_within_the_rounding_bound() {
                     weight,
                     Layout::ALL[3 - which],
                 ];
-                for bias in [None, Some(&bias[..])] {
-                    Case {
-                        sizes,
-                        dtype,
-                        layouts,
-                        x: &x,
-                        w: &w,
-                        a: &a,
-                        bias,
-                    }
-                    .check(&client);
+                // Every layout meets the bias in every other shape.
+                let bias = (which + case).is_multiple_of(2).then_some(&bias[..]);
+                Case {
+                    sizes,
+                    dtype,
+                    layouts,
+                    x: &x,
+                    w: &w,
+                    a: &a,
+                    bias,
                 }
+                .check(&client);
             }
             let layouts = [Layout::RowMajor, Layout::RowMajor, Layout::RowMajor];
             Case {
