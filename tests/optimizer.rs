@@ -658,6 +658,25 @@ fn other_parameters_take_the_mean_of_the_shards() {
 }
 
 #[test]
+fn the_norm_of_an_update_is_that_of_the_change() {
+    let device = Device::flex().autodiff();
+    let (model, gradients) = gradients(adapted(&config(2, 2), &device), &data(1, 2, &device)[0]);
+    let weights = |m: &Lean| [base(&m.first.weight), base(&m.second.weight)];
+    let before = weights(&model);
+    let mut optim = optimizer(adam()).with_update_norm();
+    assert_eq!(optim.update_norm(), None);
+    let model = optim.step(1e-2, model, gradients).unwrap();
+    let change: f64 = weights(&model)
+        .into_iter()
+        .zip(before)
+        .flat_map(|(after, before)| values(after - before))
+        .map(|x| f64::from(x).powi(2))
+        .sum();
+    let norm = optim.update_norm().unwrap();
+    assert!((norm / change.sqrt() - 1.0).abs() < 1e-4, "{norm} {change}");
+}
+
+#[test]
 fn micro_batches_add_up_per_shard() {
     let device = Device::flex().autodiff();
     let model = adapted(&config(2, 2), &device);

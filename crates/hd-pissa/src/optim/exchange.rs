@@ -110,9 +110,13 @@ impl Roster {
         Ok(roster)
     }
 
-    /// The frames of shard `shard` of weight `weight`.
-    pub(super) fn frame(&self, factors: &Factors, weight: usize, shard: usize) -> Pair {
-        match self.frames.get(shard) {
+    /// The frames of every shard of weight `weight`, by index.
+    pub(super) fn frames<'a>(
+        &'a self,
+        factors: &'a Factors,
+        weight: usize,
+    ) -> impl Iterator<Item = Pair> + 'a {
+        (0..factors.num_shards).map(move |shard| match self.frames.get(shard) {
             Some(frames) => frames[weight].clone(),
             // A single worker hosts every shard, in order.
             None => {
@@ -122,7 +126,7 @@ impl Roster {
                     b: shard.b.value.clone().inner(),
                 }
             }
-        }
+        })
     }
 
     /// The deltas of every shard by index, from those of the hosted ones.
