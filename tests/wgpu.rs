@@ -35,7 +35,7 @@ fn wgpu() -> Option<Device> {
 }
 
 fn on<const D: usize>(tensor: &Tensor<D>, device: &Device) -> Tensor<D> {
-    Tensor::from_data(tensor.clone().inner().into_data(), (device, tensor.dtype()))
+    Tensor::from_data(bits(tensor), (device, tensor.dtype()))
 }
 
 #[test]
@@ -65,8 +65,8 @@ fn values_and_gradients() {
                 let y = y.cast(DType::F32);
                 let grads = (y.clone().tanh().sum() + y.clone().square().mean()).backward();
                 let leaves = [a.grad(&grads), b.grad(&grads), x.grad(&grads)];
-                let leaves = leaves.map(|leaf| leaf.map(|g| g.cast(DType::F32).into_data()));
-                (y.inner().into_data(), leaves)
+                let leaves = leaves.map(|leaf| leaf.map(|g| bits(&g.cast(DType::F32))));
+                (bits(&y), leaves)
             };
             let ((gpu_y, gpu_grads), (cpu_y, cpu_grads)) = (run(&gpu), run(&cpu));
             let close = |gpu: TensorData, reference: TensorData| {
@@ -111,7 +111,7 @@ fn steps() {
         let device = device.clone().autodiff();
         let record = burn::store::ModuleRecord::from_bytes(start.clone()).unwrap();
         let model: Lean = Dense::new(&device).load_record(record).into();
-        let before = base(&model.first.weight).into_data();
+        let before = bits(&base(&model.first.weight));
         let mut model = model.apply_hd_pissa(&config, 0..3).unwrap();
         let adam = AdamConfig::new().with_epsilon(1e-8).init();
         let mut optim = HdPissaOptimizer::new(adam, Solo).unwrap();
@@ -124,7 +124,7 @@ fn steps() {
             }
             model = optim.step(1e-2, model, gradients).unwrap();
         }
-        let after = base(&model.first.weight).into_data();
+        let after = bits(&base(&model.first.weight));
         let tensor = |data| Tensor::<2>::from_data(data, &Device::flex());
         tensor(after) - tensor(before)
     };

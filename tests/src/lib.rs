@@ -69,8 +69,11 @@ pub fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
 }
 
 /// The bits of a tensor's values, to compare without tolerance.
+///
+/// A copy: with cubecl 0.11.3, data read from a WGPU tensor can show the values of a later read.
 pub fn bits<const D: usize>(tensor: &Tensor<D>) -> TensorData {
-    tensor.clone().inner().into_data()
+    let data = tensor.clone().inner().into_data();
+    TensorData::from_bytes_vec(data.as_bytes().to_vec(), data.shape().clone(), data.dtype())
 }
 
 /// The stored value of a parameter, without its adapter.
@@ -82,6 +85,12 @@ pub fn base(param: &Param<Tensor<2>>) -> Tensor<2> {
 pub fn relative_error<const D: usize>(actual: Tensor<D>, expected: Tensor<D>) -> f32 {
     let (actual, expected) = (values(actual), values(expected));
     assert_eq!(actual.len(), expected.len());
+    // `max` would pass over NaN.
+    let finite = |values: &[f32]| values.iter().all(|x| x.is_finite());
+    assert!(
+        finite(&actual) && finite(&expected),
+        "values that are not finite"
+    );
     let largest = expected.iter().fold(0.0f32, |m, x| m.max(x.abs()));
     let error = actual
         .iter()

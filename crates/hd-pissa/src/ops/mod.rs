@@ -10,5 +10,5 @@ mod flex;
 mod tensor;
 
 pub use contract::HdPissaOps;
-pub use tensor::{adapter_linear, adapter_weight};
-pub(crate) use tensor::{count_non_finite, is_supported, merge};
+pub use tensor::{adapter_linear, adapter_weight, merge};
+pub(crate) use tensor::{count_non_finite, is_supported};
