@@ -7,11 +7,17 @@ pub mod checkpoint;
 pub mod config;
 pub mod data;
 mod error;
+pub mod evaluate;
 pub mod method;
 pub mod model;
+pub mod output;
+pub mod pretrain;
+pub mod problems;
+pub mod progress;
 pub mod rope;
 pub mod schedule;
 pub mod spectrum;
+pub mod tiny;
 pub mod tokenize;
 pub mod train;
 
