@@ -1,15 +1,16 @@
-fn main() {
-    let a: Vec<String> = std::env::args().collect();
-    let p = llama_math::pretrain::Pretraining {
-        seed: 1,
-        steps: a[2].parse().unwrap(),
-        batch_size: 32,
-        lr: a[3].parse().unwrap(),
-    };
-    p.run(
-        &burn::tensor::Device::flex(),
-        std::path::Path::new(&a[1]),
-        true,
-    )
-    .unwrap();
+//! `cargo run --release --example llama_math -- --help` says what it can do.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use llama_math::cli::Cli;
+
+fn main() -> ExitCode {
+    match Cli::parse().run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(error.exit_code())
+        }
+    }
 }
