@@ -154,8 +154,10 @@ fn lines(text: &str, path: &Path) -> Result<Vec<(String, Value)>, Error> {
             match serde_json::from_str(line) {
                 Ok(value) => Ok((place, value)),
                 Err(error) => {
-                    let reason = format!("is not JSON: {error} of this line");
-                    Err(Error::field(path, place, reason.replace(" at line 1", "")))
+                    let message = error.to_string();
+                    let reason = message.split(" at line").next().unwrap_or_default();
+                    let reason = format!("is not JSON: {reason} at column {}", error.column());
+                    Err(Error::field(path, place, reason))
                 }
             }
         })

@@ -61,6 +61,16 @@ pub enum Error {
         /// The loss.
         loss: f64,
     },
+    /// A gradient is NaN or infinite.
+    #[error(
+        "step {step}: the gradient norm is {norm}; nothing was written (a smaller --lr may help)"
+    )]
+    NonFiniteGradient {
+        /// The step, counted from 1.
+        step: usize,
+        /// The norm.
+        norm: f64,
+    },
     /// The optimizer could not be set up.
     #[error(transparent)]
     Optimizer(#[from] OptimizerError),

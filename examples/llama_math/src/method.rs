@@ -71,8 +71,15 @@ impl Adaptation {
             option: "targets",
             reason,
         };
-        // Checked here for its message, which Burn's error does not carry.
-        regex::Regex::new(pattern).map_err(|error| invalid(error.to_string()))?;
+        // Checked here for its message, which Burn's error does not carry. Its last line says it.
+        regex::Regex::new(pattern).map_err(|error| {
+            let message = error.to_string();
+            let reason = message.lines().last().unwrap_or_default();
+            invalid(format!(
+                "`{pattern}` is no regular expression: {}",
+                reason.trim()
+            ))
+        })?;
         let targets = ParamGroup::from_regex(pattern)
             .map_err(|error| invalid(format!("`{pattern}`: {error:?}")))?;
         let matched: Vec<(String, [usize; 2])> = model

@@ -6,7 +6,7 @@ use burn::optim::{
 };
 use burn::tensor::{Device, Tensor};
 use hd_pissa::comm::Solo;
-use hd_pissa::{HdPissaModule, HdPissaOptimizer, OptimizerError, ShardGradients};
+use hd_pissa::{HdPissaModule, HdPissaOptimizer, ShardGradients};
 
 use crate::batch::MicroBatch;
 use crate::method::{Adaptation, Method};
@@ -108,98 +108,128 @@ impl Trainer {
     ///
     /// # Errors
     ///
-    /// [`Error::NonFiniteLoss`] and [`Error::Step`]. The weights are then those before the step.
+    /// [`Error::NonFiniteLoss`], [`Error::NonFiniteGradient`] and [`Error::Step`]. The weights are
+    /// then those from before the step.
     pub fn step(
         &mut self,
         step: usize,
         lr: f64,
         shards: &[Vec<MicroBatch>],
     ) -> Result<StepReport, Error> {
-        let mut model = self.model.take().expect("a step puts the model back");
+        let model = self.model.take().expect("a step puts the model back");
         let mut total = Total {
             step,
             loss: 0.0,
             tokens: 0,
             micro_batches: 0,
         };
-        let stepped = match &mut self.optimizer {
-            Optimizer::HdPissa(optimizer) => {
-                let mut gradients = ShardGradients::new(&model);
-                let mut squared_norm = 0.0;
-                for (shard, micro_batches) in shards.iter().enumerate() {
-                    model = model.select_shard(shard);
-                    let all = [micro_batches.as_slice()];
-                    let mean = match mean_gradients(&model, &all, &self.device, &mut total) {
-                        Ok(mean) => mean,
-                        Err(error) => {
-                            self.model = Some(model);
-                            return Err(error);
-                        }
-                    };
-                    squared_norm += squared_gradient_norm(&model, &mean);
-                    gradients.push(shard, mean);
-                }
-                let before = Snapshot::of(&model);
-                match optimizer.step(lr, model, gradients) {
-                    Ok(stepped) => {
-                        let update_norm = before.distance(&stepped);
-                        self.model = Some(stepped);
-                        Ok((squared_norm.sqrt(), update_norm))
-                    }
-                    Err(refused) => {
-                        self.model = Some(refused.model);
-                        Err(refused.cause)
-                    }
-                }
+        let (model, norms) = match &mut self.optimizer {
+            Optimizer::HdPissa(inner) => {
+                step_of_shards(inner, model, lr, shards, &self.device, &mut total)
             }
             Optimizer::Mean { inner, clip } => {
-                let all: Vec<&[MicroBatch]> = shards.iter().map(Vec::as_slice).collect();
-                let mut mean = match mean_gradients(&model, &all, &self.device, &mut total) {
-                    Ok(mean) => mean,
-                    Err(error) => {
-                        self.model = Some(model);
-                        return Err(error);
-                    }
-                };
-                let norm = squared_gradient_norm(&model, &mean).sqrt();
-                if !norm.is_finite() {
-                    self.model = Some(model);
-                    return Err(Error::Step {
-                        step,
-                        source: non_finite(),
-                    });
-                }
-                if let Some(clip) = clip {
-                    // As PyTorch's clip_grad_norm_.
-                    let factor = *clip / (norm + 1e-6);
-                    if factor < 1.0 {
-                        scale_gradients(&model, &mut mean, factor);
-                    }
-                }
-                let before = Snapshot::of(&model);
-                let stepped = inner.step(lr, model, mean);
-                let update_norm = before.distance(&stepped);
-                self.model = Some(stepped);
-                Ok((norm, update_norm))
+                step_of_mean(inner, *clip, model, lr, shards, &self.device, &mut total)
             }
         };
-        let (gradient_norm, update_norm) =
-            stepped.map_err(|source| Error::Step { step, source })?;
-        let loss = total.loss / total.micro_batches as f64;
+        self.model = Some(model);
+        let Norms { gradient, update } = norms?;
         Ok(StepReport {
-            loss,
-            gradient_norm,
-            update_norm,
+            loss: total.loss / total.micro_batches as f64,
+            gradient_norm: gradient,
+            update_norm: update,
             tokens: total.tokens,
         })
     }
 }
 
-fn non_finite() -> OptimizerError {
-    OptimizerError::NonFinite {
-        path: "all parameters".into(),
-        count: 1,
+/// Norms of a step's gradient and update.
+struct Norms {
+    gradient: f64,
+    update: f64,
+}
+
+/// HD-PiSSA: every shard's mean gradient goes to its own factors and moments.
+fn step_of_shards(
+    optimizer: &mut HdPissaOptimizer,
+    mut model: Llama,
+    lr: f64,
+    shards: &[Vec<MicroBatch>],
+    device: &Device,
+    total: &mut Total,
+) -> (Llama, Result<Norms, Error>) {
+    let mut gradients = ShardGradients::new(&model);
+    let mut squared_norm = 0.0;
+    for (shard, micro_batches) in shards.iter().enumerate() {
+        model = model.select_shard(shard);
+        match mean_gradients(&model, &[micro_batches], device, total) {
+            Ok(mean) => {
+                squared_norm += squared_gradient_norm(&model, &mean);
+                gradients.push(shard, mean);
+            }
+            Err(error) => return (model, Err(error)),
+        }
     }
+    let before = Snapshot::of(&model);
+    match optimizer.step(lr, model, gradients) {
+        Ok(model) => {
+            let norms = Norms {
+                gradient: squared_norm.sqrt(),
+                update: before.distance(&model),
+            };
+            (model, Ok(norms))
+        }
+        Err(refused) => {
+            let error = Error::Step {
+                step: total.step,
+                source: refused.cause,
+            };
+            (refused.model, Err(error))
+        }
+    }
+}
+
+/// Every other method: one step with the mean gradient of all micro-batches.
+fn step_of_mean(
+    optimizer: &mut ModuleOptimizer,
+    clip: Option<f64>,
+    model: Llama,
+    lr: f64,
+    shards: &[Vec<MicroBatch>],
+    device: &Device,
+    total: &mut Total,
+) -> (Llama, Result<Norms, Error>) {
+    let all: Vec<&[MicroBatch]> = shards.iter().map(Vec::as_slice).collect();
+    let mut mean = match mean_gradients(&model, &all, device, total) {
+        Ok(mean) => mean,
+        Err(error) => return (model, Err(error)),
+    };
+    let norm = squared_gradient_norm(&model, &mean).sqrt();
+    if !norm.is_finite() {
+        return (
+            model,
+            Err(Error::NonFiniteGradient {
+                step: total.step,
+                norm,
+            }),
+        );
+    }
+    if let Some(clip) = clip {
+        // As PyTorch's clip_grad_norm_.
+        let factor = clip / (norm + 1e-6);
+        if factor < 1.0 {
+            scale_gradients(&model, &mut mean, factor);
+        }
+    }
+    let before = Snapshot::of(&model);
+    let model = optimizer.step(lr, model, mean);
+    let update = before.distance(&model);
+    (
+        model,
+        Ok(Norms {
+            gradient: norm,
+            update,
+        }),
+    )
 }
 
 struct Total {
