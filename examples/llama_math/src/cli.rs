@@ -116,8 +116,8 @@ struct Options {
     /// Records of --eval that are used
     #[arg(long, requires = "eval", default_value_t = 50, value_parser = at_least(1))]
     eval_samples: usize,
-    /// Longest generated answer, in tokens
-    #[arg(long, requires = "eval", default_value_t = 256, value_parser = at_least(1))]
+    /// Longest generated answer, in tokens; 0 skips the answers and measures the loss alone
+    #[arg(long, requires = "eval", default_value_t = 256, value_parser = at_least(0))]
     max_new_tokens: usize,
     /// Folder of the results [default: without --model target/llama_math]
     #[arg(long, value_name = "DIR")]

@@ -30,7 +30,7 @@ pub struct FineTuning {
     pub max_length: Option<usize>,
     /// Held-out data, and how many of its records are answered.
     pub eval: Option<(PathBuf, usize)>,
-    /// Longest generated answer, in tokens.
+    /// Longest generated answer, in tokens; with 0 nothing is answered.
     pub max_new_tokens: usize,
     /// The training.
     pub run: RunConfig,
@@ -112,7 +112,9 @@ impl FineTuning {
                 "held-out loss after: {:.4}",
                 held_out_loss(&model, held_out)
             );
-            self.answer(&model, held_out, &tokens, &template)?;
+            if self.max_new_tokens > 0 {
+                self.answer(&model, held_out, &tokens, &template)?;
+            }
         }
 
         checkpoint.export(&model, staged.path())?;

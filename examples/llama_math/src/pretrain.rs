@@ -84,11 +84,12 @@ impl Pretraining {
         let mut trainer = Trainer::new(model, &everything, settings)?;
         let schedule = Schedule::new(self.lr, Decay::Cosine, 0.05, self.steps);
         let mut rng = StdRng::seed_from_u64(self.seed);
+        let template = crate::tiny::template();
         let progress = Progress::new("pre-training", self.steps);
         for step in 0..self.steps {
             let sequences: Vec<Sequence> = (0..self.batch_size)
                 .map(|_| {
-                    let text = format!("{}\n{END}", pretraining_text(&mut rng));
+                    let text = format!("{}\n{END}", pretraining_text(&template, &mut rng));
                     Ok(Sequence {
                         tokens: tokens.encode(&text)?,
                         prompt_len: 0,
@@ -114,12 +115,15 @@ impl Pretraining {
 fn tokenizer(seed: u64) -> Value {
     let pieces = Regex::new(PIECES).expect("the pattern is valid");
     let mut rng = StdRng::seed_from_u64(seed);
-    let mut texts: Vec<String> = (0..4000).map(|_| pretraining_text(&mut rng)).collect();
+    let template = crate::tiny::template();
+    let mut texts: Vec<String> = (0..4000)
+        .map(|_| pretraining_text(&template, &mut rng))
+        .collect();
     let (records, _) = problems(seed, 4000, 0);
     texts.extend(
         records
             .into_iter()
-            .map(|record| crate::tiny::template().prompt(&record.instruction) + &record.answer),
+            .map(|record| template.prompt(&record.instruction) + &record.answer),
     );
     let mut vocabulary: BTreeSet<String> =
         (0..=LARGEST).map(|number| format!(" {number}")).collect();

@@ -9,6 +9,7 @@ use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
 
 use crate::data::Record;
+use crate::tokenize::PromptTemplate;
 
 const NAMES: [&str; 12] = [
     "Ada", "Ben", "Cora", "Dan", "Eva", "Finn", "Gina", "Hugo", "Iris", "Jon", "Kate", "Leo",
@@ -18,7 +19,7 @@ const ITEMS: [&str; 12] = [
     "stickers", "toys",
 ];
 /// The largest number that occurs.
-pub const LARGEST: u32 = 300;
+pub const LARGEST: u32 = 101;
 
 /// A kind of problem, by what its two steps compute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -78,9 +79,9 @@ fn problem(kind: Kind, rng: &mut StdRng) -> ([u32; 3], Record) {
     let (items, _) = pair(&ITEMS, rng);
     let (numbers, instruction, answer) = match kind {
         Kind::GainAndLoss => {
-            let (a, b) = (rng.random_range(2..=50), rng.random_range(2..=40));
+            let (a, b) = (rng.random_range(2..=20), rng.random_range(2..=20));
             let sum = a + b;
-            let c = rng.random_range(1..sum.min(50));
+            let c = rng.random_range(1..=sum.min(21) - 1);
             let result = sum - c;
             (
                 [a, b, c],
@@ -95,9 +96,9 @@ fn problem(kind: Kind, rng: &mut StdRng) -> ([u32; 3], Record) {
             )
         }
         Kind::Change => {
-            let (n, price) = (rng.random_range(2..=10), rng.random_range(2..=12));
+            let (n, price) = (rng.random_range(2..=9), rng.random_range(2..=9));
             let cost = n * price;
-            let paid = cost + rng.random_range(1..=50);
+            let paid = cost + rng.random_range(1..=20);
             let result = paid - cost;
             (
                 [n, price, paid],
@@ -112,7 +113,7 @@ fn problem(kind: Kind, rng: &mut StdRng) -> ([u32; 3], Record) {
             )
         }
         Kind::Share => {
-            let (k, each) = (rng.random_range(2..=10), rng.random_range(2..=12));
+            let (k, each) = (rng.random_range(2..=9), rng.random_range(2..=9));
             let (n, c) = (k * each, rng.random_range(1..each));
             let result = each - c;
             (
@@ -128,7 +129,7 @@ fn problem(kind: Kind, rng: &mut StdRng) -> ([u32; 3], Record) {
             )
         }
         Kind::Multiple => {
-            let (a, k) = (rng.random_range(2..=12), rng.random_range(2..=8));
+            let (a, k) = (rng.random_range(2..=9), rng.random_range(2..=9));
             let (other, b) = (a * k, rng.random_range(1..=20));
             let result = other + b;
             (
@@ -144,7 +145,7 @@ fn problem(kind: Kind, rng: &mut StdRng) -> ([u32; 3], Record) {
             )
         }
         Kind::Fewer => {
-            let a = rng.random_range(3..=50);
+            let a = rng.random_range(3..=20);
             let b = rng.random_range(1..a);
             let other = a - b;
             let result = a + other;
@@ -171,56 +172,78 @@ fn problem(kind: Kind, rng: &mut StdRng) -> ([u32; 3], Record) {
 }
 
 /// A sum, difference, product or quotient, as an equation.
-fn fact(rng: &mut StdRng) -> String {
-    let (a, b): (u32, u32);
-    match rng.random_range(0..5) {
-        0 | 1 => {
-            (a, b) = (rng.random_range(1..=50), rng.random_range(1..=50));
-            format!(" {a} + {b} = {}", a + b)
-        }
-        2 => {
-            a = rng.random_range(2..=100);
-            b = rng.random_range(1..a.min(51));
-            format!(" {a} - {b} = {}", a - b)
-        }
-        3 => {
-            (a, b) = (rng.random_range(2..=12), rng.random_range(2..=12));
-            format!(" {a} * {b} = {}", a * b)
-        }
-        _ => {
-            (a, b) = (rng.random_range(2..=12), rng.random_range(2..=12));
-            format!(" {} / {a} = {b}", a * b)
-        }
+fn equation(rng: &mut StdRng) -> String {
+    let (a, b): (u32, u32) = (rng.random_range(1..=81), rng.random_range(1..=20));
+    let (m, n): (u32, u32) = (rng.random_range(2..=9), rng.random_range(2..=9));
+    match rng.random_range(0..8) {
+        0..=2 => format!(" {a} + {b} = {}", a + b),
+        3 | 4 => format!(" {} - {b} = {a}", a + b),
+        5 => format!(" {} - {a} = {b}", a + b),
+        6 => format!(" {m} * {n} = {}", m * n),
+        _ => format!(" {} / {m} = {n}", m * n),
     }
 }
 
-/// A text for the pre-training: plain equations, or a story of one step without question.
-///
-/// Its form differs from that of the problems, which the base model therefore cannot answer.
-pub fn pretraining_text(rng: &mut StdRng) -> String {
+/// A problem of one step.
+fn one_step_problem(rng: &mut StdRng) -> Record {
     let (name, friend) = pair(&NAMES, rng);
     let (items, _) = pair(&ITEMS, rng);
-    match rng.random_range(0..4) {
-        0 => {
-            let (a, b) = (rng.random_range(2..=50), rng.random_range(2..=50));
-            let verb = ["buys", "finds", "gets"][rng.random_range(0..3)];
+    let (a, b): (u32, u32) = (rng.random_range(2..=20), rng.random_range(2..=20));
+    let (m, n): (u32, u32) = (rng.random_range(2..=9), rng.random_range(2..=9));
+    let product = m * n;
+    let how_many = format!("How many {items} does");
+    let (instruction, answer, result) = match rng.random_range(0..5) {
+        0 => (
             format!(
-                "{name} has {a} {items}. {name} {verb} {b} more {items}. Now {name} has {} \
-                 {items}. {friend} likes {items}.",
+                "{name} has {a} {items}. {name} buys {b} more {items}. {how_many} {name} have now?"
+            ),
+            format!("{name} has {a} + {b} = {} {items}.", a + b),
+            a + b,
+        ),
+        1 => (
+            format!(
+                "{name} has {} {items}. {name} gives {b} {items} to {friend}. {how_many} {name} have now?",
                 a + b
-            )
-        }
-        1 => {
-            let a = rng.random_range(3..=100);
-            let b = rng.random_range(1..a.min(50));
+            ),
+            format!("{name} has {} - {b} = {a} {items}.", a + b),
+            a,
+        ),
+        2 => (
             format!(
-                "{name} has {a} {items} and gives {b} {items} to {friend}. Now {name} has {} \
-                 {items}.",
-                a - b
-            )
-        }
-        _ => (0..6).map(|_| fact(rng)).collect::<Vec<_>>().join(","),
+                "{name} buys {m} {items} for {n} dollars each. How many dollars does {name} pay?"
+            ),
+            format!("{name} pays {m} * {n} = {product} dollars."),
+            product,
+        ),
+        3 => (
+            format!(
+                "{name} shares {product} {items} equally among {m} friends. {how_many} each friend have now?"
+            ),
+            format!("Each friend has {product} / {m} = {n} {items}."),
+            n,
+        ),
+        _ => (
+            format!(
+                "{name} has {m} {items}. {friend} has {n} times as many {items}. {how_many} {friend} have now?"
+            ),
+            format!("{friend} has {m} * {n} = {product} {items}."),
+            product,
+        ),
+    };
+    Record {
+        instruction,
+        answer: format!("{answer}\n#### {result}"),
     }
+}
+
+/// A text for the pre-training: plain equations, or a problem of one step with its answer, where
+/// those of the comparison have two steps.
+pub fn pretraining_text(template: &PromptTemplate, rng: &mut StdRng) -> String {
+    if rng.random_range(0..5) < 2 {
+        return (0..8).map(|_| equation(rng)).collect::<Vec<_>>().join(",");
+    }
+    let record = one_step_problem(rng);
+    template.prompt(&record.instruction) + &record.answer
 }
 
 #[cfg(test)]
