@@ -205,14 +205,14 @@ impl LlamaConfig {
                 return Err((key, format!("is {value}; it must be from 1 to 2^24")));
             }
         }
-        if self.num_heads % self.num_kv_heads != 0 {
+        if !self.num_heads.is_multiple_of(self.num_kv_heads) {
             let reason = format!(
                 "is {}; it must divide num_attention_heads, {}",
                 self.num_kv_heads, self.num_heads
             );
             return Err(("num_key_value_heads", reason));
         }
-        if self.head_dim % 2 != 0 {
+        if !self.head_dim.is_multiple_of(2) {
             return Err(("head_dim", format!("is {}; it must be even", self.head_dim)));
         }
         if !(self.rms_norm_eps.is_finite() && self.rms_norm_eps > 0.0) {

@@ -30,6 +30,7 @@ pub mod spectrum;
 pub mod tiny;
 pub mod tokenize;
 pub mod train;
+mod weights;
 
 pub use checkpoint::Checkpoint;
 pub use config::LlamaConfig;

@@ -94,7 +94,6 @@ impl Adaptation {
                 "`{pattern}` matches no matrix, such as `{example}`"
             )));
         }
-        let targets = Some(targets);
         match self.method {
             Method::Full => Ok(model),
             Method::HdPissa => {
@@ -102,14 +101,14 @@ impl Adaptation {
                     .with_rank(self.rank)
                     .with_shards(self.shards)
                     .with_alpha(self.alpha)
-                    .with_targets(targets);
+                    .with_targets(Some(targets));
                 Ok(model.apply_hd_pissa(&config, 0..self.shards)?)
             }
             Method::Pissa => {
                 let config = PissaConfig::new()
                     .with_rank(self.rank)
                     .with_alpha(self.alpha)
-                    .with_targets(targets);
+                    .with_targets(Some(targets));
                 Ok(model.apply_pissa(&config)?)
             }
             Method::Lora => {
@@ -127,7 +126,7 @@ impl Adaptation {
                     }
                 }
                 let mut lora = Lora::new(self.rank, self.alpha.unwrap_or(self.rank as f64));
-                lora.param_group = targets.expect("set above");
+                lora.param_group = targets;
                 // The deviation of PEFT's uniform start, for inputs as wide as the hidden state.
                 let hidden = model.model.embed_tokens.weight.lazy_shape()[1];
                 lora.init_std = Some((3.0 * hidden as f64).sqrt().recip());

@@ -10,46 +10,45 @@ use crate::Llama;
 pub struct Snapshot(Vec<Matrix>);
 
 enum Matrix {
-    Dense(Tensor<2>),
-    /// Factors and scale of a low-rank adapter, whose base is frozen.
-    Factors {
-        a: Tensor<2>,
-        b: Tensor<2>,
-        scale: f64,
-    },
+    Dense(Box<Tensor<2>>),
+    LowRank(Box<Factors>),
+}
+
+/// Factors and scale of a low-rank adapter, whose base is frozen.
+struct Factors {
+    a: Tensor<2>,
+    b: Tensor<2>,
+    scale: f64,
+}
+
+impl Factors {
+    fn squared_distance(self, new: Self) -> Tensor<1> {
+        // new_a·new_b − a·b = [new_a − a | a] · [new_b ; new_b − b], whose norm needs only the
+        // small Gram matrices of both sides.
+        let left = Tensor::cat(vec![new.a - self.a.clone(), self.a], 1);
+        let right = Tensor::cat(vec![new.b.clone(), new.b - self.b], 0);
+        let left = left.clone().transpose().matmul(left);
+        let right = right.clone().matmul(right.transpose());
+        (left * right).sum() * (new.scale * new.scale)
+    }
 }
 
 impl Matrix {
     fn of(weight: &Param<Tensor<2>>) -> Self {
         match weight.adapter() {
-            Some(lora) => Self::Factors {
+            Some(lora) => Self::LowRank(Box::new(Factors {
                 a: lora.a.val().inner(),
                 b: lora.b.val().inner(),
                 scale: lora.scale,
-            },
-            None => Self::Dense(weight.base().inner()),
+            })),
+            None => Self::Dense(Box::new(weight.base().inner())),
         }
     }
 
-    fn squared_distance(self, other: Self) -> Tensor<1> {
-        match (self, other) {
-            (Self::Dense(before), Self::Dense(after)) => (after - before).square().sum(),
-            (
-                Self::Factors { a, b, .. },
-                Self::Factors {
-                    a: new_a,
-                    b: new_b,
-                    scale,
-                },
-            ) => {
-                // new_a·new_b − a·b = [new_a − a | a] · [new_b ; new_b − b], whose norm needs only
-                // the small Gram matrices of both sides.
-                let left = Tensor::cat(vec![new_a - a.clone(), a], 1);
-                let right = Tensor::cat(vec![new_b.clone(), new_b - b], 0);
-                let left = left.clone().transpose().matmul(left);
-                let right = right.clone().matmul(right.transpose());
-                (left * right).sum() * (scale * scale)
-            }
+    fn squared_distance(self, new: Self) -> Tensor<1> {
+        match (self, new) {
+            (Self::Dense(old), Self::Dense(new)) => (*new - *old).square().sum(),
+            (Self::LowRank(old), Self::LowRank(new)) => old.squared_distance(*new),
             _ => unreachable!("adapters are neither attached nor removed during training"),
         }
     }
@@ -153,6 +152,32 @@ pub fn projections(model: &Llama) -> Vec<TensorData> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_distance_of_factors_is_that_of_their_products() {
+        let device = burn::tensor::Device::default();
+        let draw = |shape: [usize; 2]| {
+            Tensor::<2>::random(shape, burn::tensor::Distribution::Default, &device)
+        };
+        let [a, b] = [draw([7, 3]), draw([3, 5])];
+        let (new_a, new_b) = (
+            a.clone() + draw([7, 3]) * 0.1,
+            b.clone() + draw([3, 5]) * 0.1,
+        );
+        let change = (new_a.clone().matmul(new_b.clone()) - a.clone().matmul(b.clone())) * 2.0;
+        let expected: f64 = change.square().sum().into_scalar();
+        let old = Factors { a, b, scale: 2.0 };
+        let new = Factors {
+            a: new_a,
+            b: new_b,
+            scale: 2.0,
+        };
+        let squared: f64 = old.squared_distance(new).into_scalar();
+        assert!(
+            (squared - expected).abs() < 1e-4 * expected,
+            "{squared} {expected}"
+        );
+    }
 
     #[test]
     fn ranks_of_known_matrices() {
