@@ -139,7 +139,7 @@ struct PretrainOptions {
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// Steps
-    #[arg(long, default_value_t = 3500, value_parser = at_least(1))]
+    #[arg(long, default_value_t = 2500, value_parser = at_least(1))]
     steps: usize,
     /// Backend
     #[arg(long)]
