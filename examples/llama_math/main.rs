@@ -1,0 +1,16 @@
+//! `cargo run --release --example llama_math -- --help` says what it can do.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use llama_math::cli::Cli;
+
+fn main() -> ExitCode {
+    match Cli::parse().run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(error.exit_code())
+        }
+    }
+}

@@ -1,0 +1,336 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::builder::RangedU64ValueParser;
+use clap::{Args, Parser, Subcommand};
+
+use crate::batch::FeedConfig;
+use crate::compare::Comparison;
+use crate::data::Fields;
+use crate::finetune::FineTuning;
+use crate::method::{Adaptation, Method};
+use crate::pretrain::Pretraining;
+use crate::run::{Length, RunConfig};
+use crate::schedule::Decay;
+use crate::train::OptimizerSettings;
+use crate::{Error, device};
+
+/// Where the comparison writes unless told otherwise; replaced by the next run.
+const COMPARISON_OUTPUT: &str = "target/llama_math";
+
+/// Fine-tunes Llama-family models on word problems with HD-PiSSA and its baselines.
+///
+/// Without arguments it compares LoRA, PiSSA, HD-PiSSA and full fine-tuning on a tiny model and
+/// generated problems. With --model and --data it fine-tunes a Hugging Face checkpoint.
+#[derive(Parser, Debug)]
+#[command(name = "llama_math", version, args_conflicts_with_subcommands = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Option<Task>,
+    #[command(flatten)]
+    options: Options,
+}
+
+#[derive(Subcommand, Debug)]
+enum Task {
+    /// Pre-trains the tiny model whose weights are part of this example.
+    Pretrain(PretrainOptions),
+    /// One method of the comparison, in a process of its own.
+    #[command(hide = true)]
+    CompareMethod(MethodOptions),
+}
+
+#[derive(Args, Debug)]
+struct Options {
+    /// Folder of a Hugging Face checkpoint: Llama 2 or 3, Mistral, Qwen2, SmolLM2
+    #[arg(long, value_name = "DIR", requires_all = ["data", "output"])]
+    model: Option<PathBuf>,
+    /// Training data, JSON lines or a JSON array: GSM8K, MetaMathQA or Alpaca fields
+    #[arg(long, value_name = "FILE", requires = "model")]
+    data: Option<PathBuf>,
+    /// Fields of prompt and answer, for other data
+    #[arg(long, value_name = "PROMPT,ANSWER", requires = "model")]
+    fields: Option<String>,
+    /// File with the prompt, used byte for byte with {instruction} replaced [default: Alpaca's]
+    #[arg(long, value_name = "FILE", requires = "model")]
+    prompt_template: Option<PathBuf>,
+    /// Longest sequence, prompt and answer together; longer ones are cut on the right
+    /// [default: 512]
+    #[arg(long, requires = "model", value_parser = at_least(2))]
+    max_length: Option<usize>,
+    /// How to fine-tune
+    #[arg(long, requires = "model", default_value = "hd-pissa")]
+    method: Method,
+    /// Rank of the adapters, with HD-PiSSA of each shard's [default: 16; without --model 4]
+    #[arg(long, value_parser = at_least(1))]
+    rank: Option<usize>,
+    /// Shards of HD-PiSSA; the other methods average the gradients of as many micro-batches
+    #[arg(long, default_value_t = 8, value_parser = at_least(1))]
+    shards: usize,
+    /// Numerator of the adapters' scale alpha / rank [default: the rank]
+    #[arg(long, requires = "model", value_parser = positive)]
+    alpha: Option<f64>,
+    /// Weights to adapt, by regular expression on their names [default: every projection]
+    #[arg(long, value_name = "REGEX", requires = "model")]
+    targets: Option<String>,
+    /// Largest learning rate [default: 2e-5; without --model each method's own]
+    #[arg(long, value_parser = positive)]
+    lr: Option<f64>,
+    /// What follows the warm-up
+    #[arg(long, requires = "model", default_value = "cosine")]
+    schedule: Decay,
+    /// Share of the steps that warm up
+    #[arg(long, requires = "model", default_value_t = 0.0, value_parser = share)]
+    warmup_ratio: f64,
+    /// Passes over the data [default: 1]
+    #[arg(long, requires = "model", conflicts_with = "steps", value_parser = at_least(1))]
+    epochs: Option<usize>,
+    /// Steps, also the length of the schedule
+    #[arg(long, value_parser = at_least(1))]
+    steps: Option<usize>,
+    /// Records per micro-batch
+    #[arg(long, requires = "model", default_value_t = 1, value_parser = at_least(1))]
+    batch_size: usize,
+    /// Micro-batches per shard and step
+    #[arg(long, requires = "model", default_value_t = 1, value_parser = at_least(1))]
+    accumulation: usize,
+    /// Largest global gradient norm, with HD-PiSSA of each shard
+    #[arg(long, requires = "model", value_parser = positive)]
+    clip: Option<f64>,
+    /// Decoupled weight decay; not with HD-PiSSA
+    #[arg(long, requires = "model", value_parser = not_negative)]
+    weight_decay: Option<f64>,
+    /// Seed of the order, of generated problems and of random adapters
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Keep the order of the file: shard k takes records k, k+K, k+2K, ...
+    #[arg(long, requires = "model")]
+    no_shuffle: bool,
+    /// Backend, such as flex, wgpu or cuda:0, as far as built in
+    #[arg(long)]
+    device: Option<String>,
+    /// Held-out data for loss and exact match
+    #[arg(long, value_name = "FILE", requires = "model")]
+    eval: Option<PathBuf>,
+    /// Records of --eval that are used
+    #[arg(long, requires = "eval", default_value_t = 50, value_parser = at_least(1))]
+    eval_samples: usize,
+    /// Longest generated answer, in tokens; 0 skips the answers and measures the loss alone
+    #[arg(long, requires = "eval", default_value_t = 256, value_parser = at_least(0))]
+    max_new_tokens: usize,
+    /// Folder of the results [default: without --model target/llama_math]
+    #[arg(long, value_name = "DIR")]
+    output: Option<PathBuf>,
+    /// Replace an existing folder
+    #[arg(long)]
+    overwrite: bool,
+    /// A short run: few steps and few evaluated records
+    #[arg(long)]
+    quick: bool,
+}
+
+#[derive(Args, Debug)]
+struct PretrainOptions {
+    /// Folder of the checkpoint
+    #[arg(long, value_name = "DIR")]
+    output: PathBuf,
+    /// Seed of weights and texts
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Steps
+    #[arg(long, default_value_t = 2500, value_parser = at_least(1))]
+    steps: usize,
+    /// Backend
+    #[arg(long)]
+    device: Option<String>,
+    /// Replace an existing folder
+    #[arg(long)]
+    overwrite: bool,
+}
+
+#[derive(Args, Debug)]
+struct MethodOptions {
+    #[arg(long)]
+    method: Method,
+    #[arg(long)]
+    result: PathBuf,
+    #[arg(long)]
+    seed: u64,
+    #[arg(long)]
+    steps: usize,
+    #[arg(long)]
+    rank: usize,
+    #[arg(long)]
+    shards: usize,
+    #[arg(long)]
+    test_problems: usize,
+    #[arg(long)]
+    lr: Option<f64>,
+    #[arg(long)]
+    device: Option<String>,
+}
+
+/// A number that an option does not take.
+#[derive(Debug, thiserror::Error)]
+#[error("must be a number {0}")]
+struct OutOfRange(&'static str);
+
+fn at_least(least: u64) -> RangedU64ValueParser<usize> {
+    // Larger counts are mistakes, and products of a few must not overflow.
+    RangedU64ValueParser::new().range(least..=1 << 20)
+}
+
+fn number(
+    text: &str,
+    is_valid: impl Fn(f64) -> bool,
+    range: &'static str,
+) -> Result<f64, OutOfRange> {
+    text.parse()
+        .ok()
+        .filter(|&value| is_valid(value))
+        .ok_or(OutOfRange(range))
+}
+
+fn positive(text: &str) -> Result<f64, OutOfRange> {
+    number(text, |value| value > 0.0 && value.is_finite(), "above 0")
+}
+
+fn not_negative(text: &str) -> Result<f64, OutOfRange> {
+    number(
+        text,
+        |value| value >= 0.0 && value.is_finite(),
+        "of at least 0",
+    )
+}
+
+fn share(text: &str) -> Result<f64, OutOfRange> {
+    number(text, |value| (0.0..=1.0).contains(&value), "from 0 to 1")
+}
+
+impl Cli {
+    /// Does what the command line says.
+    ///
+    /// # Errors
+    ///
+    /// Whatever goes wrong; [`Error::exit_code`] tells usage errors from others.
+    pub fn run(self) -> Result<(), Error> {
+        match self.command {
+            Some(Task::Pretrain(options)) => {
+                let device = device::parse(options.device.as_deref())?;
+                let pretraining = Pretraining {
+                    seed: options.seed,
+                    steps: options.steps,
+                    batch_size: 32,
+                    lr: 2e-3,
+                };
+                pretraining.run(&device, &options.output, options.overwrite)
+            }
+            Some(Task::CompareMethod(options)) => {
+                let device = device::parse(options.device.as_deref())?;
+                let comparison = Comparison {
+                    seed: options.seed,
+                    steps: options.steps,
+                    rank: options.rank,
+                    shards: options.shards,
+                    lr: options.lr,
+                    test_problems: options.test_problems,
+                    device: options.device,
+                };
+                comparison.run_method(options.method, &device, &options.result)
+            }
+            None => match (
+                &self.options.model,
+                &self.options.data,
+                &self.options.output,
+            ) {
+                (Some(model), Some(data), Some(output)) => {
+                    let fine_tuning = self.options.fine_tuning(model, data, output)?;
+                    fine_tuning.run(&device::parse(self.options.device.as_deref())?)
+                }
+                _ => self.options.compare(),
+            },
+        }
+    }
+}
+
+impl Options {
+    fn compare(self) -> Result<(), Error> {
+        let device = device::parse(self.device.as_deref())?;
+        let defaults = Comparison::new(self.quick);
+        let comparison = Comparison {
+            seed: self.seed,
+            steps: self.steps.unwrap_or(defaults.steps),
+            rank: self.rank.unwrap_or(defaults.rank),
+            shards: self.shards,
+            lr: self.lr,
+            device: self.device,
+            ..defaults
+        };
+        match self.output {
+            Some(output) => comparison.run(&device, &output, self.overwrite),
+            None => comparison.run(&device, COMPARISON_OUTPUT.as_ref(), true),
+        }
+    }
+
+    fn fine_tuning(
+        &self,
+        model: &std::path::Path,
+        data: &std::path::Path,
+        output: &std::path::Path,
+    ) -> Result<FineTuning, Error> {
+        if self.method == Method::HdPissa && self.weight_decay.is_some() {
+            return Err(Error::Usage {
+                option: "weight-decay",
+                reason: "hd-pissa has none: its factors are fixed, and decaying them would not \
+                         decay the weights"
+                    .into(),
+            });
+        }
+        let length = match (self.steps, self.epochs, self.quick) {
+            (Some(steps), ..) => Length::Steps(steps),
+            (None, _, true) => Length::Steps(2),
+            (None, epochs, false) => Length::Epochs(epochs.unwrap_or(1)),
+        };
+        let samples = if self.quick {
+            self.eval_samples.min(2)
+        } else {
+            self.eval_samples
+        };
+        Ok(FineTuning {
+            model: model.into(),
+            data: data.into(),
+            fields: self.fields.as_deref().map(Fields::parse).transpose()?,
+            template: self.prompt_template.clone(),
+            max_length: self.max_length,
+            eval: self.eval.clone().map(|path| (path, samples)),
+            max_new_tokens: self.max_new_tokens,
+            run: RunConfig {
+                adaptation: Adaptation {
+                    method: self.method,
+                    rank: self.rank.unwrap_or(16),
+                    shards: self.shards,
+                    alpha: self.alpha,
+                    targets: self.targets.clone(),
+                },
+                optimizer: OptimizerSettings {
+                    clip: self.clip,
+                    weight_decay: self.weight_decay.unwrap_or(0.0),
+                },
+                feed: FeedConfig {
+                    shards: self.shards,
+                    accumulation: self.accumulation,
+                    batch_size: self.batch_size,
+                    shuffle: (!self.no_shuffle).then_some(self.seed),
+                },
+                length,
+                lr: self.lr.unwrap_or(2e-5),
+                decay: self.schedule,
+                warmup_ratio: self.warmup_ratio,
+            },
+            output: output.into(),
+            overwrite: self.overwrite,
+            seed: self.seed,
+        })
+    }
+}

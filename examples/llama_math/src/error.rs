@@ -1,0 +1,122 @@
+//! What can go wrong with what comes from outside.
+
+use std::path::{Path, PathBuf};
+
+use hd_pissa::{HdPissaError, OptimizerError};
+
+/// Why a run stopped. Every message about a file names it, and the field at fault.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The content of a file cannot be used.
+    #[error("{}: {field}: {reason}", path.display())]
+    Field {
+        /// The file.
+        path: PathBuf,
+        /// Key, tensor name or line.
+        field: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A command-line option cannot be used.
+    #[error("--{option}: {reason}")]
+    Option {
+        /// Name of the option, without dashes.
+        option: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Options that contradict each other or cannot be read: a usage error.
+    #[error("--{option}: {reason}")]
+    Usage {
+        /// Name of the option, without dashes.
+        option: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The model refuses the adapters.
+    #[error(transparent)]
+    Adapter(#[from] HdPissaError),
+    /// The optimizer refuses a step.
+    #[error("step {step}: {source}")]
+    Step {
+        /// The step, counted from 1.
+        step: usize,
+        /// Why.
+        source: OptimizerError,
+    },
+    /// The loss is NaN or infinite.
+    #[error("step {step}: the loss is {loss}; nothing was written (a smaller --lr may help)")]
+    NonFiniteLoss {
+        /// The step, counted from 1.
+        step: usize,
+        /// The loss.
+        loss: f64,
+    },
+    /// A gradient is NaN or infinite.
+    #[error(
+        "step {step}: the gradient norm is {norm}; nothing was written (a smaller --lr may help)"
+    )]
+    NonFiniteGradient {
+        /// The step, counted from 1.
+        step: usize,
+        /// The norm.
+        norm: f64,
+    },
+    /// The optimizer could not be set up.
+    #[error(transparent)]
+    Optimizer(#[from] OptimizerError),
+    /// A child process of the comparison failed.
+    #[error("the run of {method} failed: {reason}")]
+    Child {
+        /// The method it ran.
+        method: String,
+        /// Its exit status or what is wrong with its result.
+        reason: String,
+    },
+    /// The picture of the loss curves could not be drawn.
+    #[error("{}: the picture could not be drawn: {reason}", path.display())]
+    Picture {
+        /// The file.
+        path: PathBuf,
+        /// What failed.
+        reason: String,
+    },
+}
+
+impl Error {
+    /// Shorthand for [`Error::Field`].
+    pub fn field(
+        path: impl AsRef<Path>,
+        field: impl Into<String>,
+        reason: impl Into<String>,
+    ) -> Self {
+        Self::Field {
+            path: path.as_ref().into(),
+            field: field.into(),
+            reason: reason.into(),
+        }
+    }
+
+    /// For `map_err` on operations on `path`.
+    pub fn io(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.as_ref().to_path_buf();
+        move |source| Self::Io { path, source }
+    }
+
+    /// 2 for a usage error, 1 for everything else.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Usage { .. } => 2,
+            _ => 1,
+        }
+    }
+}

@@ -1,0 +1,38 @@
+//! Fine-tunes Llama-family models on word problems, with HD-PiSSA and its baselines.
+//!
+//! `cargo run --release --example llama_math` runs it; this library holds its parts. In reading
+//! order: [`config`], [`rope`], [`model`] and [`checkpoint`]; [`data`], [`tokenize`] and
+//! [`batch`]; [`method`], [`schedule`], [`train`] and [`run`]; [`evaluate`] and [`spectrum`]; and
+//! what the command line offers: [`finetune`], [`compare`] and [`pretrain`].
+
+pub mod batch;
+pub mod checkpoint;
+pub mod cli;
+pub mod compare;
+pub mod config;
+pub mod data;
+pub mod device;
+mod error;
+pub mod evaluate;
+pub mod finetune;
+pub mod memory;
+pub mod method;
+pub mod model;
+pub mod output;
+pub mod picture;
+pub mod pretrain;
+pub mod problems;
+pub mod progress;
+pub mod rope;
+pub mod run;
+pub mod schedule;
+pub mod spectrum;
+pub mod tiny;
+pub mod tokenize;
+pub mod train;
+mod weights;
+
+pub use checkpoint::Checkpoint;
+pub use config::LlamaConfig;
+pub use error::Error;
+pub use model::{Cache, Llama};

@@ -1,0 +1,154 @@
+//! The methods that are compared, and how each prepares a model.
+
+use std::fmt::{self, Display, Formatter};
+
+use burn::module::{Lora, Module, ModuleVisitor, Param, ParamGroup};
+use burn::tensor::Tensor;
+use clap::ValueEnum;
+use hd_pissa::{HdPissaConfig, HdPissaModule, PissaConfig, PissaModule};
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Llama};
+
+/// A way to fine-tune.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Method {
+    /// Low-rank adapters that start at zero.
+    Lora,
+    /// One low-rank adapter that starts at the leading principal components.
+    Pissa,
+    /// High-rank updates from shards of principal components.
+    HdPissa,
+    /// Every parameter.
+    Full,
+}
+
+impl Method {
+    /// All of them, in the order of the table.
+    pub const ALL: [Self; 4] = [Self::Lora, Self::Pissa, Self::HdPissa, Self::Full];
+}
+
+impl Display for Method {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Lora => "lora",
+            Self::Pissa => "pissa",
+            Self::HdPissa => "hd-pissa",
+            Self::Full => "full",
+        })
+    }
+}
+
+/// The projections of attention and feed-forward layers.
+pub const DEFAULT_TARGETS: &str = r"(q|k|v|o|gate|up|down)_proj\.weight$";
+
+/// Which weights are adapted, and how.
+#[derive(Clone, Debug)]
+pub struct Adaptation {
+    /// The method.
+    pub method: Method,
+    /// Rank of an adapter; with HD-PiSSA of each shard's.
+    pub rank: usize,
+    /// Number of shards of HD-PiSSA.
+    pub shards: usize,
+    /// Numerator of the scale `alpha / rank`; `None` for a scale of 1.
+    pub alpha: Option<f64>,
+    /// Regular expression on parameter paths; `None` for [`DEFAULT_TARGETS`].
+    pub targets: Option<String>,
+}
+
+impl Adaptation {
+    /// Attaches the adapters and freezes what is not trained.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Option`] for a pattern that is no regular expression or matches no matrix and a
+    /// LoRA rank that is too large, and [`Error::Adapter`].
+    pub fn apply(&self, model: Llama) -> Result<Llama, Error> {
+        let pattern = self.targets.as_deref().unwrap_or(DEFAULT_TARGETS);
+        let invalid = |reason| Error::Option {
+            option: "targets",
+            reason,
+        };
+        // Checked here for its message, which Burn's error does not carry. Its last line says it.
+        regex::Regex::new(pattern).map_err(|error| {
+            let message = error.to_string();
+            let reason = message.lines().last().unwrap_or_default();
+            invalid(format!(
+                "`{pattern}` is no regular expression: {}",
+                reason.trim()
+            ))
+        })?;
+        let targets = ParamGroup::from_regex(pattern)
+            .map_err(|error| invalid(format!("`{pattern}`: {error:?}")))?;
+        let matched: Vec<(String, [usize; 2])> = model
+            .matrices()
+            .into_iter()
+            .filter(|(path, weight)| targets.matches(&weight.id, Some(path)))
+            .map(|(path, weight)| (path, weight.lazy_shape().dims()))
+            .collect();
+        if matched.is_empty() {
+            let example = "model.layers.0.self_attn.q_proj.weight";
+            return Err(invalid(format!(
+                "`{pattern}` matches no matrix, such as `{example}`"
+            )));
+        }
+        match self.method {
+            Method::Full => Ok(model),
+            Method::HdPissa => {
+                let config = HdPissaConfig::new()
+                    .with_rank(self.rank)
+                    .with_shards(self.shards)
+                    .with_alpha(self.alpha)
+                    .with_targets(Some(targets));
+                Ok(model.apply_hd_pissa(&config, 0..self.shards)?)
+            }
+            Method::Pissa => {
+                let config = PissaConfig::new()
+                    .with_rank(self.rank)
+                    .with_alpha(self.alpha)
+                    .with_targets(Some(targets));
+                Ok(model.apply_pissa(&config)?)
+            }
+            Method::Lora => {
+                for (path, [d_input, d_output]) in matched {
+                    if self.rank == 0 || self.rank > d_input.min(d_output) {
+                        let reason = format!(
+                            "is {}; `{path}` of shape [{d_input}, {d_output}] takes 1 to {}",
+                            self.rank,
+                            d_input.min(d_output)
+                        );
+                        return Err(Error::Option {
+                            option: "rank",
+                            reason,
+                        });
+                    }
+                }
+                let mut lora = Lora::new(self.rank, self.alpha.unwrap_or(self.rank as f64));
+                lora.param_group = targets;
+                // The deviation of PEFT's uniform start, for inputs as wide as the hidden state.
+                let hidden = model.model.embed_tokens.weight.lazy_shape()[1];
+                lora.init_std = Some((3.0 * hidden as f64).sqrt().recip());
+                Ok(model.apply_lora(lora))
+            }
+        }
+    }
+}
+
+/// Number of values that gradients move.
+pub fn num_trainable(model: &Llama) -> usize {
+    struct Count(usize);
+
+    impl ModuleVisitor for Count {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            if param.is_require_grad() {
+                self.0 += param.lazy_shape().num_elements();
+            }
+        }
+    }
+
+    let mut count = Count(0);
+    model.visit(&mut count);
+    count.0
+}

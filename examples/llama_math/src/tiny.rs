@@ -1,0 +1,32 @@
+//! The tiny model that is part of this example, and its prompt.
+
+use crate::tokenize::PromptTemplate;
+use crate::{Checkpoint, Error};
+
+/// The checkpoint that `pretrain` made.
+///
+/// # Errors
+///
+/// None for the files as committed.
+pub fn checkpoint() -> Result<Checkpoint, Error> {
+    Checkpoint::embedded(
+        "<embedded tiny model>",
+        include_bytes!("../assets/tiny/model.safetensors"),
+        &[
+            ("config.json", include_bytes!("../assets/tiny/config.json")),
+            (
+                "tokenizer.json",
+                include_bytes!("../assets/tiny/tokenizer.json"),
+            ),
+            (
+                "tokenizer_config.json",
+                include_bytes!("../assets/tiny/tokenizer_config.json"),
+            ),
+        ],
+    )
+}
+
+/// A short prompt for the generated problems.
+pub fn template() -> PromptTemplate {
+    PromptTemplate::new("Question:\n{instruction}\nAnswer:\n").expect("it has the place")
+}

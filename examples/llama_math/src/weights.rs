@@ -1,0 +1,232 @@
+//! Weight files: where tensors are, and their values to and from `f32`.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use half::{bf16, f16};
+use safetensors::Dtype;
+use safetensors::tensor::{Metadata, TensorInfo};
+use serde::Deserialize;
+
+use crate::Error;
+
+pub(crate) const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// Where the bytes of a weight file are.
+#[derive(Debug, Clone)]
+pub(crate) enum Source {
+    File(PathBuf),
+    Embedded(&'static [u8]),
+}
+
+/// A tensor of a weight file.
+#[derive(Debug, Clone)]
+pub(crate) struct Entry {
+    source: Source,
+    pub(crate) path: PathBuf,
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
+    start: u64,
+    len: usize,
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: HashMap<String, String>,
+}
+
+/// The single file, or those of the index.
+pub(crate) fn weight_files(folder: &Path) -> Result<Vec<PathBuf>, Error> {
+    let index = folder.join(INDEX);
+    if !index.is_file() {
+        return Ok(vec![folder.join(SINGLE)]);
+    }
+    let bytes = std::fs::read(&index).map_err(Error::io(&index))?;
+    let parsed: Index = serde_json::from_slice(&bytes)
+        .map_err(|error| Error::field(&index, "weight_map", error.to_string()))?;
+    let names: BTreeSet<String> = parsed.weight_map.into_values().collect();
+    if names.is_empty() {
+        return Err(Error::field(&index, "weight_map", "is empty"));
+    }
+    names
+        .into_iter()
+        .map(|name| {
+            if Path::new(&name).file_name() != Some(name.as_ref()) {
+                let reason = format!("`{name}` is not the name of a file in the same folder");
+                return Err(Error::field(&index, "weight_map", reason));
+            }
+            Ok(folder.join(name))
+        })
+        .collect()
+}
+
+/// Adds the tensors of one weight file, without reading their values.
+pub(crate) fn read_header(
+    mut file: impl Read,
+    size: u64,
+    source: Source,
+    path: &Path,
+    tensors: &mut BTreeMap<String, Entry>,
+) -> Result<(), Error> {
+    let broken = |reason: String| Error::field(path, "header", reason);
+    let mut prefix = [0; 8];
+    if size < 8 {
+        return Err(broken(format!(
+            "the file has {size} bytes, too few for safetensors"
+        )));
+    }
+    file.read_exact(&mut prefix).map_err(Error::io(path))?;
+    let header_len = u64::from_le_bytes(prefix);
+    let data_start = match header_len.checked_add(8) {
+        Some(start) if start <= size => start,
+        _ => {
+            return Err(broken(
+                "not a safetensors file, or cut off in its header".into(),
+            ));
+        }
+    };
+    let mut header = vec![0; header_len as usize];
+    file.read_exact(&mut header).map_err(Error::io(path))?;
+    let metadata: Metadata = serde_json::from_slice(&header)
+        .map_err(|error| broken(format!("not a safetensors file: {error}")))?;
+    let expected = data_start + metadata.data_len() as u64;
+    if expected != size {
+        let reason = format!("the file has {size} bytes where its header says {expected}");
+        return Err(broken(reason));
+    }
+    for (name, info) in metadata.tensors() {
+        let TensorInfo {
+            dtype,
+            shape,
+            data_offsets: (start, end),
+        } = info;
+        let entry = Entry {
+            source: source.clone(),
+            path: path.into(),
+            dtype: *dtype,
+            shape: shape.clone(),
+            start: data_start + *start as u64,
+            len: end - start,
+        };
+        if let Some(other) = tensors.insert(name.clone(), entry) {
+            let reason = format!("is in {} too", other.path.display());
+            return Err(Error::field(path, name, reason));
+        }
+    }
+    Ok(())
+}
+
+impl Entry {
+    /// The values; `name` is for messages.
+    pub(crate) fn read(&self, name: &str) -> Result<Vec<f32>, Error> {
+        let fail = |reason: String| Error::field(&self.path, name, reason);
+        let mut bytes = vec![0; self.len];
+        match &self.source {
+            Source::File(path) => {
+                let mut file = File::open(path).map_err(Error::io(path))?;
+                file.seek(SeekFrom::Start(self.start))
+                    .map_err(Error::io(path))?;
+                file.read_exact(&mut bytes).map_err(Error::io(path))?;
+            }
+            Source::Embedded(all) => {
+                let start = self.start as usize;
+                bytes.copy_from_slice(&all[start..start + self.len]);
+            }
+        }
+        let values: Vec<f32> = match self.dtype {
+            Dtype::F32 => chunks(&bytes, f32::from_le_bytes),
+            Dtype::F16 => chunks(&bytes, |bytes| f16::from_le_bytes(bytes).to_f32()),
+            Dtype::BF16 => chunks(&bytes, |bytes| bf16::from_le_bytes(bytes).to_f32()),
+            other => {
+                return Err(fail(format!(
+                    "has dtype {other:?}; supported are F32, F16, BF16"
+                )));
+            }
+        };
+        match values.iter().filter(|value| !value.is_finite()).count() {
+            0 => Ok(values),
+            count => Err(fail(format!("holds {count} NaN or infinite values"))),
+        }
+    }
+}
+
+fn chunks<const N: usize>(bytes: &[u8], value: impl Fn([u8; N]) -> f32) -> Vec<f32> {
+    let (chunks, _) = bytes.as_chunks::<N>();
+    chunks.iter().map(|&chunk| value(chunk)).collect()
+}
+
+/// The transpose of a `[rows, cols]` matrix, in blocks that stay in cache.
+pub(crate) fn transpose(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+    const BLOCK: usize = 32;
+    let mut result = vec![0.0; values.len()];
+    for row_start in (0..rows).step_by(BLOCK) {
+        for col_start in (0..cols).step_by(BLOCK) {
+            for row in row_start..rows.min(row_start + BLOCK) {
+                for col in col_start..cols.min(col_start + BLOCK) {
+                    result[col * rows + row] = values[row * cols + col];
+                }
+            }
+        }
+    }
+    result
+}
+
+/// `values` in another dtype, and whether all are finite there.
+pub(crate) fn encode(values: &[f32], dtype: Dtype) -> (Vec<u8>, bool) {
+    let mut finite = true;
+    let mut check = |is_finite: bool| finite &= is_finite;
+    let bytes = match dtype {
+        Dtype::F16 => values
+            .iter()
+            .flat_map(|&value| {
+                let value = f16::from_f32(value);
+                check(value.is_finite());
+                value.to_le_bytes()
+            })
+            .collect(),
+        Dtype::BF16 => values
+            .iter()
+            .flat_map(|&value| {
+                let value = bf16::from_f32(value);
+                check(value.is_finite());
+                value.to_le_bytes()
+            })
+            .collect(),
+        _ => values
+            .iter()
+            .flat_map(|&value| {
+                check(value.is_finite());
+                value.to_le_bytes()
+            })
+            .collect(),
+    };
+    (bytes, finite)
+}
+
+/// A tensor ready to be written.
+pub(crate) struct Encoded {
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) bytes: Vec<u8>,
+}
+
+impl safetensors::View for &Encoded {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> std::borrow::Cow<'_, [u8]> {
+        (&self.bytes).into()
+    }
+
+    fn data_len(&self) -> usize {
+        self.bytes.len()
+    }
+}
