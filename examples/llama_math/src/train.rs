@@ -72,7 +72,7 @@ impl Trainer {
         let optimizer = match adaptation.method {
             Method::HdPissa => {
                 let adam = AdamConfig::new().with_epsilon(EPSILON).init();
-                let optimizer = HdPissaOptimizer::new(adam, Solo)?;
+                let optimizer = HdPissaOptimizer::new(adam, Solo)?.with_update_norm();
                 Optimizer::HdPissa(match settings.clip {
                     Some(clip) => optimizer.with_max_grad_norm(clip)?,
                     None => optimizer,
@@ -169,12 +169,11 @@ fn step_of_shards(
             Err(error) => return (model, Err(error)),
         }
     }
-    let before = Snapshot::of(&model);
     match optimizer.step(lr, model, gradients) {
         Ok(model) => {
             let norms = Norms {
                 gradient: squared_norm.sqrt(),
-                update: before.distance(&model),
+                update: optimizer.update_norm().unwrap_or_default(),
             };
             (model, Ok(norms))
         }
