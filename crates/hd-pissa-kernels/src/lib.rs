@@ -8,7 +8,7 @@
 //! - [`count_non_finite`]: the number of NaN and infinite elements, kept on the device;
 //! - [`low_rank_product`]: `y = x·W` and `p = x·a` in one launch.
 //!
-//! [`reference`] holds the same functions in plain Rust, slow and obvious.
+//! [`mod@reference`] holds the same functions in plain Rust, slow and obvious.
 //!
 //! Results are bit-identical for identical inputs on the same device: every sum has a fixed order
 //! and no float is added atomically.
