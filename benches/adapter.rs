@@ -188,5 +188,5 @@ fn main() {
             rows.push(row);
         }
     }
-    write_rows("adapter", &rows);
+    write_rows("adapter", &rows, env!("CARGO_TARGET_TMPDIR"));
 }

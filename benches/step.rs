@@ -122,7 +122,7 @@ fn main() {
         );
         rows.push(row);
     }
-    write_rows("step", &rows);
+    write_rows("step", &rows, env!("CARGO_TARGET_TMPDIR"));
 }
 
 /// The merge against its formula, shard by shard.

@@ -1,6 +1,6 @@
 //! What the benchmarks share: devices, paired timing, and where results go.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
 use burn::tensor::Device;
@@ -61,30 +61,21 @@ pub fn median_ratio(of: &[f64], to: &[f64]) -> f64 {
     median(of.iter().zip(to).map(|(of, to)| of / to))
 }
 
-/// Writes `{"rows": rows}` to `bench/{name}.json` in the target directory.
+/// Writes `{"rows": rows}` to `bench/{name}.json` in the target directory, which is the parent of
+/// `target_tmpdir`: `env!("CARGO_TARGET_TMPDIR")`, which cargo sets for benchmarks alone.
 ///
 /// # Panics
 ///
 /// If the file cannot be written.
-pub fn write_rows(name: &str, rows: &[impl Serialize]) {
-    let file = target_directory()
-        .join("bench")
-        .join(format!("{name}.json"));
-    let folder = file.parent().expect("joined above");
-    std::fs::create_dir_all(folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
+pub fn write_rows(name: &str, rows: &[impl Serialize], target_tmpdir: &str) {
+    let target = Path::new(target_tmpdir)
+        .parent()
+        .expect("a folder in the target directory");
+    let folder = target.join("bench");
+    std::fs::create_dir_all(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
+    let file = folder.join(format!("{name}.json"));
     let json = serde_json::to_string_pretty(&serde_json::json!({ "rows": rows }))
         .expect("rows are plain data");
     std::fs::write(&file, json).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
     println!("\nwritten to {}", file.display());
-}
-
-fn target_directory() -> PathBuf {
-    // `target/tmp`, which cargo names when it builds a benchmark.
-    match option_env!("CARGO_TARGET_TMPDIR")
-        .map(Path::new)
-        .and_then(Path::parent)
-    {
-        Some(target) => target.into(),
-        None => std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| "target".into(), PathBuf::from),
-    }
 }
