@@ -13,26 +13,7 @@ use hd_pissa::{
     HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaLinearConfig, HdPissaModule,
     HdPissaOptimizer, OptimizerError, ShardGradients,
 };
-use hd_pissa_tests::{Dense, Lean, assert_close, base, bits, normal, values};
-
-/// The device, or `None` where there is no adapter and none is required.
-fn wgpu() -> Option<Device> {
-    let found = std::panic::catch_unwind(|| {
-        let device = Device::wgpu(Default::default());
-        Tensor::<1>::zeros([1], &device).into_data();
-        device
-    });
-    match found {
-        Ok(device) => Some(device),
-        Err(_) if std::env::var_os("HD_PISSA_REQUIRE_WGPU").is_some_and(|v| v == "1") => {
-            panic!("HD_PISSA_REQUIRE_WGPU=1, but no WGPU adapter was found")
-        }
-        Err(_) => {
-            println!("skipped: no WGPU adapter");
-            None
-        }
-    }
-}
+use hd_pissa_tests::{Dense, Lean, assert_close, base, bits, normal, values, wgpu};
 
 fn on<const D: usize>(tensor: &Tensor<D>, device: &Device) -> Tensor<D> {
     Tensor::from_data(bits(tensor), (device, tensor.dtype()))

@@ -114,6 +114,26 @@ pub fn shared() -> Option<PathBuf> {
     folder.is_dir().then_some(folder)
 }
 
+/// The WGPU device, or `None` where there is no adapter and `HD_PISSA_REQUIRE_WGPU` is not 1.
+#[cfg(feature = "wgpu")]
+pub fn wgpu() -> Option<Device> {
+    let found = std::panic::catch_unwind(|| {
+        let device = Device::wgpu(Default::default());
+        Tensor::<1>::zeros([1], &device).into_data();
+        device
+    });
+    match found {
+        Ok(device) => Some(device),
+        Err(_) if std::env::var_os("HD_PISSA_REQUIRE_WGPU").is_some_and(|v| v == "1") => {
+            panic!("HD_PISSA_REQUIRE_WGPU=1, but no WGPU adapter was found")
+        }
+        Err(_) => {
+            println!("skipped: no WGPU adapter");
+            None
+        }
+    }
+}
+
 /// The listings of the README, compiled and run as documentation tests.
 #[cfg(doctest)]
 #[doc = include_str!("../../README.md")]

@@ -58,7 +58,7 @@ mod svd;
 pub use hd_pissa_comm as comm;
 
 pub use adapter::{HdPissa, HdPissaAdapter, HdPissaModule, HdPissaShard, LayerProgress};
-pub use config::{HdPissaConfig, SvdMethod, SvdPrecision, TargetRank};
+pub use config::{HdPissaConfig, MergePrecision, SvdMethod, SvdPrecision, TargetRank};
 pub use error::HdPissaError;
 pub use linear::{HdPissaLinear, HdPissaLinearConfig};
 pub use optim::{HdPissaOptimizer, OptimizerError, ShardGradients, StepError};

@@ -2,14 +2,14 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use burn::module::{Flag, Module, Param, Reparameterizer};
-use burn::tensor::{DType, Tensor, TensorData};
+use burn::tensor::{DType, Int, Tensor, TensorData};
 
 use super::module::{HdPissaAdapter, HdPissaShard};
-use super::path::{Side, factor_id};
+use super::path::{Side, companion_id, factor_id};
 use super::select::select_shard;
 use crate::plan::Target;
 use crate::svd::{TruncatedSvd, window_energy};
-use crate::{HdPissaConfig, HdPissaError};
+use crate::{HdPissaConfig, HdPissaError, MergePrecision};
 
 /// What is known of a weight once its factors are computed.
 #[derive(Clone, Debug)]
@@ -59,6 +59,17 @@ impl HdPissa {
         let hosted = check_hosted(hosted_shards.into_iter().collect(), config.shards)?;
         let (targets, _) = config.targets_of(model)?;
         let total = targets.len();
+        if config.precision == MergePrecision::Plain {
+            let half = targets.iter().filter(|target| is_half(&target.weight));
+            if let Some(target) = half.clone().next() {
+                log::warn!(
+                    "MergePrecision::Plain: {} half-precision weights, the first `{}`, lose \
+                     updates below their rounding step",
+                    half.count(),
+                    target.path
+                );
+            }
+        }
         let mut adapters = HashMap::with_capacity(total);
         for (index, target) in targets.into_iter().enumerate() {
             let start = Instant::now();
@@ -123,11 +134,32 @@ fn adapter(
             })
             .collect()
     });
+    let half = is_half(&target.weight);
+    let companion = match config.precision {
+        MergePrecision::Split if half => {
+            let shape = [d_input, d_output.div_ceil(2)];
+            let options = (&device, DType::I32);
+            Some(device.memory_persistent_allocations((), |_| {
+                let zeros = Tensor::<2, Int>::zeros(shape, options);
+                Param::initialized(companion_id(&target.path), zeros)
+            }))
+        }
+        _ => None,
+    };
     HdPissaAdapter {
         shards,
         num_shards: config.shards,
         scale: config.alpha.map_or(1.0, |alpha| alpha / rank as f64),
+        companion,
+        rounding_seed: match config.precision {
+            MergePrecision::Stochastic { seed } if half => Some(seed),
+            _ => None,
+        },
     }
+}
+
+fn is_half(weight: &Tensor<2>) -> bool {
+    weight.dtype() != DType::F32
 }
 
 impl Reparameterizer for HdPissa {

@@ -2,9 +2,9 @@ use burn::module::{
     Content, Devices, Flag, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper,
     ModuleVisitor, Param, Reparameterization,
 };
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, Int, Tensor};
 
-use super::path::shard_name;
+use super::path::{COMPANION, shard_name, stochastic_name};
 use crate::ops::adapter_weight;
 
 /// One shard of an adapter: a window of principal components of the weight.
@@ -29,7 +29,8 @@ pub struct HdPissaShard {
 /// base weight, unchanged; the shard that [`select_shard`](crate::HdPissaModule::select_shard)
 /// chose receives the gradients.
 ///
-/// Parameter paths are `{weight}.hd_pissa.shard_{k}_of_{K}.a` and `.b`.
+/// Parameter paths are `{weight}.hd_pissa.shard_{k}_of_{K}.a` and `.b`, and
+/// `{weight}.hd_pissa.companion`.
 #[derive(Clone, Debug)]
 pub struct HdPissaAdapter {
     /// The hosted shards, by ascending index.
@@ -38,6 +39,13 @@ pub struct HdPissaAdapter {
     pub num_shards: usize,
     /// Gradient scale `s = alpha / rank`.
     pub scale: f64,
+    /// 16 more bits of every element of a half-precision weight, with
+    /// [`MergePrecision::Split`](crate::MergePrecision::Split): `i32`,
+    /// `[d_input, ceil(d_output / 2)]`, each word for two neighbours in a row.
+    pub companion: Option<Param<Tensor<2, Int>>>,
+    /// Seed of stochastic rounding, with
+    /// [`MergePrecision::Stochastic`](crate::MergePrecision::Stochastic).
+    pub rounding_seed: Option<u64>,
 }
 
 impl HdPissaAdapter {
@@ -46,9 +54,14 @@ impl HdPissaAdapter {
         self.shards.iter().find(|shard| shard.selected.is_enabled())
     }
 
-    fn map_shards(self, map: impl FnMut(HdPissaShard) -> HdPissaShard) -> Self {
+    fn map_parts(
+        self,
+        shard: impl FnMut(HdPissaShard) -> HdPissaShard,
+        companion: impl FnOnce(Param<Tensor<2, Int>>) -> Param<Tensor<2, Int>>,
+    ) -> Self {
         Self {
-            shards: self.shards.into_iter().map(map).collect(),
+            shards: self.shards.into_iter().map(shard).collect(),
+            companion: self.companion.map(companion),
             ..self
         }
     }
@@ -70,27 +83,54 @@ impl Reparameterization for HdPissaAdapter {
     }
 }
 
+/// Container type that traversals of the adapter announce.
+const CONTAINER: &str = "Struct:HdPissaAdapter";
+
 /// Written out because the name of a shard carries its index, which a derived traversal of a `Vec`
 /// replaces by the position.
 impl Module for HdPissaAdapter {
     fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
         for shard in &self.shards {
             let name = shard_name(shard.index, self.num_shards);
-            visitor.enter_module(&name, "Struct:HdPissaAdapter");
+            visitor.enter_module(&name, CONTAINER);
             shard.visit(visitor);
-            visitor.exit_module(&name, "Struct:HdPissaAdapter");
+            visitor.exit_module(&name, CONTAINER);
+        }
+        if let Some(companion) = &self.companion {
+            visitor.enter_module(COMPANION, CONTAINER);
+            companion.visit(visitor);
+            visitor.exit_module(COMPANION, CONTAINER);
+        }
+        if let Some(seed) = self.rounding_seed {
+            let name = stochastic_name(seed);
+            visitor.enter_module(&name, CONTAINER);
+            visitor.exit_module(&name, CONTAINER);
         }
     }
 
     fn map<M: ModuleMapper>(self, mapper: &mut M) -> Self {
         let num_shards = self.num_shards;
-        self.map_shards(|shard| {
-            let name = shard_name(shard.index, num_shards);
-            mapper.enter_module(&name, "Struct:HdPissaAdapter");
-            let shard = shard.map(mapper);
-            mapper.exit_module(&name, "Struct:HdPissaAdapter");
-            shard
-        })
+        let shards = self.shards.into_iter();
+        let shards = shards
+            .map(|shard| {
+                let name = shard_name(shard.index, num_shards);
+                mapper.enter_module(&name, CONTAINER);
+                let shard = shard.map(mapper);
+                mapper.exit_module(&name, CONTAINER);
+                shard
+            })
+            .collect();
+        let companion = self.companion.map(|companion| {
+            mapper.enter_module(COMPANION, CONTAINER);
+            let companion = Module::map(companion, mapper);
+            mapper.exit_module(COMPANION, CONTAINER);
+            companion
+        });
+        Self {
+            shards,
+            companion,
+            ..self
+        }
     }
 
     fn collect_devices(&self, devices: Devices) -> Devices {
@@ -98,20 +138,21 @@ impl Module for HdPissaAdapter {
     }
 
     fn fork(self, device: &Device) -> Self {
-        self.map_shards(|shard| shard.fork(device))
+        self.map_parts(|shard| shard.fork(device), |c| c.fork(device))
     }
 
     fn to_device(self, device: &Device) -> Self {
-        self.map_shards(|shard| shard.to_device(device))
+        self.map_parts(|shard| shard.to_device(device), |c| c.to_device(device))
     }
 
     fn train(self) -> Self {
-        self.map_shards(Module::train)
+        self.map_parts(Module::train, Module::train)
     }
 
     fn valid(&self) -> Self {
         Self {
             shards: self.shards.valid(),
+            companion: self.companion.valid(),
             ..*self
         }
     }
@@ -126,6 +167,7 @@ impl ModuleDisplayDefault for HdPissaAdapter {
         content
             .add("num_shards", &self.num_shards)
             .add("scale", &self.scale)
+            .add("companion", &self.companion.is_some())
             .add("shards", &self.shards)
             .optional()
     }

@@ -36,6 +36,14 @@ pub(crate) fn shard_path(weight: &str, index: usize, shards: usize) -> String {
     format!("{weight}.{adapter}.{shard}")
 }
 
+/// Name of a half-precision weight's companion in parameter paths.
+pub(crate) const COMPANION: &str = "companion";
+
+/// Name under which an adapter announces stochastic rounding to traversals: `stochastic_42`.
+pub(crate) fn stochastic_name(seed: u64) -> String {
+    format!("stochastic_{seed}")
+}
+
 fn parse_shard_name(name: &str) -> Option<(usize, usize)> {
     let (index, shards) = name.strip_prefix("shard_")?.split_once("_of_")?;
     Some((index.parse().ok()?, shards.parse().ok()?))
@@ -47,6 +55,11 @@ pub(crate) fn factor_id(weight_path: &str, shard: usize, side: Side) -> ParamId 
         "hd_pissa/{weight_path}/{shard}/{}",
         side.name()
     )))
+}
+
+/// Id of a companion: the same in every process, as a factor's.
+pub(crate) fn companion_id(weight_path: &str) -> ParamId {
+    ParamId::from(hash(&format!("hd_pissa/{weight_path}/{COMPANION}")))
 }
 
 /// FNV-1a, 64 bits.
@@ -67,6 +80,8 @@ pub(crate) enum Place {
         /// `None` at the shard's flag.
         side: Option<Side>,
     },
+    /// At the companion of a half-precision weight.
+    Companion { weight: String },
     /// Anywhere else.
     Other(String),
 }
@@ -102,10 +117,14 @@ impl PathTracker {
         let Some(depth) = self.adapter else {
             return Place::Other(self.path());
         };
-        let shard = self.stack.get(depth + 1).map(String::as_str);
-        match shard.and_then(parse_shard_name) {
+        let weight = self.stack[..depth].join(".");
+        let part = self.stack.get(depth + 1).map(String::as_str);
+        if part == Some(COMPANION) {
+            return Place::Companion { weight };
+        }
+        match part.and_then(parse_shard_name) {
             Some((index, shards)) => Place::Shard {
-                weight: self.stack[..depth].join("."),
+                weight,
                 index,
                 shards,
                 side: match self.stack.get(depth + 2).map(String::as_str) {
@@ -116,6 +135,15 @@ impl PathTracker {
             },
             None => Place::Other(self.path()),
         }
+    }
+}
+
+impl PathTracker {
+    /// The weight and the seed, where the adapter announces stochastic rounding.
+    pub(crate) fn stochastic(&self) -> Option<(String, u64)> {
+        let depth = self.adapter?;
+        let seed = self.stack.get(depth + 1)?.strip_prefix("stochastic_")?;
+        Some((self.stack[..depth].join("."), seed.parse().ok()?))
     }
 }
 

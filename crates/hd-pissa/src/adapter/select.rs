@@ -18,7 +18,7 @@ impl ModuleMapper for SelectShard {
                 self.found |= index == self.index;
                 flag.with_value(index == self.index)
             }
-            Place::Other(_) => flag,
+            Place::Companion { .. } | Place::Other(_) => flag,
         }
     }
 }

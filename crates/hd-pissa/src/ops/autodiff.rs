@@ -1,4 +1,7 @@
-use burn::backend::{Autodiff, AutodiffBackend, Backend, tensor::FloatTensor};
+use burn::backend::{
+    Autodiff, AutodiffBackend, Backend,
+    tensor::{FloatTensor, IntTensor},
+};
 use burn::tensor::{BoolDType, DType};
 use burn_autodiff::{
     NodeId,
@@ -7,8 +10,8 @@ use burn_autodiff::{
     ops::{Backward, Ops, OpsKind},
 };
 
-use super::HdPissaOps;
 use super::contract::{cast, flatten, product};
+use super::{HdPissaOps, Rounding};
 
 /// Backward of [`HdPissaOps::hd_pissa_linear`], parents `x`, `a`, `b`.
 #[derive(Debug)]
@@ -163,20 +166,48 @@ impl<B: HdPissaOps, C: CheckpointStrategy> HdPissaOps for Autodiff<B, C> {
         }
     }
 
+    // A step happens outside the graph, on tensors without autodiff; a tensor that has it
+    // nevertheless is a constant here.
     fn hd_pissa_merge(
         w: FloatTensor<Self>,
         frames: FloatTensor<Self>,
         deltas: FloatTensor<Self>,
+        gate: FloatTensor<Self>,
         rank: usize,
-    ) -> FloatTensor<Self> {
-        // The step happens outside the graph, on tensors without autodiff; a tensor that has it
-        // nevertheless is a constant here.
-        Self::from_inner(B::hd_pissa_merge(
+        rounding: Rounding,
+        measure: bool,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let (w, squares) = B::hd_pissa_merge(
             w.into_primitive(),
             frames.into_primitive(),
             deltas.into_primitive(),
+            gate.into_primitive(),
             rank,
-        ))
+            rounding,
+            measure,
+        );
+        (Self::from_inner(w), Self::from_inner(squares))
+    }
+
+    fn hd_pissa_merge_split(
+        w: FloatTensor<Self>,
+        companion: IntTensor<Self>,
+        frames: FloatTensor<Self>,
+        deltas: FloatTensor<Self>,
+        gate: FloatTensor<Self>,
+        rank: usize,
+        measure: bool,
+    ) -> (FloatTensor<Self>, IntTensor<Self>, FloatTensor<Self>) {
+        let (w, companion, squares) = B::hd_pissa_merge_split(
+            w.into_primitive(),
+            companion,
+            frames.into_primitive(),
+            deltas.into_primitive(),
+            gate.into_primitive(),
+            rank,
+            measure,
+        );
+        (Self::from_inner(w), companion, Self::from_inner(squares))
     }
 
     fn hd_pissa_count_non_finite(x: FloatTensor<Self>, bool_dtype: BoolDType) -> FloatTensor<Self> {

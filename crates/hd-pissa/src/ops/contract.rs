@@ -1,9 +1,14 @@
-use burn::backend::{Backend, TensorMetadata, backend_extension, tensor::FloatTensor};
-use burn::tensor::{BoolDType, DType, FloatDType, Shape, Slice};
+use burn::backend::{
+    Backend, TensorMetadata, backend_extension,
+    tensor::{FloatTensor, IntTensor},
+};
+use burn::tensor::{BoolDType, DType, FloatDType, Shape};
+
+use super::Rounding;
 
 /// What the adapter and the optimizer need from a backend beyond Burn's own operations.
 ///
-/// Every method has a body made of Burn's operations, correct on every backend; a backend
+/// Methods with a body are made of Burn's operations there, correct on every backend; a backend
 /// overrides one where it can save memory or time. The factors `a: [d_input, rank]` and
 /// `b: [rank, d_output]` are `f32`, whatever the dtype of the weight `w: [d_input, d_output]`.
 #[backend_extension(
@@ -41,40 +46,45 @@ pub trait HdPissaOps: Backend {
         w
     }
 
-    /// `w + Σ_k ((a_k + Δa_k)·Δb_k + Δa_k·b_k)`, rounded once to the dtype of `w`.
+    /// `w + Σ_k ((a_k + Δa_k)·Δb_k + Δa_k·b_k)`, rounded once to the dtype of `w`, and the sum of
+    /// the squares of what was added.
     ///
     /// `frames` and `deltas` are `f32` of shape `[shards, rank · (d_input + d_output)]`: row `k`
-    /// holds `a_k`, row by row, followed by `b_k`, row by row, or their deltas. The result reuses
-    /// the memory of `w` where the backend can and no other handle to it exists.
-    #[fusion(dtype = w, shape = w)]
+    /// holds `a_k`, row by row, followed by `b_k`, row by row, or their deltas. `gate` is an `f32`
+    /// of shape `[1]`: unless it is zero, `w` comes back as it is. The second output has shape
+    /// `[1]`; a backend may leave it at zero if `measure` is false. The first reuses the memory of
+    /// `w` where no other handle to it exists.
+    #[fusion(meta = |w, frames, _deltas, _gate, _rank, _rounding, _measure| (
+        w.clone(),
+        scalar(frames),
+    ))]
     fn hd_pissa_merge(
         w: FloatTensor<Self>,
         frames: FloatTensor<Self>,
         deltas: FloatTensor<Self>,
+        gate: FloatTensor<Self>,
         rank: usize,
-    ) -> FloatTensor<Self> {
-        let (dtype, shape) = (w.dtype(), w.shape());
-        let (d_input, d_output) = (shape[0], shape[1]);
-        let factor = |rows: &FloatTensor<Self>, shard: usize, left: bool| {
-            let (start, shape) = match left {
-                true => (0, [d_input, rank]),
-                false => (d_input * rank, [rank, d_output]),
-            };
-            let row = Slice::from(shard..shard + 1);
-            let columns = Slice::from(start..start + shape[0] * shape[1]);
-            let part = Self::float_slice(rows.clone(), &[row, columns]);
-            Self::float_reshape(part, Shape::new(shape))
-        };
-        let (mut left, mut right) = (Vec::new(), Vec::new());
-        for shard in 0..frames.shape()[0] {
-            let moved = Self::float_add(factor(&frames, shard, true), factor(&deltas, shard, true));
-            left.extend([moved, factor(&deltas, shard, true)]);
-            right.extend([factor(&deltas, shard, false), factor(&frames, shard, false)]);
-        }
-        let update = Self::float_matmul(Self::float_cat(left, 1), Self::float_cat(right, 0));
-        let sum = Self::float_add(cast::<Self>(w, DType::F32), update);
-        cast::<Self>(sum, dtype)
-    }
+        rounding: Rounding,
+        measure: bool,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// [`hd_pissa_merge`](Self::hd_pissa_merge) for a half-precision `w` with a companion, an
+    /// `i32` tensor of shape `[d_input, ceil(d_output / 2)]`, whose words hold 16 more bits of two
+    /// neighbouring elements of a row, the first in the low half.
+    #[fusion(meta = |w, companion, frames, _deltas, _gate, _rank, _measure| (
+        w.clone(),
+        companion.clone(),
+        scalar(frames),
+    ))]
+    fn hd_pissa_merge_split(
+        w: FloatTensor<Self>,
+        companion: IntTensor<Self>,
+        frames: FloatTensor<Self>,
+        deltas: FloatTensor<Self>,
+        gate: FloatTensor<Self>,
+        rank: usize,
+        measure: bool,
+    ) -> (FloatTensor<Self>, IntTensor<Self>, FloatTensor<Self>);
 
     /// How many elements of `x` are NaN or infinite: an `f32` tensor of shape `[1]`.
     #[fusion(default)]
@@ -84,6 +94,14 @@ pub trait HdPissaOps: Backend {
         let bad = Self::bool_or(nan, infinite);
         Self::float_sum(Self::bool_into_float(bad, FloatDType::F32))
     }
+}
+
+/// What Fusion knows of an `f32` tensor of shape `[1]`.
+#[cfg(feature = "fusion")]
+fn scalar(
+    like: &burn::backend::fusion::custom::TensorSpec,
+) -> burn::backend::fusion::custom::TensorSpec {
+    burn::backend::fusion::custom::TensorSpec::new(Shape::new([1]), like.dtype)
 }
 
 /// `x · w` for `x: [.., d_input]`; zero rows give a tensor with zero rows.

@@ -1,64 +1,139 @@
-use burn::backend::{TensorMetadata, tensor::FloatTensor};
-use burn::tensor::DType;
+use burn::backend::{
+    TensorMetadata,
+    tensor::{FloatTensor, IntTensor},
+};
+use burn::tensor::{DType, Shape};
 use burn_cubecl::{
     CubeBackend,
     kernel::{into_contiguous, untile},
     tensor::CubeTensor,
 };
-use hd_pissa_kernels::{
-    Buffer, FloatType, Matrix, Merge, MergePrecision, ShardedFactors, merge, new_counter,
-};
+use hd_pissa_kernels::{Buffer, FloatType, Matrix, Merge, MergePrecision, ShardedFactors, merge};
 
-use super::HdPissaOps;
+use super::{HdPissaOps, Rounding};
 
 impl HdPissaOps for CubeBackend {
     fn hd_pissa_merge(
         w: FloatTensor<Self>,
         frames: FloatTensor<Self>,
         deltas: FloatTensor<Self>,
+        gate: FloatTensor<Self>,
         rank: usize,
-    ) -> FloatTensor<Self> {
-        let w = untile(w);
-        let w = if w.can_mut() { w } else { w.copy() };
+        rounding: Rounding,
+        _measure: bool,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let precision = match rounding {
+            Rounding::Nearest => MergePrecision::Plain,
+            Rounding::Stochastic(key) => {
+                MergePrecision::Stochastic(hd_pissa_kernels::StochasticKey {
+                    seed: key.seed,
+                    step: key.step,
+                    path: key.path,
+                })
+            }
+        };
+        let update = Update {
+            frames,
+            deltas,
+            gate,
+            rank,
+            precision,
+        };
+        let w = writable(untile(w));
+        let squares = update.add_to(&w, None);
+        (w, squares)
+    }
+
+    fn hd_pissa_merge_split(
+        w: FloatTensor<Self>,
+        companion: IntTensor<Self>,
+        frames: FloatTensor<Self>,
+        deltas: FloatTensor<Self>,
+        gate: FloatTensor<Self>,
+        rank: usize,
+        _measure: bool,
+    ) -> (FloatTensor<Self>, IntTensor<Self>, FloatTensor<Self>) {
+        let update = Update {
+            frames,
+            deltas,
+            gate,
+            rank,
+            precision: MergePrecision::Split,
+        };
+        // The kernel's companion follows the memory of the weight, ours its rows.
+        let w = writable(into_contiguous(untile(w)));
+        let companion = writable(into_contiguous(companion));
+        let squares = update.add_to(&w, Some(&companion));
+        (w, companion, squares)
+    }
+}
+
+/// `tensor`, or a copy of it if someone else holds its memory.
+fn writable(tensor: CubeTensor) -> CubeTensor {
+    if tensor.can_mut() {
+        tensor
+    } else {
+        tensor.copy()
+    }
+}
+
+/// What a merge adds to a weight.
+struct Update {
+    frames: CubeTensor,
+    deltas: CubeTensor,
+    gate: CubeTensor,
+    rank: usize,
+    precision: MergePrecision,
+}
+
+impl Update {
+    /// Merges in place; the sum of the squares of the update, `[1]`.
+    fn add_to(self, w: &CubeTensor, companion: Option<&CubeTensor>) -> CubeTensor {
         let client = w.client.clone();
         let (shape, strides) = (w.shape(), w.meta.strides());
+        let [d_input, d_output] = [shape[0], shape[1]];
         let weight = Matrix {
             handle: w.handle.clone(),
-            shape: [shape[0], shape[1]],
+            shape: [d_input, d_output],
             strides: [strides[0], strides[1]],
             dtype: float_type(w.dtype),
         };
-        let shards = frames.shape()[0];
-        let factors = |rows: CubeTensor| {
-            let [shards, row] = [rows.shape()[0], rows.shape()[1]];
-            ShardedFactors {
-                buffer: Buffer {
-                    handle: into_contiguous(rows).handle,
-                    len: shards * row,
-                    dtype: FloatType::F32,
-                },
-                left: 0,
-                right: rank * weight.shape[0],
-                shard_stride: row,
-            }
+        let shards = self.frames.shape()[0];
+        let row = self.rank * (d_input + d_output);
+        let factors = |rows: CubeTensor| ShardedFactors {
+            buffer: Buffer {
+                handle: into_contiguous(rows).handle,
+                len: shards * row,
+                dtype: FloatType::F32,
+            },
+            left: 0,
+            right: self.rank * d_input,
+            shard_stride: row,
         };
+        let squares = client.empty(size_of::<f32>());
         let arguments = Merge {
-            frames: factors(frames),
-            deltas: factors(deltas),
-            weight: weight.clone(),
-            rank,
+            frames: factors(self.frames),
+            deltas: factors(self.deltas),
+            weight,
+            rank: self.rank,
             shards,
-            precision: MergePrecision::Plain,
-            companion: None,
-            // The optimizer has looked for bad values before it merges.
-            non_finite: new_counter(&client),
-            squares: client.empty(size_of::<f32>()),
+            precision: self.precision,
+            companion: companion.map(|companion| companion.handle.clone()),
+            // Of all floats only +0 has the bits of the integer zero, and a count is never -0.
+            non_finite: into_contiguous(self.gate).handle,
+            squares: squares.clone(),
             square_slot: 0,
         };
         if let Err(error) = merge(&client, arguments) {
             panic!("merging an update on {:?}: {error}", w.device);
         }
-        w
+        CubeTensor::new_contiguous(
+            client,
+            w.device.clone(),
+            Shape::new([1]),
+            squares,
+            DType::F32,
+        )
     }
 }
 

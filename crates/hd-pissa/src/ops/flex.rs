@@ -1,34 +1,62 @@
-use burn::backend::{Flex, tensor::FloatTensor};
+use burn::backend::{
+    Flex,
+    tensor::{FloatTensor, IntTensor},
+};
 use burn::tensor::{BoolDType, DType, TensorData};
 use burn_flex::FlexTensor;
 use faer::linalg::matmul::matmul;
-use faer::{Accum, MatMut, MatRef, Par};
+use faer::{Accum, Mat, MatMut, MatRef, Par};
+use half::{bf16, f16};
+use rayon::prelude::*;
 
-use super::HdPissaOps;
 use super::contract::cast;
+use super::rounding::Half;
+use super::{HdPissaOps, Rounding};
 
 impl HdPissaOps for Flex {
     fn hd_pissa_merge(
         w: FloatTensor<Self>,
         frames: FloatTensor<Self>,
         deltas: FloatTensor<Self>,
+        gate: FloatTensor<Self>,
         rank: usize,
-    ) -> FloatTensor<Self> {
-        let dtype = w.dtype();
-        // A no-op for f32, where the product is then accumulated in the storage of `w` itself.
-        let mut w = cast::<Self>(w, DType::F32);
-        if layout(&w).is_none() {
-            w = w.to_contiguous();
+        rounding: Rounding,
+        measure: bool,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        if !is_open(gate) {
+            return (w, scalar(0.0));
         }
-        let stacked = Stacked::new(
-            w.layout().shape()[0],
-            w.layout().shape()[1],
-            rank,
-            readable(frames).storage::<f32>(),
-            readable(deltas).storage::<f32>(),
-        );
-        stacked.add_to(&mut w);
-        cast::<Self>(w, dtype)
+        let update = Stacked::new(&w, rank, frames, deltas);
+        let squares = scalar(if measure { update.squared_norm() } else { 0.0 });
+        let w = match w.dtype() {
+            DType::F32 => update.add_to(w),
+            DType::F16 => update.round_to::<f16>(w, rounding),
+            DType::BF16 => update.round_to::<bf16>(w, rounding),
+            other => panic!("weights of dtype {other:?} are refused when adapters are attached"),
+        };
+        (w, squares)
+    }
+
+    fn hd_pissa_merge_split(
+        w: FloatTensor<Self>,
+        companion: IntTensor<Self>,
+        frames: FloatTensor<Self>,
+        deltas: FloatTensor<Self>,
+        gate: FloatTensor<Self>,
+        rank: usize,
+        measure: bool,
+    ) -> (FloatTensor<Self>, IntTensor<Self>, FloatTensor<Self>) {
+        if !is_open(gate) {
+            return (w, companion, scalar(0.0));
+        }
+        let update = Stacked::new(&w, rank, frames, deltas);
+        let squares = scalar(if measure { update.squared_norm() } else { 0.0 });
+        let (w, companion) = match w.dtype() {
+            DType::F16 => update.split_to::<f16>(w, companion),
+            DType::BF16 => update.split_to::<bf16>(w, companion),
+            other => panic!("a weight of dtype {other:?} has no companion"),
+        };
+        (w, companion, squares)
     }
 
     fn hd_pissa_count_non_finite(x: FloatTensor<Self>, _: BoolDType) -> FloatTensor<Self> {
@@ -45,43 +73,60 @@ impl HdPissaOps for Flex {
                 );
             }
         };
-        FlexTensor::from_data(TensorData::from([count as f32]))
+        scalar(count as f32)
     }
 }
 
+fn scalar(value: f32) -> FlexTensor {
+    FlexTensor::from_data(TensorData::from([value]))
+}
+
+fn is_open(gate: FlexTensor) -> bool {
+    readable(gate).storage::<f32>()[0] == 0.0
+}
+
 /// How a matrix fills the whole of its storage.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 enum Order {
     RowMajor,
     ColumnMajor,
 }
 
 /// The order of a matrix that fills its storage without gaps, `None` for any other view.
-fn layout(tensor: &FlexTensor) -> Option<Order> {
+fn order(tensor: &FlexTensor) -> Option<Order> {
     let layout = tensor.layout();
     let (rows, cols) = (layout.shape()[0], layout.shape()[1]);
-    let whole = layout.start_offset() == 0 && tensor.storage::<f32>().len() == rows * cols;
     let strides = (layout.strides()[0], layout.strides()[1]);
-    if whole && strides == (cols as isize, 1) {
+    if !is_whole(tensor) {
+        None
+    } else if strides == (cols as isize, 1) {
         Some(Order::RowMajor)
-    } else if whole && strides == (1, rows as isize) {
+    } else if strides == (1, rows as isize) {
         Some(Order::ColumnMajor)
     } else {
         None
     }
 }
 
+/// Whether the storage holds nothing but the tensor's elements.
+fn is_whole(tensor: &FlexTensor) -> bool {
+    let layout = tensor.layout();
+    let bytes = layout.num_elements() * tensor.dtype().size();
+    layout.start_offset() == 0 && tensor.bytes().len() == bytes
+}
+
 /// `tensor` with its values one after the other from the start of its storage.
 fn readable(tensor: FlexTensor) -> FlexTensor {
-    let whole = tensor.is_contiguous()
-        && tensor.layout().start_offset() == 0
-        && tensor.storage::<f32>().len() == tensor.layout().num_elements();
-    if whole {
+    if tensor.is_contiguous() && is_whole(&tensor) {
         tensor
     } else {
         tensor.to_contiguous()
     }
 }
+
+/// Rows and columns of the tiles that a weight is merged in: half-precision tiles are widened to
+/// `f32` one at a time, and the same tiles for every dtype give every dtype the same sums.
+const TILE: usize = 1024;
 
 /// The update of a merge as one product: `left = [a + Δa | Δa]` and `right = [Δb ; b]` over all
 /// shards, row by row.
@@ -94,7 +139,10 @@ struct Stacked {
 }
 
 impl Stacked {
-    fn new(d_input: usize, d_output: usize, rank: usize, frames: &[f32], deltas: &[f32]) -> Self {
+    fn new(w: &FlexTensor, rank: usize, frames: FlexTensor, deltas: FlexTensor) -> Self {
+        let (d_input, d_output) = (w.layout().shape()[0], w.layout().shape()[1]);
+        let (frames, deltas) = (readable(frames), readable(deltas));
+        let (frames, deltas) = (frames.storage::<f32>(), deltas.storage::<f32>());
         let row = rank * (d_input + d_output);
         let shards = frames.len() / row;
         let inner = 2 * shards * rank;
@@ -130,18 +178,202 @@ impl Stacked {
         }
     }
 
-    /// `w += left · right`, in place if `w` is the only handle to its storage.
-    fn add_to(&self, w: &mut FlexTensor) {
+    fn left(&self) -> MatRef<'_, f32> {
+        MatRef::from_row_major_slice(&self.left, self.d_input, self.inner)
+    }
+
+    fn right(&self) -> MatRef<'_, f32> {
+        MatRef::from_row_major_slice(&self.right, self.inner, self.d_output)
+    }
+
+    /// The squared Frobenius norm of the update: the inner product of the Gram matrices of both
+    /// sides, which are as small as the product's inner size.
+    fn squared_norm(&self) -> f32 {
+        let gram = |lhs: MatRef<'_, f32>, rhs: MatRef<'_, f32>| {
+            let mut gram = Mat::<f32>::zeros(self.inner, self.inner);
+            matmul(gram.as_mut(), Accum::Replace, lhs, rhs, 1.0, Par::rayon(0));
+            gram
+        };
+        let left = gram(self.left().transpose(), self.left());
+        let right = gram(self.right(), self.right().transpose());
+        let terms = (0..self.inner).map(|j| {
+            let columns = left.col(j).iter().zip(right.col(j).iter());
+            columns
+                .map(|(l, r)| f64::from(*l) * f64::from(*r))
+                .sum::<f64>()
+        });
+        terms.sum::<f64>() as f32
+    }
+
+    fn tiles(&self) -> impl Iterator<Item = Tile> + use<> {
         let (rows, cols) = (self.d_input, self.d_output);
-        let order = layout(w);
+        (0..rows).step_by(TILE).flat_map(move |row| {
+            (0..cols).step_by(TILE).map(move |col| Tile {
+                row,
+                col,
+                rows: TILE.min(rows - row),
+                cols: TILE.min(cols - col),
+            })
+        })
+    }
+
+    /// `target += (left · right)` of one tile.
+    fn add_tile(&self, tile: Tile, target: MatMut<'_, f32>) {
+        let left = self.left().subrows(tile.row, tile.rows);
+        let right = self.right().subcols(tile.col, tile.cols);
+        matmul(target, Accum::Add, left, right, 1.0, Par::rayon(0));
+    }
+
+    /// `w += left · right` for an `f32` weight, in place if `w` is the only handle to its storage.
+    fn add_to(&self, mut w: FlexTensor) -> FlexTensor {
+        if order(&w).is_none() {
+            w = w.to_contiguous();
+        }
+        let (rows, cols) = (self.d_input, self.d_output);
+        let order = order(&w);
         // Copies first if someone else holds the storage.
         let storage = w.storage_mut::<f32>();
-        let w = match order {
+        let mut matrix = match order {
             Some(Order::ColumnMajor) => MatMut::from_column_major_slice_mut(storage, rows, cols),
             _ => MatMut::from_row_major_slice_mut(storage, rows, cols),
         };
-        let left = MatRef::from_row_major_slice(&self.left, rows, self.inner);
-        let right = MatRef::from_row_major_slice(&self.right, self.inner, cols);
-        matmul(w, Accum::Add, left, right, 1.0, Par::rayon(0));
+        for tile in self.tiles() {
+            let target = matrix
+                .as_mut()
+                .submatrix_mut(tile.row, tile.col, tile.rows, tile.cols);
+            self.add_tile(tile, target);
+        }
+        w
+    }
+
+    /// The sum with a half-precision weight, rounded to it.
+    fn round_to<H: Storage>(&self, w: FlexTensor, rounding: Rounding) -> FlexTensor {
+        let mut w = row_major(w);
+        let storage = H::storage_mut(&mut w);
+        match rounding {
+            Rounding::Nearest => self.merge_tiles(
+                storage,
+                &mut [],
+                |h, _| h.widen(),
+                |_, v| (H::nearest(v), 0),
+            ),
+            Rounding::Stochastic(key) => {
+                let random = key.generator();
+                self.merge_tiles(
+                    storage,
+                    &mut [],
+                    |h, _| h.widen(),
+                    |[row, col], v| (H::stochastic(v, random(row as u32, col as u32)), 0),
+                )
+            }
+        }
+        w
+    }
+
+    /// The sum with a half-precision weight and its companion, split among both.
+    fn split_to<H: Storage>(
+        &self,
+        w: FlexTensor,
+        companion: FlexTensor,
+    ) -> (FlexTensor, FlexTensor) {
+        let (mut w, mut companion) = (row_major(w), row_major(companion));
+        let storage = H::storage_mut(&mut w);
+        let words = companion.storage_mut::<i32>();
+        self.merge_tiles(storage, words, |h, low| h.join(low), |_, v| H::split(v));
+        (w, companion)
+    }
+
+    /// Widens, adds and narrows one tile after the other. `words` is the companion, or empty.
+    fn merge_tiles<H: Half>(
+        &self,
+        storage: &mut [H],
+        words: &mut [i32],
+        widen: impl Fn(H, u16) -> f32 + Sync,
+        narrow: impl Fn([usize; 2], f32) -> (H, u16) + Sync,
+    ) {
+        let cols = self.d_output;
+        let words_per_row = if words.is_empty() {
+            0
+        } else {
+            cols.div_ceil(2)
+        };
+        let mut sums = vec![0.0f32; self.d_input.min(TILE) * cols.min(TILE)];
+        for tile in self.tiles() {
+            let sums = &mut sums[..tile.rows * tile.cols];
+            let low = |words: &[i32], row: usize, col: usize| match words_per_row {
+                0 => 0,
+                n => (words[row * n + col / 2] as u32 >> (16 * (col % 2))) as u16,
+            };
+            let (held, companion) = (&*storage, &*words);
+            sums.par_chunks_mut(tile.cols)
+                .enumerate()
+                .for_each(|(i, sums)| {
+                    let row = tile.row + i;
+                    for (j, sum) in sums.iter_mut().enumerate() {
+                        let col = tile.col + j;
+                        *sum = widen(held[row * cols + col], low(companion, row, col));
+                    }
+                });
+            let target = MatMut::from_row_major_slice_mut(sums, tile.rows, tile.cols);
+            self.add_tile(tile, target);
+            let narrow_row = |row: usize, held: &mut [H], words: &mut [i32], sums: &[f32]| {
+                for (j, &sum) in sums.iter().enumerate() {
+                    let col = tile.col + j;
+                    let (high, low) = narrow([row, col], sum);
+                    held[col] = high;
+                    if let Some(word) = words.get_mut(col / 2) {
+                        let shift = 16 * (col % 2);
+                        let kept = *word as u32 & !(0xffff << shift);
+                        *word = (kept | u32::from(low) << shift) as i32;
+                    }
+                }
+            };
+            let rows = storage.par_chunks_mut(cols).enumerate().skip(tile.row);
+            let sums = sums.par_chunks(tile.cols);
+            if words_per_row == 0 {
+                rows.zip(sums)
+                    .for_each(|((row, held), sums)| narrow_row(row, held, &mut [], sums));
+            } else {
+                let words = words.par_chunks_mut(words_per_row).skip(tile.row);
+                rows.zip(words)
+                    .zip(sums)
+                    .for_each(|(((row, held), words), sums)| narrow_row(row, held, words, sums));
+            }
+        }
+    }
+}
+
+/// A rectangle of the weight.
+#[derive(Clone, Copy)]
+struct Tile {
+    row: usize,
+    col: usize,
+    rows: usize,
+    cols: usize,
+}
+
+/// `tensor` as the only content of its storage, row by row.
+fn row_major(tensor: FlexTensor) -> FlexTensor {
+    match order(&tensor) {
+        Some(Order::RowMajor) => tensor,
+        _ => tensor.to_contiguous(),
+    }
+}
+
+/// A half-precision float that Flex stores.
+trait Storage: Half {
+    /// Copies first if someone else holds the storage.
+    fn storage_mut(tensor: &mut FlexTensor) -> &mut [Self];
+}
+
+impl Storage for f16 {
+    fn storage_mut(tensor: &mut FlexTensor) -> &mut [Self] {
+        tensor.storage_mut()
+    }
+}
+
+impl Storage for bf16 {
+    fn storage_mut(tensor: &mut FlexTensor) -> &mut [Self] {
+        tensor.storage_mut()
     }
 }

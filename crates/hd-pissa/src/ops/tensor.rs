@@ -1,7 +1,7 @@
 use burn::backend::{Dispatch, DispatchDevice};
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{DType, Device, Int, Tensor};
 
-use super::HdPissaOps;
+use super::{HdPissaOps, Rounding};
 
 /// `input · weight` with the gradients of the adapted product.
 ///
@@ -78,7 +78,7 @@ pub fn adapter_weight(weight: Tensor<2>, a: Tensor<2>, b: Tensor<2>, scale: f64)
 /// - weight: `[d_input, d_output]`, f32, f16 or bf16
 /// - frames, deltas: `[shards, rank · (d_input + d_output)]`, `f32`; row `k` holds `a_k` row by row,
 ///   then `b_k` row by row, or their deltas
-/// - output: as weight, in its memory where nothing else holds it and the backend can
+/// - output: as weight, in its memory where nothing else holds it
 ///
 /// The sum is accumulated in `f32` and rounded once to the weight's dtype.
 ///
@@ -86,21 +86,85 @@ pub fn adapter_weight(weight: Tensor<2>, a: Tensor<2>, b: Tensor<2>, scale: f64)
 ///
 /// If the shapes do not fit, or on a backend that [`HdPissaOps`] is not implemented for.
 pub fn merge(weight: Tensor<2>, frames: Tensor<2>, deltas: Tensor<2>, rank: usize) -> Tensor<2> {
-    let [d_input, d_output] = weight.dims();
-    let shards = frames.dims()[0];
-    let expected = [shards, rank * (d_input + d_output)];
-    assert!(
-        rank > 0 && frames.dims() == expected && deltas.dims() == expected,
-        "merge: frames {:?} and deltas {:?} must both be {expected:?}, for rank {rank} above 0",
-        frames.dims(),
-        deltas.dims()
-    );
-    Tensor::from_dispatch(Dispatch::hd_pissa_merge(
-        weight.into_dispatch(),
-        frames.into_dispatch(),
-        deltas.into_dispatch(),
+    let gate = Tensor::zeros([1], (&frames.device(), DType::F32));
+    let inputs = MergeInputs {
+        frames,
+        deltas,
+        gate,
         rank,
-    ))
+        measure: false,
+    };
+    merge_rounded(weight, inputs, Rounding::Nearest).0
+}
+
+/// What a merge takes besides the weight.
+pub(crate) struct MergeInputs {
+    pub(crate) frames: Tensor<2>,
+    pub(crate) deltas: Tensor<2>,
+    /// `[1]`, `f32`: the weight stays as it is unless this is zero.
+    pub(crate) gate: Tensor<1>,
+    pub(crate) rank: usize,
+    /// Whether the sum of the squares of the update is wanted.
+    pub(crate) measure: bool,
+}
+
+impl MergeInputs {
+    fn check(&self, weight: &Tensor<2>) {
+        let [d_input, d_output] = weight.dims();
+        let expected = [self.frames.dims()[0], self.rank * (d_input + d_output)];
+        assert!(
+            self.rank > 0 && self.frames.dims() == expected && self.deltas.dims() == expected,
+            "merge: frames {:?} and deltas {:?} must both be {expected:?}, for rank {} above 0",
+            self.frames.dims(),
+            self.deltas.dims(),
+            self.rank
+        );
+    }
+}
+
+/// The merged weight, and `[1]` with the sum of the squares of the update.
+pub(crate) fn merge_rounded(
+    weight: Tensor<2>,
+    inputs: MergeInputs,
+    rounding: Rounding,
+) -> (Tensor<2>, Tensor<1>) {
+    inputs.check(&weight);
+    let (weight, squares) = Dispatch::hd_pissa_merge(
+        weight.into_dispatch(),
+        inputs.frames.into_dispatch(),
+        inputs.deltas.into_dispatch(),
+        inputs.gate.into_dispatch(),
+        inputs.rank,
+        rounding,
+        inputs.measure,
+    );
+    (
+        Tensor::from_dispatch(weight),
+        Tensor::from_dispatch(squares),
+    )
+}
+
+/// The merged weight with its companion, and `[1]` with the sum of the squares of the update.
+pub(crate) fn merge_split(
+    weight: Tensor<2>,
+    companion: Tensor<2, Int>,
+    inputs: MergeInputs,
+) -> (Tensor<2>, Tensor<2, Int>, Tensor<1>) {
+    inputs.check(&weight);
+    let (weight, companion, squares) = Dispatch::hd_pissa_merge_split(
+        weight.into_dispatch(),
+        companion.into_dispatch(),
+        inputs.frames.into_dispatch(),
+        inputs.deltas.into_dispatch(),
+        inputs.gate.into_dispatch(),
+        inputs.rank,
+        inputs.measure,
+    );
+    (
+        Tensor::from_dispatch(weight),
+        Tensor::from_dispatch(companion),
+        Tensor::from_dispatch(squares),
+    )
 }
 
 /// The number of NaN and infinite elements, `[1]`.

@@ -3,11 +3,11 @@
 use std::collections::HashMap;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
-use burn::tensor::Tensor;
+use burn::tensor::{Int, Tensor};
 
 use super::OptimizerError;
-use crate::adapter::path::{PathTracker, Place, Side, track_path};
-use crate::ops;
+use crate::adapter::path::{PathTracker, Place, Side, hash, track_path};
+use crate::ops::{self, MergeInputs, Rounding, StochasticKey};
 
 /// A factor as a traversal finds it.
 #[derive(Clone, Debug)]
@@ -31,6 +31,8 @@ pub(super) struct WeightFactors {
     pub(super) path: String,
     pub(super) shards: Vec<ShardFactors>,
     num_shards: usize,
+    /// Seed of stochastic rounding, if the adapter asks for it.
+    rounding_seed: Option<u64>,
 }
 
 impl WeightFactors {
@@ -44,6 +46,18 @@ impl WeightFactors {
 
     pub(super) fn rank(&self) -> usize {
         self.shards[0].a.value.dims()[1]
+    }
+
+    /// How optimizer step `step` is rounded to the weight, where no companion takes the rest.
+    fn rounding(&self, step: u64) -> Rounding {
+        match self.rounding_seed {
+            None => Rounding::Nearest,
+            Some(seed) => Rounding::Stochastic(StochasticKey {
+                seed,
+                step,
+                path: hash(&self.path),
+            }),
+        }
     }
 
     fn hosted(&self) -> Vec<usize> {
@@ -110,7 +124,20 @@ struct Collector {
 }
 
 impl ModuleVisitor for Collector {
-    track_path!(path);
+    fn enter_module(&mut self, name: &str, container_type: &str) {
+        self.path.enter(name, container_type);
+        // An adapter announces it after its shards.
+        if let Some((weight, seed)) = self.path.stochastic()
+            && let Some(last) = self.weights.last_mut()
+            && last.path == weight
+        {
+            last.rounding_seed = Some(seed);
+        }
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.exit();
+    }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let Place::Shard {
@@ -134,6 +161,7 @@ impl ModuleVisitor for Collector {
                         path: weight,
                         shards: Vec::new(),
                         num_shards: shards,
+                        rounding_seed: None,
                     });
                 }
                 let last = self.weights.last_mut().expect("just pushed");
@@ -145,16 +173,24 @@ impl ModuleVisitor for Collector {
     }
 }
 
-/// Replaces every factor by zeros, so that an optimizer step leaves exactly its delta there.
+/// The companions of half-precision weights, by the weight's path.
+pub(super) type Companions = HashMap<String, Tensor<2, Int>>;
+
+/// Replaces every factor by zeros, so that an optimizer step leaves exactly its delta there, and
+/// takes the companions out.
 pub(super) struct ZeroFactors {
     path: PathTracker,
+    companions: Companions,
 }
 
 impl ZeroFactors {
-    pub(super) fn apply<M: Module>(model: M) -> M {
-        model.map(&mut Self {
+    pub(super) fn apply<M: Module>(model: M) -> (M, Companions) {
+        let mut mapper = Self {
             path: PathTracker::default(),
-        })
+            companions: Companions::new(),
+        };
+        let model = model.map(&mut mapper);
+        (model, mapper.companions)
     }
 }
 
@@ -171,40 +207,66 @@ impl ModuleMapper for ZeroFactors {
             _ => param,
         }
     }
-}
 
-/// The frames and deltas of all shards of one weight, as [`ops::merge`] takes them.
-pub(super) struct WeightUpdate {
-    pub(super) frames: Tensor<2>,
-    pub(super) deltas: Tensor<2>,
-    pub(super) rank: usize,
-}
-
-/// Puts the frames back and merges the updates into the weights.
-pub(super) struct Commit<F> {
-    path: PathTracker,
-    frames: HashMap<ParamId, Tensor<2>>,
-    /// Positions of the adapted weights.
-    weights: HashMap<String, usize>,
-    update: F,
-}
-
-impl<F: Fn(usize) -> WeightUpdate> Commit<F> {
-    /// `update` is called with the position of each weight when its turn comes, so that the
-    /// buffers of one weight at a time are live.
-    pub(super) fn apply<M: Module>(model: M, factors: &Factors, update: F) -> M {
-        let frame = |factor: &Factor| (factor.id, factor.value.clone());
-        let paths = factors.weights.iter().enumerate();
-        model.map(&mut Self {
-            path: PathTracker::default(),
-            frames: factors.iter().map(|(_, _, _, f)| frame(f)).collect(),
-            weights: paths.map(|(i, weight)| (weight.path.clone(), i)).collect(),
-            update,
-        })
+    fn map_int<const D: usize>(&mut self, param: Param<Tensor<D, Int>>) -> Param<Tensor<D, Int>> {
+        match self.path.place() {
+            Place::Companion { weight } => {
+                let (id, value, mapper) = param.consume();
+                // In its place something that holds no memory of the weight's size.
+                let placeholder = Tensor::zeros([1; D], (&value.device(), value.dtype()));
+                let value = Tensor::from_dispatch(value.into_dispatch());
+                self.companions.insert(weight, value);
+                Param::from_mapped_value(id, placeholder, mapper)
+            }
+            _ => param,
+        }
     }
 }
 
-impl<F: Fn(usize) -> WeightUpdate> ModuleMapper for Commit<F> {
+/// Puts the frames back and merges the updates into the weights and their companions.
+pub(super) struct Commit<'a, F> {
+    path: PathTracker,
+    frames: HashMap<ParamId, Tensor<2>>,
+    /// The adapted weights with their positions.
+    weights: HashMap<&'a str, (usize, &'a WeightFactors)>,
+    companions: Companions,
+    step: u64,
+    inputs: F,
+    squares: Vec<Tensor<1>>,
+}
+
+impl<'a, F: Fn(usize) -> MergeInputs> Commit<'a, F> {
+    /// The model after optimizer step `step`, and for each weight the sum of the squares of its
+    /// update, `[1]`.
+    ///
+    /// `inputs` is called with the position of each weight when its turn comes, so that the
+    /// buffers of one weight at a time are live.
+    pub(super) fn apply<M: Module>(
+        model: M,
+        factors: &'a Factors,
+        companions: Companions,
+        step: u64,
+        inputs: F,
+    ) -> (M, Vec<Tensor<1>>) {
+        let frame = |factor: &Factor| (factor.id, factor.value.clone());
+        let weights = factors.weights.iter().enumerate();
+        let mut mapper = Self {
+            path: PathTracker::default(),
+            frames: factors.iter().map(|(_, _, _, f)| frame(f)).collect(),
+            weights: weights
+                .map(|(position, weight)| (weight.path.as_str(), (position, weight)))
+                .collect(),
+            companions,
+            step,
+            inputs,
+            squares: Vec::with_capacity(factors.weights.len()),
+        };
+        let model = model.map(&mut mapper);
+        (model, mapper.squares)
+    }
+}
+
+impl<F: Fn(usize) -> MergeInputs> ModuleMapper for Commit<'_, F> {
     track_path!(path);
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
@@ -217,21 +279,45 @@ impl<F: Fn(usize) -> WeightUpdate> ModuleMapper for Commit<F> {
                 }
                 None => param,
             },
-            Place::Shard { side: None, .. } => param,
-            Place::Other(path) => match self.weights.get(&path) {
-                Some(&weight) => {
+            Place::Other(path) => match self.weights.get(path.as_str()) {
+                Some(&(position, weight)) => {
                     let (id, value, mapper) = param.consume();
                     // A handle of the storage would make the merge copy: keep only the settings.
                     let settings = Settings::of(&value);
-                    let weight_value = Tensor::<2>::from_dispatch(value.inner().into_dispatch());
-                    let update = (self.update)(weight);
-                    let merged =
-                        ops::merge(weight_value, update.frames, update.deltas, update.rank);
+                    let value = Tensor::<2>::from_dispatch(value.inner().into_dispatch());
+                    let inputs = (self.inputs)(position);
+                    let (merged, squares) = match self.companions.remove(&path) {
+                        Some(companion) => {
+                            let (merged, companion, squares) =
+                                ops::merge_split(value, companion, inputs);
+                            // A traversal comes to the companion after the weight.
+                            self.companions.insert(path, companion);
+                            (merged, squares)
+                        }
+                        None => ops::merge_rounded(value, inputs, weight.rounding(self.step)),
+                    };
+                    self.squares.push(squares);
                     let merged = Tensor::<D>::from_dispatch(merged.into_dispatch());
                     Param::from_mapped_value(id, settings.restore(merged), mapper)
                 }
                 None => param,
             },
+            _ => param,
+        }
+    }
+
+    fn map_int<const D: usize>(&mut self, param: Param<Tensor<D, Int>>) -> Param<Tensor<D, Int>> {
+        let companion = match self.path.place() {
+            Place::Companion { weight } => self.companions.remove(&weight),
+            _ => None,
+        };
+        match companion {
+            Some(companion) => {
+                let (id, _, mapper) = param.consume();
+                let companion = Tensor::from_dispatch(companion.into_dispatch());
+                Param::from_mapped_value(id, companion, mapper)
+            }
+            None => param,
         }
     }
 }

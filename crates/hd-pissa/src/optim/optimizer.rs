@@ -8,17 +8,18 @@ use burn_pack::{Reader, Scalar, Writer};
 use hd_pissa_comm::Communicator;
 
 use super::exchange::{Pair, Roster, ShardDeltas};
-use super::factors::{Commit, Factors, WeightUpdate, ZeroFactors};
+use super::factors::{Commit, Companions, Factors, ZeroFactors};
 use super::gradients::ShardGradients;
-use super::others::mean_gradients;
+use super::others::{OthersBefore, mean_gradients};
 use super::probe::Probe;
 use super::{OptimizerError, StepError};
 use crate::adapter::path::shard_path;
-use crate::ops;
+use crate::ops::{self, MergeInputs};
 
 /// Version of the records that this build writes and reads.
 const FORMAT_VERSION: u64 = 1;
 const FORMAT_KEY: &str = "hd_pissa.format_version";
+const STEPS_KEY: &str = "hd_pissa.steps";
 
 /// Steps of a model with HD-PiSSA adapters: a Burn optimizer turns each shard's gradients into
 /// deltas of its factors, all deltas are gathered, and every weight takes
@@ -55,9 +56,11 @@ pub struct HdPissaOptimizer {
     communicator: Box<dyn Communicator>,
     max_grad_norm: Option<f64>,
     roster: Option<Roster>,
-    /// Whether to measure updates, and the squared norm of the last one for each weight.
+    /// Whether to measure updates, and the norm of the last one.
     measure: bool,
-    squared_norms: Vec<Tensor<1>>,
+    update_norm: Option<f64>,
+    /// Steps taken, which stochastic rounding draws from.
+    steps: u64,
 }
 
 impl HdPissaOptimizer {
@@ -87,7 +90,8 @@ impl HdPissaOptimizer {
             max_grad_norm: None,
             roster: None,
             measure: false,
-            squared_norms: Vec::new(),
+            update_norm: None,
+            steps: 0,
         })
     }
 
@@ -109,7 +113,8 @@ impl HdPissaOptimizer {
 
     /// Measures the norm of every update from now on; see [`update_norm`](Self::update_norm).
     ///
-    /// Costs about half of a merge for each weight, and no tensor of its size.
+    /// The GPU backends compute it with every merge anyway; on Flex it costs about half of a merge
+    /// for each weight. No tensor of the weight's size is made.
     pub fn with_update_norm(mut self) -> Self {
         self.measure = true;
         self
@@ -117,13 +122,14 @@ impl HdPissaOptimizer {
 
     /// Frobenius norm of what the last step added to all adapted weights together, before rounding
     /// to their dtype. `None` before the first step, and without
-    /// [`with_update_norm`](Self::with_update_norm). Reads back from the device.
+    /// [`with_update_norm`](Self::with_update_norm).
     pub fn update_norm(&self) -> Option<f64> {
-        if self.squared_norms.is_empty() {
-            return None;
-        }
-        let squares = Tensor::cat(self.squared_norms.clone(), 0).into_data();
-        Some(squares.iter::<f64>().sum::<f64>().sqrt())
+        self.update_norm
+    }
+
+    /// Number of steps taken, records included.
+    pub fn steps(&self) -> u64 {
+        self.steps
     }
 
     /// Takes one step: Burn's call, with the gradients of one shard (`GradientsParams`) or of
@@ -146,34 +152,50 @@ impl HdPissaOptimizer {
     ) -> Result<M, StepError<M>> {
         let Prepared {
             stepped,
+            companions,
+            others_before,
             inner,
             factors,
             deltas,
+            bad_values,
         } = match self.prepare(lr.into(), &model, grads.into()) {
             Ok(prepared) => prepared,
             Err(cause) => return Err(StepError { model, cause }),
         };
         // The last handle to the old weights, so that the merge can write in place.
         drop(model);
-        self.inner = inner;
         let roster = self
             .roster
             .as_ref()
             .expect("agreed on before the first step");
         let moved = |weight: usize| deltas.iter().map(move |shard| shard.pairs[weight].clone());
-        if self.measure {
-            self.squared_norms = (0..factors.weights.len())
-                .map(|weight| squared_norm(roster.frames(&factors, weight).zip(moved(weight))))
-                .collect();
+        let gate = bad_values.total();
+        let (stepped, squares) =
+            Commit::apply(stepped, &factors, companions, self.steps, |weight| {
+                MergeInputs {
+                    frames: rows(roster.frames(&factors, weight)),
+                    deltas: rows(moved(weight)),
+                    gate: gate.clone(),
+                    rank: factors.weights[weight].rank(),
+                    measure: self.measure,
+                }
+            });
+        match bad_values.read(&factors, squares) {
+            Ok(squared_norm) => {
+                self.inner = inner;
+                self.steps += 1;
+                self.update_norm = self.measure.then(|| squared_norm.sqrt());
+                Ok(stepped)
+            }
+            // The gate has kept the weights, and the frames are back.
+            Err(cause) => Err(StepError {
+                model: others_before.restore(stepped),
+                cause,
+            }),
         }
-        Ok(Commit::apply(stepped, &factors, |weight| WeightUpdate {
-            frames: rows(roster.frames(&factors, weight)),
-            deltas: rows(moved(weight)),
-            rank: factors.weights[weight].rank(),
-        }))
     }
 
-    /// Everything of a step that can fail; changes neither `self.inner` nor the model.
+    /// Everything of a step up to the merge; changes neither `self.inner` nor the model.
     fn prepare<M: Module>(
         &mut self,
         lr: ModuleLearningRate,
@@ -199,16 +221,20 @@ impl HdPissaOptimizer {
 
         let (gradients, bad_gradients) = join(shards, others.gradients, &factors);
         let mut inner = self.inner.clone();
-        let stepped = inner.step(lr, ZeroFactors::apply(model.clone()), gradients);
+        let (zeroed, companions) = ZeroFactors::apply(model.clone());
+        let stepped = inner.step(lr, zeroed, gradients);
         let hosted = deltas_of(&Factors::of(&stepped)?, bad_gradients);
         let deltas = roster.gather_deltas(hosted, &factors, communicator)?;
-        refuse_non_finite(&deltas, &factors, others.non_finite)?;
+        let bad_values = BadValues::of(&deltas, others.non_finite);
 
         Ok(Prepared {
             stepped,
+            companions,
+            others_before: OthersBefore::of(model),
             inner,
             factors,
             deltas,
+            bad_values,
         })
     }
 
@@ -225,7 +251,7 @@ impl HdPissaOptimizer {
     }
 
     /// Serializes the state of the inner optimizer (the moments of the hosted shards) in Burn's
-    /// format, with a format version.
+    /// format, with the number of steps and a format version.
     ///
     /// # Errors
     ///
@@ -235,7 +261,8 @@ impl HdPissaOptimizer {
         let scalars = reader.scalars().clone();
         let metadata = reader.metadata().clone();
         let mut writer = Writer::new(reader.into_tensors().map_err(invalid_record)?)
-            .with_scalar(FORMAT_KEY, Scalar::from(FORMAT_VERSION));
+            .with_scalar(FORMAT_KEY, Scalar::from(FORMAT_VERSION))
+            .with_scalar(STEPS_KEY, Scalar::from(self.steps));
         for (key, value) in &scalars {
             writer = writer.with_scalar(key, *value);
         }
@@ -253,21 +280,21 @@ impl HdPissaOptimizer {
     /// lost, the record unread.
     pub fn from_bytes(mut self, bytes: Bytes) -> Result<Self, OptimizerError> {
         let reader = Reader::from_bytes(bytes.clone()).map_err(invalid_record)?;
-        let version = reader.scalars().get(FORMAT_KEY).copied();
-        match version.and_then(|version| u64::try_from(version).ok()) {
-            Some(FORMAT_VERSION) => {}
-            Some(found) => {
-                return Err(OptimizerError::UnsupportedVersion {
-                    found,
-                    supported: FORMAT_VERSION,
-                });
-            }
-            None => {
-                return Err(OptimizerError::InvalidRecord {
-                    reason: format!("it has no scalar `{FORMAT_KEY}`"),
-                });
-            }
+        let scalar = |key: &str| {
+            let value = reader.scalars().get(key).copied();
+            let value = value.and_then(|value| u64::try_from(value).ok());
+            value.ok_or_else(|| OptimizerError::InvalidRecord {
+                reason: format!("it has no scalar `{key}`"),
+            })
+        };
+        let found = scalar(FORMAT_KEY)?;
+        if found != FORMAT_VERSION {
+            return Err(OptimizerError::UnsupportedVersion {
+                found,
+                supported: FORMAT_VERSION,
+            });
         }
+        self.steps = scalar(STEPS_KEY)?;
         drop(reader);
         self.inner = self.inner.load_record(OptimizerRecord::from_bytes(bytes)?);
         Ok(self)
@@ -312,11 +339,14 @@ impl HdPissaOptimizer {
 struct Prepared<M> {
     /// The model after the inner step: deltas in the place of factors, other parameters updated.
     stepped: M,
+    companions: Companions,
+    others_before: OthersBefore,
     inner: ModuleOptimizer,
     /// The factors of the model before the step.
     factors: Factors,
     /// The deltas of every shard, by index.
     deltas: Vec<ShardDeltas>,
+    bad_values: BadValues,
 }
 
 fn invalid_record(error: impl std::fmt::Display) -> OptimizerError {
@@ -419,51 +449,54 @@ fn deltas_of(stepped: &Factors, bad_gradients: Vec<Vec<Option<Tensor<1>>>>) -> V
         .collect()
 }
 
-/// The step's one read-back.
-fn refuse_non_finite(
-    all: &[ShardDeltas],
-    factors: &Factors,
-    others: Vec<(String, Tensor<1>)>,
-) -> Result<(), OptimizerError> {
-    let counts = all
-        .iter()
-        .flat_map(|shard| shard.non_finite.iter().cloned())
-        .chain(others.iter().map(|(_, count)| count.clone()))
-        .collect();
-    let counts = Tensor::cat(counts, 0).into_data();
-    let Some((position, count)) = counts
-        .iter::<f32>()
-        .enumerate()
-        .find(|&(_, count)| count != 0.0)
-    else {
-        return Ok(());
-    };
-    let weights = factors.weights.len();
-    let path = match position.checked_sub(all.len() * weights) {
-        Some(other) => others[other].0.clone(),
-        None => {
-            let (shard, weight) = (position / weights, position % weights);
-            shard_path(&factors.weights[weight].path, shard, factors.num_shards)
-        }
-    };
-    Err(OptimizerError::NonFinite {
-        path,
-        count: count as usize,
-    })
+/// How many NaN and infinite values a step's gradients and deltas hold, on the device.
+struct BadValues {
+    /// For each shard and weight, then for each other parameter, `[n]`.
+    counts: Tensor<1>,
+    shards: usize,
+    /// Paths of the other parameters.
+    others: Vec<String>,
 }
 
-/// `‖[a + Δa | Δa] · [Δb ; b]‖²` over all shards, `[1]`: the inner product of the Gram matrices of
-/// both sides, which are as small as the product's inner size.
-fn squared_norm(shards: impl Iterator<Item = (Pair, Pair)>) -> Tensor<1> {
-    let (mut left, mut right) = (Vec::new(), Vec::new());
-    for (frame, delta) in shards {
-        left.extend([frame.a + delta.a.clone(), delta.a]);
-        right.extend([delta.b, frame.b]);
+impl BadValues {
+    fn of(all: &[ShardDeltas], others: Vec<(String, Tensor<1>)>) -> Self {
+        let (paths, others): (Vec<_>, Vec<_>) = others.into_iter().unzip();
+        let shards = all
+            .iter()
+            .flat_map(|shard| shard.non_finite.iter().cloned());
+        Self {
+            counts: Tensor::cat(shards.chain(others).collect(), 0),
+            shards: all.len(),
+            others: paths,
+        }
     }
-    let (left, right) = (Tensor::cat(left, 1), Tensor::cat(right, 0));
-    let left = left.clone().transpose().matmul(left);
-    let right = right.clone().matmul(right.transpose());
-    (left * right).sum()
+
+    /// Zero if and only if there are none, `[1]`.
+    fn total(&self) -> Tensor<1> {
+        self.counts.clone().sum()
+    }
+
+    /// The step's one read-back: the sum of `squares`, unless there are bad values.
+    fn read(self, factors: &Factors, squares: Vec<Tensor<1>>) -> Result<f64, OptimizerError> {
+        let all = [vec![self.counts], squares].concat();
+        let all: Vec<f32> = Tensor::cat(all, 0).into_data().iter::<f32>().collect();
+        let weights = factors.weights.len();
+        let (counts, squares) = all.split_at(all.len() - weights);
+        let Some(position) = counts.iter().position(|&count| count != 0.0) else {
+            return Ok(squares.iter().map(|&square| f64::from(square)).sum());
+        };
+        let path = match position.checked_sub(self.shards * weights) {
+            Some(other) => self.others[other].clone(),
+            None => {
+                let (shard, weight) = (position / weights, position % weights);
+                shard_path(&factors.weights[weight].path, shard, factors.num_shards)
+            }
+        };
+        Err(OptimizerError::NonFinite {
+            path,
+            count: counts[position] as usize,
+        })
+    }
 }
 
 /// One row for each shard: its `a`, then its `b`, row by row.

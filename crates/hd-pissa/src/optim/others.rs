@@ -1,6 +1,9 @@
 //! Trainable parameters outside the adapters: they take the mean of all shards' gradients.
 
-use burn::module::{Module, ModuleVisitor, Param};
+use std::collections::HashMap;
+
+use burn::backend::DispatchTensor;
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::{DType, Tensor};
 use hd_pissa_comm::Communicator;
@@ -108,5 +111,49 @@ impl ModuleVisitor for Unflatten {
             .push((path, ops::count_non_finite(mean.clone())));
         let gradient = mean.reshape::<D, _>(shape).cast(param.base().dtype());
         self.result.gradients.register(param.id, gradient);
+    }
+}
+
+/// The trainable parameters outside the adapters as they are before a step, which a refusal puts
+/// back.
+#[derive(Default)]
+pub(super) struct OthersBefore {
+    path: PathTracker,
+    values: HashMap<ParamId, DispatchTensor>,
+}
+
+impl OthersBefore {
+    pub(super) fn of<M: Module>(model: &M) -> Self {
+        let mut before = Self::default();
+        model.visit(&mut before);
+        before
+    }
+
+    pub(super) fn restore<M: Module>(mut self, model: M) -> M {
+        model.map(&mut self)
+    }
+}
+
+impl ModuleVisitor for OthersBefore {
+    track_path!(path);
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if is_other(&self.path, param).is_some() {
+            self.values.insert(param.id, param.base().into_dispatch());
+        }
+    }
+}
+
+impl ModuleMapper for OthersBefore {
+    track_path!(path);
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        match self.values.remove(&param.id) {
+            Some(value) => {
+                let (id, _, mapper) = param.consume();
+                Param::from_mapped_value(id, Tensor::from_dispatch(value), mapper)
+            }
+            None => param,
+        }
     }
 }
