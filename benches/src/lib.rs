@@ -9,13 +9,19 @@ use serde::Serialize;
 /// Pairs to take the median of.
 pub const PAIRS: usize = 41;
 
-/// The device to measure on: `HD_PISSA_DEVICE`, or Flex. Names are those of the features.
+/// The device to measure on: `HD_PISSA_DEVICE`, or the most capable one of the build, which is Flex
+/// with the default features. Names are those of the features.
 ///
 /// # Panics
 ///
 /// If the name is unknown or the build lacks its feature.
 pub fn device() -> (&'static str, Device) {
-    let name = std::env::var("HD_PISSA_DEVICE").unwrap_or_else(|_| "flex".into());
+    let most_capable = match () {
+        () if cfg!(feature = "cuda") => "cuda",
+        () if cfg!(feature = "wgpu") => "wgpu",
+        () => "flex",
+    };
+    let name = std::env::var("HD_PISSA_DEVICE").unwrap_or_else(|_| most_capable.into());
     match name.as_str() {
         #[cfg(feature = "flex")]
         "flex" => ("flex", Device::flex()),
@@ -32,8 +38,20 @@ pub fn device() -> (&'static str, Device) {
 /// `works` wait for the device themselves. The order turns round from one round to the next, so
 /// that none of them always follows the same one.
 pub fn alternate(works: &mut [&mut dyn FnMut()]) -> Vec<Vec<f64>> {
-    let mut times = vec![Vec::with_capacity(PAIRS); works.len()];
-    for round in 0..PAIRS + 3 {
+    rounds(works, 3);
+    rounds(works, PAIRS)
+}
+
+/// As [`alternate`], with as many rounds as fit in about `seconds`: at least 5, at most `PAIRS`.
+pub fn alternate_within(seconds: f64, works: &mut [&mut dyn FnMut()]) -> Vec<Vec<f64>> {
+    rounds(works, 1);
+    let round: f64 = rounds(works, 1).iter().flatten().sum();
+    rounds(works, ((seconds * 1e3 / round) as usize).clamp(5, PAIRS))
+}
+
+fn rounds(works: &mut [&mut dyn FnMut()], count: usize) -> Vec<Vec<f64>> {
+    let mut times = vec![Vec::with_capacity(count); works.len()];
+    for round in 0..count {
         for turn in 0..works.len() {
             let which = match round % 2 {
                 0 => turn,
@@ -41,10 +59,7 @@ pub fn alternate(works: &mut [&mut dyn FnMut()]) -> Vec<Vec<f64>> {
             };
             let start = Instant::now();
             works[which]();
-            let elapsed = start.elapsed().as_secs_f64() * 1e3;
-            if round >= 3 {
-                times[which].push(elapsed);
-            }
+            times[which].push(start.elapsed().as_secs_f64() * 1e3);
         }
     }
     times

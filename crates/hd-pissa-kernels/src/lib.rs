@@ -16,6 +16,8 @@
 mod error;
 mod matrix;
 mod merge;
+mod merge_kernel;
+mod planes;
 mod product;
 mod reduce;
 pub mod reference;
@@ -25,7 +27,8 @@ mod tile;
 /// The kernels themselves, for building their source without a device. Not a stable interface.
 #[doc(hidden)]
 pub mod kernels {
-    pub use crate::merge::kernel as merge;
+    pub use crate::merge_kernel::{Engine, OperandsLaunch, TargetLaunch, kernel as merge};
+    pub use crate::planes::PlaneTile;
     pub use crate::product::kernel as product;
     pub use crate::reduce::kernel as reduce;
     pub use crate::rounding::Rounding;
@@ -34,7 +37,10 @@ pub mod kernels {
 
 pub use error::KernelError;
 pub use matrix::{Buffer, FloatType, Matrix};
-pub use merge::{Merge, MergePrecision, ShardedFactors, companion_len, companion_shape, merge};
+pub use merge::{
+    Arithmetic, Merge, MergePrecision, ShardedFactors, companion_len, companion_shape, merge,
+    merge_with,
+};
 pub use product::{LowRankProduct, is_fusion_preferred, low_rank_product};
 pub use reduce::{count_non_finite, new_counter};
 pub use rounding::{StochasticKey, path_hash};

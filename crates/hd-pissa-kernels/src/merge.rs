@@ -2,10 +2,10 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use crate::matrix::{in_buffer, is_aligned};
-use crate::rounding::{self, Rounding, StochasticKey};
-use crate::tile::{
-    self, Access, Four, Operand, OperandLaunch, Tile, Window, accumulate, accumulators, row_vectors,
-};
+use crate::merge_kernel::{Engine, OperandsLaunch, TargetLaunch, kernel};
+use crate::planes::{self, PlaneTile};
+use crate::rounding::{Rounding, StochasticKey};
+use crate::tile::{OperandLaunch, Tile};
 use crate::{Buffer, FloatType, KernelError, Matrix, reduce};
 
 /// What a merge into a half-precision weight keeps of the digits that the weight cannot hold. An
@@ -171,6 +171,53 @@ pub struct Merge {
     pub square_slot: usize,
 }
 
+/// How a merge multiplies.
+///
+/// A merge does `4·K·r` flops per element of `W` and moves 8 bytes for it. From about `K·r = 25` on
+/// an A100 (19.5 Tflop/s, 1.6 TB/s) and 40 on an H100 (67 Tflop/s, 3.4 TB/s), by their data sheets,
+/// [`Exact`](Arithmetic::Exact) is bound by its arithmetic: at `K·r = 128` and 4096×4096 by 440 and 130 µs
+/// where the memory takes 85 and 40. Three `tf32` products at 156 and 495 Tflop/s would take 165 and
+/// 52 µs.
+///
+/// Both ways give equal bits for equal inputs on devices of one kind, so all workers of a run must
+/// make the same choice. The dtype of the weight and [`MergePrecision`] are another matter: they say
+/// what is kept of the sum.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Arithmetic {
+    /// `f32` multiply-adds, one after the other in a fixed order.
+    #[default]
+    Exact,
+    /// On the device's matrix units: every factor as the sum of two `tf32`, and three of their four
+    /// products accumulated in `f32`. An element of a factor is held to within `2^-23` of itself and
+    /// the product left out is below that, but the order and the rounding of the sums are the
+    /// hardware's: the accuracy is meant to be that of `f32`, the bits are not those of
+    /// [`Exact`](Self::Exact).
+    ///
+    /// As [`Exact`](Self::Exact) where [`is_supported`](Self::is_supported) says no, and where the
+    /// factors or the weight cannot be read as aligned vectors of four. Its CUDA C++ is compiled
+    /// in the tests; it has never run, for want of a GPU, so neither its results nor its speed are
+    /// known.
+    SplitTf32,
+}
+
+impl Arithmetic {
+    /// Whether the device has the instructions, rather than merging as [`Exact`](Self::Exact).
+    pub fn is_supported(self, client: &Client) -> bool {
+        self == Self::Exact || planes::is_supported(client)
+    }
+
+    fn engine(self, client: &Client, [major, minor]: [usize; 2], vectors: bool) -> Engine {
+        let planes = match self {
+            Self::SplitTf32 if vectors => PlaneTile::choose(client, major, minor),
+            _ => None,
+        };
+        match planes {
+            Some(tile) => Engine::Planes(tile),
+            None => Engine::Units(Tile::choose(client, major, minor, 2)),
+        }
+    }
+}
+
 /// Shape of the companion of a split weight, as `u32` words: `[n, ceil(m / 2)]` for `n` runs of `m`
 /// elements along the axis with the smaller stride. The low half of word `[i, j]` belongs to
 /// element `2j` of run `i`, the high half to element `2j + 1`.
@@ -198,6 +245,19 @@ pub fn companion_len(weight: &Matrix) -> usize {
 /// [`KernelError`] if an operand does not fit its buffer, if the device lacks the weight's type or
 /// if a split weight has no companion. Then nothing runs.
 pub fn merge(client: &Client, merge: Merge) -> Result<(), KernelError> {
+    merge_with(client, merge, Arithmetic::Exact)
+}
+
+/// [`merge()`] with a choice of arithmetic.
+///
+/// # Errors
+///
+/// As [`merge()`].
+pub fn merge_with(
+    client: &Client,
+    merge: Merge,
+    arithmetic: Arithmetic,
+) -> Result<(), KernelError> {
     let Merge {
         weight,
         frames,
@@ -234,20 +294,19 @@ pub fn merge(client: &Client, merge: Merge) -> Result<(), KernelError> {
 
     let minor = weight.minor_axis();
     let extents = [weight.shape[1 - minor], weight.shape[minor]];
-    let tile = Tile::choose(client, extents[0], extents[1], 2);
+    let vectors = frames.has_vectors(&sizes) && deltas.has_vectors(&sizes);
+    let vector_size = if vectors { 4 } else { 1 };
+    let weight_vector_size = if weight.has_vectors(minor) { 4 } else { 1 };
+    let engine = arithmetic.engine(client, extents, vectors && weight_vector_size == 4);
     let cubes = [
-        extents[1].div_ceil(tile.minor()),
-        extents[0].div_ceil(tile.major()),
+        extents[1].div_ceil(engine.minor()),
+        extents[0].div_ceil(engine.major()),
     ];
     let partials = cubes[0] * cubes[1];
     if partials == 0 || sizes.inner() == 0 {
         return reduce::sum(client, None, merge.squares.clone(), merge.square_slot);
     }
     let count = cube_count(client, cubes)?;
-
-    let vectors = frames.has_vectors(&sizes) && deltas.has_vectors(&sizes);
-    let vector_size = if vectors { 4 } else { 1 };
-    let weight_vector_size = if weight.has_vectors(minor) { 4 } else { 1 };
     let strides = [weight.strides[1 - minor], weight.strides[minor]];
     let key = match merge.precision {
         MergePrecision::Stochastic(key) => key.words(),
@@ -260,7 +319,7 @@ pub fn merge(client: &Client, merge: Merge) -> Result<(), KernelError> {
         kernel::launch_unchecked(
             client,
             count,
-            CubeDim::new_1d(tile.units() as u32),
+            CubeDim::new_1d(engine.units() as u32),
             vector_size,
             weight_vector_size,
             weight.clone().arg(client, weight_vector_size),
@@ -269,21 +328,20 @@ pub fn merge(client: &Client, merge: Merge) -> Result<(), KernelError> {
             deltas.arg(vector_size),
             BufferArg::from_raw_parts(merge.non_finite.clone(), 1),
             BufferArg::from_raw_parts(partial_sums.clone(), partials),
-            frames.left_operand(&sizes),
-            frames.right_operand(&sizes),
-            deltas.left_operand(&sizes),
-            deltas.right_operand(&sizes),
+            OperandsLaunch::new(
+                frames.left_operand(&sizes),
+                frames.right_operand(&sizes),
+                deltas.left_operand(&sizes),
+                deltas.right_operand(&sizes),
+            ),
             sizes.inner(),
-            extents[0],
-            extents[1],
-            strides[0],
-            strides[1],
-            key[0],
-            key[1],
+            TargetLaunch::new(
+                extents[0], extents[1], strides[0], strides[1], key[0], key[1],
+            ),
             vectors,
             minor == 0,
             rounding,
-            tile,
+            engine,
             dtype.elem_type(),
         );
     }
@@ -306,272 +364,4 @@ pub(crate) fn cube_count(client: &Client, cubes: [usize; 2]) -> Result<CubeCount
         });
     }
     Ok(CubeCount::Static(cubes[0] as u32, cubes[1] as u32, 1))
-}
-
-/// One tile of the weight per cube. `W` is walked with its minor axis along `x`; `column_major`
-/// says that this is the axis of `d_input`.
-#[allow(clippy::too_many_arguments)]
-#[cube(launch_unchecked, create_dummy_kernel)]
-pub fn kernel<F: Float, N: Size, M: Size>(
-    weight: &mut [Vector<F, M>],
-    companion: &mut ComptimeOption<Box<[u32]>>,
-    frames: &[Vector<f32, N>],
-    deltas: &[Vector<f32, N>],
-    non_finite: &[u32],
-    partials: &mut [f32],
-    frame_left: Operand,
-    frame_right: Operand,
-    delta_left: Operand,
-    delta_right: Operand,
-    inner: usize,
-    major_extent: usize,
-    minor_extent: usize,
-    major_stride: usize,
-    minor_stride: usize,
-    key0: u32,
-    key1: u32,
-    #[comptime] vectors: bool,
-    #[comptime] column_major: bool,
-    #[comptime] rounding: Rounding,
-    #[comptime] tile: Tile,
-    #[define(F)] _dtype: cubecl::ir::ElemType,
-) {
-    let left_access = comptime!(Access {
-        vectors,
-        along_depth: true
-    });
-    let right_access = comptime!(Access {
-        vectors,
-        along_depth: false
-    });
-    let (width_major, width_minor) = comptime!((tile.major(), tile.minor()));
-    let (width_left, width_right) = comptime!(if column_major {
-        (width_minor, width_major)
-    } else {
-        (width_major, width_minor)
-    });
-    let units = comptime!(tile.units());
-    let depth = comptime!(tile.depth);
-
-    // (a + Δa) and Δa against Δb and b.
-    let mut left_sum = Shared::<[Four]>::new_slice(comptime!(depth * row_vectors(width_left)));
-    let mut left_delta = Shared::<[Four]>::new_slice(comptime!(depth * row_vectors(width_left)));
-    let mut right_delta = Shared::<[Four]>::new_slice(comptime!(depth * row_vectors(width_right)));
-    let mut right_frame = Shared::<[Four]>::new_slice(comptime!(depth * row_vectors(width_right)));
-
-    let first_major = CUBE_POS_Y as usize * width_major;
-    let first_minor = CUBE_POS_X as usize * width_minor;
-    let mut left_window = Window {
-        first: first_major,
-        extent: major_extent,
-        depth: 0usize,
-        depth_extent: inner,
-    };
-    let mut right_window = Window {
-        first: first_minor,
-        extent: minor_extent,
-        depth: 0usize,
-        depth_extent: inner,
-    };
-    if comptime!(column_major) {
-        left_window.first = first_minor;
-        left_window.extent = minor_extent;
-        right_window.first = first_major;
-        right_window.extent = major_extent;
-    }
-
-    let mut sums = accumulators(tile);
-    let mut start = 0usize;
-    while start < inner {
-        left_window.depth = start;
-        right_window.depth = start;
-        tile::fill_sum::<f32, N>(
-            frames,
-            &frame_left,
-            deltas,
-            &delta_left,
-            &mut left_sum,
-            &mut left_delta,
-            &left_window,
-            width_left,
-            depth,
-            units,
-            left_access,
-        );
-        tile::fill::<f32, N>(
-            deltas,
-            &mut right_delta,
-            &delta_right,
-            &right_window,
-            width_right,
-            depth,
-            units,
-            right_access,
-        );
-        tile::fill::<f32, N>(
-            frames,
-            &mut right_frame,
-            &frame_right,
-            &right_window,
-            width_right,
-            depth,
-            units,
-            right_access,
-        );
-        sync_cube();
-        #[unroll]
-        for q in 0..depth {
-            if comptime!(column_major) {
-                accumulate(&mut sums, &right_delta, &left_sum, q, tile);
-                accumulate(&mut sums, &right_frame, &left_delta, q, tile);
-            } else {
-                accumulate(&mut sums, &left_sum, &right_delta, q, tile);
-                accumulate(&mut sums, &left_delta, &right_frame, q, tile);
-            }
-        }
-        sync_cube();
-        start += depth;
-    }
-
-    let unit = UNIT_POS as usize;
-    let (unit_major, unit_minor) = (unit / tile.minor_units, unit % tile.minor_units);
-    let open = non_finite[0] == 0;
-    let mut squares = 0.0f32;
-    if open {
-        #[unroll]
-        for m in 0..tile.major_vectors {
-            #[unroll]
-            for i in 0..4usize {
-                let major = first_major + (unit_major + m * tile.major_units) * 4 + i;
-                if major < major_extent {
-                    #[unroll]
-                    for v in 0..tile.minor_vectors {
-                        let minor = first_minor + (unit_minor + v * tile.minor_units) * 4;
-                        let update = sums[(m * 4 + i) * tile.minor_vectors + v];
-                        // Elements outside of the weight have zero operands and add nothing.
-                        let square = update * update;
-                        squares += square.extract(0usize)
-                            + square.extract(1usize)
-                            + square.extract(2usize)
-                            + square.extract(3usize);
-                        if minor < minor_extent {
-                            write::<F, M>(
-                                weight,
-                                companion,
-                                update,
-                                major,
-                                minor,
-                                minor_extent,
-                                major_stride,
-                                minor_stride,
-                                key0,
-                                key1,
-                                column_major,
-                                rounding,
-                            );
-                        }
-                    }
-                }
-            }
-        }
-    }
-    let total = reduce::cube_sum(squares, units);
-    if UNIT_POS == 0 {
-        partials[CUBE_POS] = total;
-    }
-}
-
-/// Adds four neighbours along the minor axis to the weight.
-#[allow(clippy::too_many_arguments)]
-#[cube]
-fn write<F: Float, M: Size>(
-    weight: &mut [Vector<F, M>],
-    companion: &mut ComptimeOption<Box<[u32]>>,
-    update: Four,
-    major: usize,
-    minor: usize,
-    minor_extent: usize,
-    major_stride: usize,
-    minor_stride: usize,
-    key0: u32,
-    key1: u32,
-    #[comptime] column_major: bool,
-    #[comptime] rounding: Rounding,
-) {
-    let vectorized = M::value().comptime() == 4;
-    let start = major * major_stride + minor * minor_stride;
-    let words_per_run = minor_extent.div_ceil(2);
-
-    let mut old = Four::new(0.0);
-    if vectorized {
-        old = Four::cast_from(weight[start / 4]);
-    } else {
-        #[unroll]
-        for j in 0..4usize {
-            if minor + j < minor_extent {
-                let element = weight[start + j * minor_stride];
-                old.insert(j, f32::cast_from(element.extract(0usize)));
-            }
-        }
-    }
-
-    let mut new = Four::new(0.0);
-    match rounding {
-        Rounding::Nearest => {
-            new = old + update;
-        }
-        Rounding::Stochastic(dtype) =>
-        {
-            #[unroll]
-            for j in 0..4usize {
-                let value = old.extract(j) + update.extract(j);
-                let (row, column) = if comptime!(column_major) {
-                    ((minor + j) as u32, major as u32)
-                } else {
-                    (major as u32, (minor + j) as u32)
-                };
-                new.insert(
-                    j,
-                    rounding::stochastic(value, row, column, key0, key1, dtype),
-                );
-            }
-        }
-        Rounding::Split(dtype) =>
-        {
-            #[unroll]
-            for pair in 0..2usize {
-                if minor + pair * 2 < minor_extent {
-                    let place = major * words_per_run + minor / 2 + pair;
-                    #[comptime]
-                    match companion {
-                        ComptimeOption::Some(words) => {
-                            let word = words[place];
-                            let even = rounding::join(old.extract(pair * 2), word, dtype);
-                            let odd =
-                                rounding::join(old.extract(pair * 2 + 1), word >> 16u32, dtype);
-                            let (even, even_low) =
-                                rounding::split::<F>(even + update.extract(pair * 2), dtype);
-                            let (odd, odd_low) =
-                                rounding::split::<F>(odd + update.extract(pair * 2 + 1), dtype);
-                            new.insert(pair * 2, even);
-                            new.insert(pair * 2 + 1, odd);
-                            words[place] = even_low | (odd_low << 16u32);
-                        }
-                        ComptimeOption::None => {}
-                    }
-                }
-            }
-        }
-    }
-
-    if vectorized {
-        weight[start / 4] = Vector::cast_from(new);
-    } else {
-        #[unroll]
-        for j in 0..4usize {
-            if minor + j < minor_extent {
-                weight[start + j * minor_stride] = Vector::cast_from(F::cast_from(new.extract(j)));
-            }
-        }
-    }
 }

@@ -3,7 +3,7 @@ use cubecl::prelude::*;
 
 use crate::merge::cube_count;
 use crate::tile::{
-    self, Access, Four, Operand, OperandLaunch, Tile, Window, accumulate, accumulators, row_vectors,
+    self, Access, Four, Operand, OperandLaunch, Tile, Window, accumulate, accumulators,
 };
 use crate::{Buffer, FloatType, KernelError, Matrix};
 
@@ -223,10 +223,10 @@ pub fn kernel<F: Float, NX: Size, NW: Size, NA: Size, NY: Size>(
     #[define(F)] _dtype: ElemType,
 ) {
     let (width_major, width_minor) = comptime!((tile.major(), tile.minor()));
-    let units = comptime!(tile.units());
     let depth = comptime!(tile.depth);
-    let mut left = Shared::<[Four]>::new_slice(comptime!(depth * row_vectors(width_major)));
-    let mut right = Shared::<[Four]>::new_slice(comptime!(depth * row_vectors(width_minor)));
+    let (left_shape, right_shape) = comptime!((tile.stage(width_major), tile.stage(width_minor)));
+    let mut left = Shared::<[Four]>::new_slice(comptime!(left_shape.vectors()));
+    let mut right = Shared::<[Four]>::new_slice(comptime!(right_shape.vectors()));
 
     let tile_x = CUBE_POS_X as usize;
     let is_output = tile_x < output_tiles;
@@ -257,34 +257,31 @@ pub fn kernel<F: Float, NX: Size, NW: Size, NA: Size, NY: Size>(
         right_window.depth = start;
         tile::fill::<F, NX>(
             input,
-            &mut left,
             &input_operand,
+            &mut left,
+            ComptimeOption::new_None(),
             &left_window,
-            width_major,
-            depth,
-            units,
+            left_shape,
             input_access,
         );
         if is_output {
             tile::fill::<F, NW>(
                 weight,
-                &mut right,
                 &weight_operand,
+                &mut right,
+                ComptimeOption::new_None(),
                 &right_window,
-                width_minor,
-                depth,
-                units,
+                right_shape,
                 weight_access,
             );
         } else {
             tile::fill::<f32, NA>(
                 factor,
-                &mut right,
                 &factor_operand,
+                &mut right,
+                ComptimeOption::new_None(),
                 &right_window,
-                width_minor,
-                depth,
-                units,
+                right_shape,
                 factor_access,
             );
         }

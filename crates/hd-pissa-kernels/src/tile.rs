@@ -1,5 +1,7 @@
 use cubecl::prelude::*;
 
+use crate::planes;
+
 /// Four `f32`, the unit of shared memory and of the accumulators.
 pub(crate) type Four = Vector<f32, Const<4>>;
 
@@ -66,6 +68,17 @@ impl Tile {
     pub(crate) fn shared_bytes(&self, parts: usize) -> usize {
         parts * self.depth * (row_vectors(self.major()) + row_vectors(self.minor())) * 16
             + self.units() * 4
+    }
+
+    /// The stage of an operand of `width` elements.
+    pub(crate) fn stage(&self, width: usize) -> StageShape {
+        StageShape {
+            width,
+            pitch: row_vectors(width),
+            depth: self.depth,
+            units: self.units(),
+            halves: false,
+        }
     }
 
     /// The largest tile that the device can run and that still yields a tile for every
@@ -219,26 +232,52 @@ fn job_place(
     }
 }
 
-/// Fills a stage of `depth` inner steps with an operand.
+/// How a stage of shared memory lies and who fills it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct StageShape {
+    /// Elements along the tile.
+    pub width: usize,
+    /// Vectors from one inner step to the next.
+    pub pitch: usize,
+    /// Inner steps.
+    pub depth: usize,
+    /// Units that fill it.
+    pub units: usize,
+    /// Whether every element is held as two `tf32`, all first parts before all second ones.
+    pub halves: bool,
+}
+
+impl StageShape {
+    /// Vectors of one part.
+    pub fn part(self) -> usize {
+        self.depth * self.pitch
+    }
+
+    /// Vectors of the stage.
+    pub fn vectors(self) -> usize {
+        self.part() * if self.halves { 2 } else { 1 }
+    }
+}
+
+/// Fills a stage with an operand, plus what the same units have put in the stage `addend`.
 #[cube]
 pub(crate) fn fill<F: Float, N: Size>(
     source: &[Vector<F, N>],
-    stage: &mut Shared<[Four]>,
     operand: &Operand,
+    stage: &mut Shared<[Four]>,
+    addend: ComptimeOption<Shared<[Four]>>,
     window: &Window,
-    #[comptime] width: usize,
-    #[comptime] depth: usize,
-    #[comptime] units: usize,
+    #[comptime] shape: StageShape,
     #[comptime] access: Access,
 ) {
     let rows = comptime!(access.rows());
-    let steps = comptime!(depth / rows);
-    let jobs = comptime!(width / 4 * steps);
+    let steps = comptime!(shape.depth / rows);
+    let jobs = comptime!(shape.width / 4 * steps);
     #[unroll]
-    for pass in 0..comptime!(jobs.div_ceil(units)) {
-        let job = UNIT_POS as usize + pass * units;
+    for pass in 0..comptime!(jobs.div_ceil(shape.units)) {
+        let job = UNIT_POS as usize + pass * shape.units;
         if job < jobs {
-            let (vector, step) = job_place(job, width, steps, access);
+            let (vector, step) = job_place(job, shape.width, steps, access);
             let q = step * rows;
             let loaded = load::<F, N>(
                 source,
@@ -250,44 +289,25 @@ pub(crate) fn fill<F: Float, N: Size>(
             );
             #[unroll]
             for row in 0..rows {
-                stage[(q + row) * comptime!(row_vectors(width)) + vector] = loaded[row];
-            }
-        }
-    }
-}
-
-/// Fills two stages: one with the sum of two operands, one with the second alone.
-#[cube]
-pub(crate) fn fill_sum<F: Float, N: Size>(
-    source: &[Vector<F, N>],
-    operand: &Operand,
-    addend: &[Vector<F, N>],
-    addend_operand: &Operand,
-    sum_stage: &mut Shared<[Four]>,
-    addend_stage: &mut Shared<[Four]>,
-    window: &Window,
-    #[comptime] width: usize,
-    #[comptime] depth: usize,
-    #[comptime] units: usize,
-    #[comptime] access: Access,
-) {
-    let rows = comptime!(access.rows());
-    let steps = comptime!(depth / rows);
-    let jobs = comptime!(width / 4 * steps);
-    #[unroll]
-    for pass in 0..comptime!(jobs.div_ceil(units)) {
-        let job = UNIT_POS as usize + pass * units;
-        if job < jobs {
-            let (vector, step) = job_place(job, width, steps, access);
-            let q = step * rows;
-            let t = window.first + vector * 4;
-            let first = load::<F, N>(source, operand, window, t, window.depth + q, access);
-            let second = load::<F, N>(addend, addend_operand, window, t, window.depth + q, access);
-            #[unroll]
-            for row in 0..rows {
-                let place = (q + row) * comptime!(row_vectors(width)) + vector;
-                sum_stage[place] = first[row] + second[row];
-                addend_stage[place] = second[row];
+                let place = (q + row) * shape.pitch + vector;
+                let mut value = loaded[row];
+                #[comptime]
+                match &addend {
+                    ComptimeOption::Some(addend) => {
+                        value += addend[place];
+                        if comptime!(shape.halves) {
+                            value += addend[place + comptime!(shape.part())];
+                        }
+                    }
+                    ComptimeOption::None => {}
+                }
+                if comptime!(shape.halves) {
+                    let high = planes::nearest_tf32(value);
+                    stage[place] = high;
+                    stage[place + comptime!(shape.part())] = planes::nearest_tf32(value - high);
+                } else {
+                    stage[place] = value;
+                }
             }
         }
     }

@@ -30,7 +30,10 @@ use cubecl_environment::stream::StreamId;
 use cubecl_runtime::compiler::Compiler;
 use cubecl_runtime::kernel::CubeKernel;
 use hd_pissa_kernels::FloatType;
-use hd_pissa_kernels::kernels::{Access, OperandLaunch, Rounding, Tile, merge, product, reduce};
+use hd_pissa_kernels::kernels::{
+    Access, Engine, OperandLaunch, OperandsLaunch, PlaneTile, Rounding, TargetLaunch, Tile, merge,
+    product, reduce,
+};
 
 use nvrtc::{Nvrtc, NvrtcError};
 
@@ -140,11 +143,15 @@ fn merges(kernels: &mut Vec<Kernel>) {
             ],
         };
         for rounding in roundings {
-            for (tile, factor_vectors, weight_vectors, column_major) in variants() {
+            for (engine, factor_vectors, weight_vectors, column_major) in variants() {
                 let name = format!(
-                    "merge {dtype:?} {rounding:?} {}x{} {}",
-                    tile.major(),
-                    tile.minor(),
+                    "merge {dtype:?} {rounding:?} {}x{}{} {}",
+                    engine.major(),
+                    engine.minor(),
+                    match engine {
+                        Engine::Units(_) => "",
+                        Engine::Planes(_) => " tf32 halves",
+                    },
                     [
                         if factor_vectors {
                             "factor vectors"
@@ -170,7 +177,7 @@ fn merges(kernels: &mut Vec<Kernel>) {
                         properties(version),
                         Arc::new(TargetProperties::default()),
                         CubeCount::Static(1, 1, 1),
-                        CubeDim::new_1d(tile.units() as u32),
+                        CubeDim::new_1d(engine.units() as u32),
                         size(factor_vectors),
                         size(weight_vectors),
                         buffer(),
@@ -179,21 +186,13 @@ fn merges(kernels: &mut Vec<Kernel>) {
                         buffer(),
                         buffer(),
                         buffer(),
-                        operand(),
-                        operand(),
-                        operand(),
-                        operand(),
+                        OperandsLaunch::new(operand(), operand(), operand(), operand()),
                         8,
-                        8,
-                        8,
-                        8,
-                        1,
-                        1,
-                        2,
+                        TargetLaunch::new(8, 8, 8, 1, 1, 2),
                         factor_vectors,
                         column_major,
                         rounding,
-                        tile,
+                        engine,
                         dtype.elem_type(),
                     );
                     cpp(kernel, version)
@@ -207,13 +206,16 @@ fn merges(kernels: &mut Vec<Kernel>) {
     }
 }
 
-fn variants() -> impl Iterator<Item = (Tile, bool, bool, bool)> {
-    Tile::ALL.into_iter().flat_map(|tile| {
-        [(true, true), (true, false), (false, true), (false, false)]
-            .into_iter()
-            .flat_map(move |(factors, weight)| {
-                [false, true].map(|column_major| (tile, factors, weight, column_major))
-            })
+/// Engine, vectors of factors and of the weight, and column-major weights.
+fn variants() -> impl Iterator<Item = (Engine, bool, bool, bool)> {
+    let accesses = [(true, true), (true, false), (false, true), (false, false)];
+    let units = Tile::ALL
+        .into_iter()
+        .flat_map(move |tile| accesses.map(|access| (Engine::Units(tile), access)));
+    // Matrix units take vectors only.
+    let planes = PlaneTile::ALL.map(|tile| (Engine::Planes(tile), (true, true)));
+    units.chain(planes).flat_map(|(engine, (factors, weight))| {
+        [false, true].map(|column_major| (engine, factors, weight, column_major))
     })
 }
 

@@ -1,58 +1,96 @@
-//! 200 steps at a learning rate of 2e-5 into a half-precision weight: what each
-//! [`MergePrecision`] keeps of the `f32` trajectory. On the device in `f16`, and in `bf16` (which
-//! WGSL lacks) through the references that define the kernels' bits.
+//! 200 steps of Adam at a learning rate of 2e-5 into a half-precision weight: what each
+//! [`MergePrecision`] keeps of the `f32` trajectory. On the device in the types that it has, and in
+//! `bf16` (which WGSL lacks) through the references that define the kernels' bits.
+//!
+//! `cargo test --release -p hd-pissa-kernels --test precision -- --nocapture` prints a table for
+//! each type.
 
 mod common;
 
 use common::*;
-use half::bf16;
+use half::{bf16, f16};
 use hd_pissa_kernels::reference::{self, Shard};
-use hd_pissa_kernels::{FloatType, StochasticKey, path_hash};
+use hd_pissa_kernels::{
+    FloatType, Merge, MergePrecision, StochasticKey, companion_len, merge, new_counter, path_hash,
+};
 
-const SHAPE: [usize; 2] = [24, 18];
+const SHAPE: [usize; 2] = [72, 54];
 const RANK: usize = 4;
 const SHARDS: usize = 2;
 const STEPS: usize = 200;
+const LEARNING_RATE: f32 = 2e-5;
 const SEEDS: u64 = 64;
 
 /// Weights of the size of a trained layer's, away from zero where `f16` pairs are not exact.
 fn start(dtype: FloatType) -> Vec<f32> {
     let values = Random(1).values(SHAPE[0] * SHAPE[1], 0.04);
-    rounded(
-        &values
-            .iter()
-            .map(|v| v + v.signum() * 0.01)
-            .collect::<Vec<_>>(),
-        dtype,
-    )
+    let values: Vec<f32> = values.iter().map(|v| v + v.signum() * 0.01).collect();
+    rounded(&values, dtype)
 }
 
-/// Fixed frames, and for each step the deltas of an Adam-like optimizer: about `2e-5` each, with a
-/// part that keeps its sign over the steps.
+/// Adam with its usual settings on gradients that drift one way under noise of the same size.
+struct Adam {
+    drift: Vec<f32>,
+    first: Vec<f32>,
+    second: Vec<f32>,
+    step: i32,
+}
+
+impl Adam {
+    fn new(random: &mut Random, len: usize) -> Self {
+        Self {
+            drift: random.values(len, 1.0),
+            first: vec![0.0; len],
+            second: vec![0.0; len],
+            step: 0,
+        }
+    }
+
+    fn delta(&mut self, random: &mut Random) -> Vec<f32> {
+        self.step += 1;
+        let noise = random.values(self.drift.len(), 1.0);
+        let unbias = |beta: f32| 1.0 - beta.powi(self.step);
+        let moments = self.first.iter_mut().zip(&mut self.second);
+        moments
+            .zip(self.drift.iter().zip(noise))
+            .map(|((first, second), (drift, noise))| {
+                let gradient = drift + noise;
+                *first = 0.9 * *first + 0.1 * gradient;
+                *second = 0.999 * *second + 0.001 * gradient * gradient;
+                let (first, second) = (*first / unbias(0.9), *second / unbias(0.999));
+                -LEARNING_RATE * first / (second.sqrt() + 1e-8)
+            })
+            .collect()
+    }
+}
+
+/// Fixed frames and the deltas of every step.
 fn steps() -> Vec<Vec<Shard>> {
     let random = &mut Random(2);
-    let base = shards(random, SHARDS, [SHAPE[0], RANK, SHAPE[1]], 1e-5);
+    let lens = [SHAPE[0] * RANK, RANK * SHAPE[1]];
+    let frames = [(); SHARDS].map(|()| lens.map(|len| random.values(len, 0.2)));
+    let mut optimizers = [(); SHARDS].map(|()| lens.map(|len| Adam::new(random, len)));
     (0..STEPS)
         .map(|_| {
-            let noise = shards(random, SHARDS, [SHAPE[0], RANK, SHAPE[1]], 1e-5);
-            let sum = |drift: &[f32], noise: &[f32]| -> Vec<f32> {
-                drift
-                    .iter()
-                    .zip(noise)
-                    .map(|(drift, noise)| drift + noise)
-                    .collect()
-            };
-            base.iter()
-                .zip(&noise)
-                .map(|(base, noise)| Shard {
-                    a: base.a.iter().map(|v| v * 0.2).collect(),
-                    b: base.b.iter().map(|v| v * 0.2).collect(),
-                    delta_a: sum(&base.delta_a, &noise.delta_a),
-                    delta_b: sum(&base.delta_b, &noise.delta_b),
+            let shards = frames.iter().zip(&mut optimizers);
+            shards
+                .map(|([a, b], [adam_a, adam_b])| Shard {
+                    a: a.clone(),
+                    b: b.clone(),
+                    delta_a: adam_a.delta(random),
+                    delta_b: adam_b.delta(random),
                 })
                 .collect()
         })
         .collect()
+}
+
+fn key(seed: u64, step: usize) -> StochasticKey {
+    StochasticKey {
+        seed,
+        step: step as u64,
+        path: path_hash("layers.3.feed_forward.up"),
+    }
 }
 
 /// Final weights of every way.
@@ -63,58 +101,100 @@ struct Outcome {
     stochastic: Vec<Vec<f32>>,
 }
 
-fn judge(name: &str, start: &[f32], outcome: &Outcome) {
+/// A value and how far it is off by chance.
+struct Estimate {
+    mean: f64,
+    standard_error: f64,
+}
+
+impl Estimate {
+    fn new(values: &[f64]) -> Self {
+        let count = values.len() as f64;
+        let mean = values.iter().sum::<f64>() / count;
+        let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (count - 1.0);
+        Self {
+            mean,
+            standard_error: (variance / count).sqrt(),
+        }
+    }
+
+    /// The chance of four standard errors is 6e-5, and the seeds are fixed.
+    fn assert_zero(&self, what: &str) {
+        assert!(
+            self.mean.abs() < 4.0 * self.standard_error,
+            "{what}: {:e} is more than chance, {:e}",
+            self.mean,
+            self.standard_error
+        );
+    }
+}
+
+fn difference(values: &[f32], from: &[f32]) -> Vec<f64> {
+    let pairs = values.iter().zip(from);
+    pairs.map(|(v, w)| f64::from(*v) - f64::from(*w)).collect()
+}
+
+fn dot(left: &[f64], right: &[f64]) -> f64 {
+    left.iter().zip(right).map(|(l, r)| l * r).sum()
+}
+
+/// Prints the table and checks its claims; the share of the update that plain merges lose.
+fn judge(name: &str, start: &[f32], outcome: &Outcome) -> f64 {
+    let update = difference(&outcome.wide, start);
+    let signal = dot(&update, &update).sqrt();
+    let row = |way: &str, weight: &[f32], rest: &str| {
+        let moved = weight.iter().zip(start).filter(|(v, w)| v != w).count();
+        let error = difference(weight, &outcome.wide);
+        println!(
+            "| {way} | {:.1} % | {:.1} % | {rest} |",
+            100.0 * moved as f64 / start.len() as f64,
+            100.0 * dot(&error, &error).sqrt() / signal,
+        );
+    };
+    let root = (signal * signal / start.len() as f64).sqrt();
+    println!(
+        "\n{name}, {STEPS} steps, {SEEDS} seeds; root mean square of the update {root:.2e}, of the \
+         weight {:.2e}\n\n| way | entries changed | error / update | bias along the update | mean of \
+         all errors |\n|---|---|---|---|---|",
+        (start.iter().map(|w| f64::from(w * w)).sum::<f64>() / start.len() as f64).sqrt(),
+    );
+    row("f32", &outcome.wide, "|");
+    row("split", &outcome.split, "|");
+    row("plain", &outcome.plain, "|");
+
+    let errors: Vec<Vec<f64>> = outcome
+        .stochastic
+        .iter()
+        .map(|weight| difference(weight, &outcome.wide))
+        .collect();
+    let along = |error: &Vec<f64>| dot(error, &update) / (signal * signal);
+    let mean = |error: &Vec<f64>| error.iter().sum::<f64>() / error.len() as f64;
+    let along = Estimate::new(&errors.iter().map(along).collect::<Vec<_>>());
+    let overall = Estimate::new(&errors.iter().map(mean).collect::<Vec<_>>());
+    let rest = format!(
+        "({:.2} ± {:.2}) % | ({:.1} ± {:.1})e-8",
+        100.0 * along.mean,
+        100.0 * along.standard_error,
+        1e8 * overall.mean,
+        1e8 * overall.standard_error
+    );
+    row("stochastic, one seed", &outcome.stochastic[0], &rest);
+    let mean_weight: Vec<f32> = (0..start.len())
+        .map(|place| {
+            let values = outcome.stochastic.iter().map(|w| f64::from(w[place]));
+            (values.sum::<f64>() / SEEDS as f64) as f32
+        })
+        .collect();
+    row("stochastic, mean of the seeds", &mean_weight, "|");
+
     assert_eq!(
         outcome.split, outcome.wide,
         "the pair left the f32 trajectory"
     );
-
-    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
-    let apart = |values: &[f32], from: &[f32]| {
-        norm(
-            &mut values
-                .iter()
-                .zip(from)
-                .map(|(v, w)| f64::from(*v) - f64::from(*w)),
-        )
-    };
-    let signal = apart(&outcome.wide, start);
-    let plain = apart(&outcome.plain, &outcome.wide);
-    let moved = outcome
-        .plain
-        .iter()
-        .zip(start)
-        .filter(|(v, w)| v != w)
-        .count();
-
-    let seeds = outcome.stochastic.len() as f64;
-    let (mut bias, mut variance, mut noise) = (0.0f64, 0.0f64, 0.0f64);
-    for place in 0..start.len() {
-        let errors: Vec<f64> = outcome
-            .stochastic
-            .iter()
-            .map(|weight| f64::from(weight[place]) - f64::from(outcome.wide[place]))
-            .collect();
-        let mean = errors.iter().sum::<f64>() / seeds;
-        let spread = errors.iter().map(|e| (e - mean).powi(2)).sum::<f64>() / (seeds - 1.0);
-        bias += mean;
-        variance += spread / seeds;
-        noise += errors.iter().map(|e| e * e).sum::<f64>() / seeds;
-    }
-    let score = bias / variance.sqrt();
-    println!(
-        "{name}: after {STEPS} steps the f32 weight moved by {signal:.3e}; split is equal to it; \
-         plain is off by {:.1} % and moved {moved} of {} elements; stochastic is off by {:.1} % \
-         for one seed, its mean over {seeds} seeds by {score:.2} standard errors",
-        100.0 * plain / signal,
-        start.len(),
-        100.0 * noise.sqrt() / signal,
-    );
-    // The chance of four standard errors is 6e-5, and the seeds are fixed.
-    assert!(
-        score.abs() < 4.0,
-        "stochastic rounding is biased by {score} standard errors"
-    );
+    along.assert_zero("bias along the update");
+    overall.assert_zero("mean of all errors");
+    let lost = difference(&outcome.plain, &outcome.wide);
+    dot(&lost, &lost).sqrt() / signal
 }
 
 #[test]
@@ -128,7 +208,6 @@ fn bf16_by_the_references() {
             exact.value.iter().map(|value| *value as f32).collect()
         })
         .collect();
-    let path = path_hash("layers.3.feed_forward.up");
     let run = |merge: &mut dyn FnMut(usize, usize, f32, f32) -> f32| {
         let mut weight = start.clone();
         for (step, update) in updates.iter().enumerate() {
@@ -150,28 +229,23 @@ fn bf16_by_the_references() {
         stochastic: (0..SEEDS)
             .map(|seed| {
                 run(&mut |step, place, old, update| {
-                    let key = StochasticKey {
-                        seed,
-                        step: step as u64,
-                        path,
-                    };
                     let index = [place / SHAPE[1], place % SHAPE[1]].map(|index| index as u32);
-                    reference::stochastic(old + update, index, key, dtype)
+                    reference::stochastic(old + update, index, key(seed, step), dtype)
                 })
             })
             .collect(),
     };
-    judge("bf16", &start, &outcome);
+    let lost = judge("bf16 by the references", &start, &outcome);
+    assert!(
+        lost > 0.5,
+        "plain merges keep more than the documentation says"
+    );
 }
 
-#[test]
-fn f16_on_the_device() {
-    use hd_pissa_kernels::{Merge, MergePrecision, companion_len, merge, new_counter};
-
+fn on_the_device(dtype: FloatType) {
     let Some(client) = client() else { return };
-    let dtype = FloatType::F16;
     if !dtype.is_supported(&client) {
-        return eprintln!("skipped: the device has no f16");
+        return eprintln!("skipped: the device has no {dtype:?}");
     }
     let start = start(dtype);
     let packing = Packing {
@@ -189,8 +263,7 @@ fn f16_on_the_device() {
         })
         .collect();
     let counter = new_counter(&client);
-    let path = path_hash("layers.3.feed_forward.up");
-    let run = |dtype: FloatType, precision: &dyn Fn(u64) -> MergePrecision| {
+    let run = |dtype: FloatType, precision: &dyn Fn(usize) -> MergePrecision| {
         let weight = matrix(&client, &start, SHAPE, Layout::RowMajor, dtype);
         let companion = upload_words(&client, &vec![0; companion_len(&weight)]);
         let squares = new_counter(&client);
@@ -201,7 +274,7 @@ fn f16_on_the_device() {
                 deltas: deltas.clone(),
                 rank: RANK,
                 shards: SHARDS,
-                precision: precision(step as u64),
+                precision: precision(step),
                 companion: Some(companion.clone()),
                 non_finite: counter.clone(),
                 squares: squares.clone(),
@@ -215,23 +288,29 @@ fn f16_on_the_device() {
     let split = high.iter().enumerate().map(|(place, high)| {
         let (row, column) = (place / SHAPE[1], place % SHAPE[1]);
         let word = words[row * SHAPE[1].div_ceil(2) + column / 2];
-        reference::join_f16(
-            half::f16::from_f32(*high),
-            (word >> (16 * (column % 2))) as u16,
-        )
+        let low = (word >> (16 * (column % 2))) as u16;
+        match dtype {
+            FloatType::BF16 => reference::join_bf16(bf16::from_f32(*high), low),
+            _ => reference::join_f16(f16::from_f32(*high), low),
+        }
     });
     let outcome = Outcome {
-        wide: run(FloatType::F32, &|_| MergePrecision::Plain).0,
         split: split.collect(),
+        wide: run(FloatType::F32, &|_| MergePrecision::Plain).0,
         plain: run(dtype, &|_| MergePrecision::Plain).0,
         stochastic: (0..SEEDS)
-            .map(|seed| {
-                run(dtype, &|step| {
-                    MergePrecision::Stochastic(StochasticKey { seed, step, path })
-                })
-                .0
-            })
+            .map(|seed| run(dtype, &|step| MergePrecision::Stochastic(key(seed, step))).0)
             .collect(),
     };
-    judge("f16", &start, &outcome);
+    judge(&format!("{dtype:?} on {}", client.name()), &start, &outcome);
+}
+
+#[test]
+fn f16_on_the_device() {
+    on_the_device(FloatType::F16);
+}
+
+#[test]
+fn bf16_on_the_device() {
+    on_the_device(FloatType::BF16);
 }

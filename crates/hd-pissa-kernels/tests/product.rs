@@ -27,17 +27,57 @@ const SHAPES: [[usize; 4]; 14] = [
     [768, 40, 64, 776],
 ];
 
-struct Case<'a> {
+const ROWS: [Layout; 3] = [Layout::RowMajor; 3];
+
+/// Operands in row-major order on the host.
+#[derive(Clone)]
+struct Case {
     sizes: [usize; 4],
     dtype: FloatType,
+    /// Of input, weight and factor; output and projection lie as the input.
     layouts: [Layout; 3],
-    x: &'a [f32],
-    w: &'a [f32],
-    a: &'a [f32],
-    bias: Option<&'a [f32]>,
+    /// Whether weight and factor are views of transposed matrices.
+    transposed: bool,
+    x: Vec<f32>,
+    w: Vec<f32>,
+    a: Vec<f32>,
+    bias: Option<Vec<f32>>,
 }
 
-impl Case<'_> {
+impl Case {
+    fn random(sizes: [usize; 4], dtype: FloatType, seed: u64) -> Self {
+        let [tokens, d_input, rank, d_output] = sizes;
+        let random = &mut Random(seed);
+        Self {
+            sizes,
+            dtype,
+            layouts: ROWS,
+            transposed: false,
+            x: rounded(&random.values(tokens * d_input, 1.0), dtype),
+            w: rounded(&random.values(d_input * d_output, 1.0), dtype),
+            a: random.values(d_input * rank, 1.0),
+            bias: Some(rounded(&random.values(d_output, 1.0), dtype)),
+        }
+    }
+
+    /// A right operand, its transpose transposed again if the case says so.
+    fn right(
+        &self,
+        client: &Client,
+        values: &[f32],
+        [rows, columns]: [usize; 2],
+        layout: Layout,
+        dtype: FloatType,
+    ) -> Matrix {
+        if !self.transposed {
+            return matrix(client, values, [rows, columns], layout, dtype);
+        }
+        let flipped: Vec<f32> = (0..columns * rows)
+            .map(|k| values[k % rows * columns + k / rows])
+            .collect();
+        matrix(client, &flipped, [columns, rows], layout, dtype).transposed()
+    }
+
     /// The product on the device: `y` and `p`, row by row.
     fn run(&self, client: &Client) -> (Vec<f32>, Vec<f32>) {
         let [tokens, d_input, rank, d_output] = self.sizes;
@@ -45,10 +85,10 @@ impl Case<'_> {
         let dtype = self.dtype;
         let poison = vec![f32::NAN; tokens * d_output.max(rank)];
         let product = LowRankProduct {
-            input: matrix(client, self.x, [tokens, d_input], input, dtype),
-            weight: matrix(client, self.w, [d_input, d_output], weight, dtype),
-            factor: matrix(client, self.a, [d_input, rank], factor, FloatType::F32),
-            bias: self.bias.map(|bias| Buffer {
+            input: matrix(client, &self.x, [tokens, d_input], input, dtype),
+            weight: self.right(client, &self.w, [d_input, d_output], weight, dtype),
+            factor: self.right(client, &self.a, [d_input, rank], factor, FloatType::F32),
+            bias: self.bias.as_ref().map(|bias| Buffer {
                 handle: upload(client, bias, dtype),
                 len: bias.len(),
                 dtype,
@@ -71,10 +111,10 @@ impl Case<'_> {
             FloatType::BF16 => 2f64.powi(-8),
         };
         for (name, result, right, columns, store, bias) in [
-            ("y", y, self.w, d_output, narrow, self.bias),
-            ("p", p, self.a, rank, 0.0, None),
+            ("y", y, &self.w, d_output, narrow, self.bias.as_ref()),
+            ("p", p, &self.a, rank, 0.0, None),
         ] {
-            let exact = reference::product(self.x, right, [tokens, d_input, columns]);
+            let exact = reference::product(&self.x, right, [tokens, d_input, columns]);
             assert_eq!(result.len(), exact.value.len());
             for (place, found) in result.iter().enumerate() {
                 let shift = bias.map_or(0.0, |bias| f64::from(bias[place % columns]));
@@ -103,103 +143,41 @@ fn product_is_within_the_rounding_bound() {
             eprintln!("skipped: the device has no {dtype:?}");
             continue;
         }
-        for (case, sizes) in SHAPES.into_iter().enumerate() {
-            let [tokens, d_input, rank, d_output] = sizes;
-            let random = &mut Random(case as u64);
-            let x = rounded(&random.values(tokens * d_input, 1.0), dtype);
-            let w = rounded(&random.values(d_input * d_output, 1.0), dtype);
-            let a = random.values(d_input * rank, 1.0);
-            let bias = rounded(&random.values(d_output, 1.0), dtype);
+        for (seed, sizes) in SHAPES.into_iter().enumerate() {
+            let case = Case::random(sizes, dtype, seed as u64);
             for (which, weight) in Layout::ALL.into_iter().enumerate() {
+                // Every layout meets the bias in every other shape.
+                let with_bias = (which + seed).is_multiple_of(2);
                 let layouts = [
-                    Layout::ALL[(which + case) % 4],
+                    Layout::ALL[(which + seed) % 4],
                     weight,
                     Layout::ALL[3 - which],
                 ];
-                // Every layout meets the bias in every other shape.
-                let bias = (which + case).is_multiple_of(2).then_some(&bias[..]);
                 Case {
-                    sizes,
-                    dtype,
                     layouts,
-                    x: &x,
-                    w: &w,
-                    a: &a,
-                    bias,
+                    bias: case.bias.clone().filter(|_| with_bias),
+                    ..case.clone()
                 }
                 .check(&client);
             }
-            let layouts = [Layout::RowMajor, Layout::RowMajor, Layout::RowMajor];
-            Case {
-                sizes,
-                dtype,
-                layouts,
-                x: &x,
-                w: &w,
-                a: &a,
-                bias: None,
-            }
-            .check(&client);
+            Case { bias: None, ..case }.check(&client);
         }
     }
 }
 
-/// The backward pass: `G·Wᵀ` and `G·bᵀ` through transposed operands, without a copy.
+/// The backward pass, `G·Wᵀ` and `G·bᵀ`, takes `W` and `b` as they lie.
 #[test]
 fn transposed_operands_give_the_backward_products() {
     let Some(client) = client() else { return };
-    let [tokens, d_input, rank, d_output] = [37, 52, 8, 44];
-    let random = &mut Random(9);
-    let g = random.values(tokens * d_output, 1.0);
-    let w = random.values(d_input * d_output, 1.0);
-    let b = random.values(rank * d_output, 1.0);
-    let transposed = |values: &[f32], rows: usize, columns: usize| -> Vec<f32> {
-        (0..rows * columns)
-            .map(|k| values[k % rows * columns + k / rows])
-            .collect()
-    };
+    let case = Case::random([37, 44, 8, 52], FloatType::F32, 9);
     for layout in Layout::ALL {
-        let zeros = vec![0.0; tokens * d_input];
-        let product = LowRankProduct {
-            input: matrix(
-                &client,
-                &g,
-                [tokens, d_output],
-                Layout::RowMajor,
-                FloatType::F32,
-            ),
-            weight: matrix(&client, &w, [d_input, d_output], layout, FloatType::F32).transposed(),
-            factor: matrix(&client, &b, [rank, d_output], layout, FloatType::F32).transposed(),
+        Case {
+            layouts: [Layout::RowMajor, layout, layout],
+            transposed: true,
             bias: None,
-            output: matrix(
-                &client,
-                &zeros,
-                [tokens, d_input],
-                Layout::RowMajor,
-                FloatType::F32,
-            ),
-            projection: matrix(
-                &client,
-                &zeros,
-                [tokens, rank],
-                Layout::RowMajor,
-                FloatType::F32,
-            ),
-        };
-        let (dx, q) = (product.output.clone(), product.projection.clone());
-        low_rank_product(&client, product).unwrap();
-        for (found, right, rows) in [(dx, &w, d_input), (q, &b, rank)] {
-            let right = transposed(right, rows, d_output);
-            let exact = reference::product(&g, &right, [tokens, d_output, rows]);
-            for (place, found) in read(&client, &found).into_iter().enumerate() {
-                let bound =
-                    (2 * d_output) as f64 * f64::from(f32::EPSILON) / 2.0 * exact.magnitude[place];
-                assert!(
-                    (f64::from(found) - exact.value[place]).abs() <= bound,
-                    "{layout:?}"
-                );
-            }
+            ..case.clone()
         }
+        .check(&client);
     }
 }
 
@@ -207,48 +185,20 @@ fn transposed_operands_give_the_backward_products() {
 #[test]
 fn a_non_finite_operand_stays_on_its_side() {
     let Some(client) = client() else { return };
-    let sizes @ [tokens, d_input, rank, d_output] = [9, 10, 3, 70];
-    let random = &mut Random(1);
-    let x = random.values(tokens * d_input, 1.0);
-    let mut w = random.values(d_input * d_output, 1.0);
-    let mut a = random.values(d_input * rank, 1.0);
-    let layouts = [Layout::RowMajor; 3];
-    let dtype = FloatType::F32;
-    w[d_output - 1] = f32::INFINITY;
-    let (y, p) = Case {
-        sizes,
-        dtype,
-        layouts,
-        x: &x,
-        w: &w,
-        a: &a,
-        bias: None,
-    }
-    .run(&client);
-    assert!(
-        y.iter()
-            .enumerate()
-            .all(|(k, v)| v.is_finite() == (k % d_output != d_output - 1))
-    );
-    assert!(p.iter().all(|value| value.is_finite()));
-    w[d_output - 1] = 0.0;
-    a[0] = f32::NAN;
-    let (y, p) = Case {
-        sizes,
-        dtype,
-        layouts,
-        x: &x,
-        w: &w,
-        a: &a,
-        bias: None,
-    }
-    .run(&client);
-    assert!(y.iter().all(|value| value.is_finite()));
-    assert!(
-        p.iter()
-            .enumerate()
-            .all(|(k, v)| v.is_finite() == (k % rank != 0))
-    );
+    let sizes @ [_, _, rank, d_output] = [9, 10, 3, 70];
+    let case = Case::random(sizes, FloatType::F32, 1);
+    let finite = |values: &[f32], columns: usize, except: usize| {
+        let mut places = values.iter().enumerate();
+        places.all(|(place, value)| value.is_finite() == (place % columns != except))
+    };
+    let mut poisoned = case.clone();
+    poisoned.w[d_output - 1] = f32::INFINITY;
+    let (y, p) = poisoned.run(&client);
+    assert!(finite(&y, d_output, d_output - 1) && finite(&p, rank, rank));
+    let mut poisoned = case;
+    poisoned.a[0] = f32::NAN;
+    let (y, p) = poisoned.run(&client);
+    assert!(finite(&y, d_output, d_output) && finite(&p, rank, 0));
 }
 
 #[test]

@@ -34,7 +34,7 @@ pub struct Usage {
 }
 
 pub struct Nvrtc {
-    library: Library,
+    nvrtc: Library,
     includes: Vec<PathBuf>,
 }
 
@@ -61,8 +61,8 @@ impl Nvrtc {
             includes.dedup();
             if let (Some(library), false) = (libraries.first(), includes.is_empty()) {
                 // SAFETY: NVIDIA's compiler has no initializer with requirements of its own.
-                let library = unsafe { Library::new(library)? };
-                return Ok(Self { library, includes });
+                let nvrtc = unsafe { Library::new(library)? };
+                return Ok(Self { nvrtc, includes });
             }
         }
         Err(NvrtcError::Missing)
@@ -100,12 +100,12 @@ impl Nvrtc {
             type Text = unsafe extern "C" fn(Program, *mut c_char) -> c_int;
             type Destroy = unsafe extern "C" fn(*mut Program) -> c_int;
 
-            let create = self.library.get::<Create>(b"nvrtcCreateProgram")?;
-            let compile = self.library.get::<Compile>(b"nvrtcCompileProgram")?;
-            let log_size = self.library.get::<Size>(b"nvrtcGetProgramLogSize")?;
-            let log_text = self.library.get::<Text>(b"nvrtcGetProgramLog")?;
-            let cubin_size = self.library.get::<Size>(b"nvrtcGetCUBINSize")?;
-            let destroy = self.library.get::<Destroy>(b"nvrtcDestroyProgram")?;
+            let create = self.nvrtc.get::<Create>(b"nvrtcCreateProgram")?;
+            let compile = self.nvrtc.get::<Compile>(b"nvrtcCompileProgram")?;
+            let log_size = self.nvrtc.get::<Size>(b"nvrtcGetProgramLogSize")?;
+            let log_text = self.nvrtc.get::<Text>(b"nvrtcGetProgramLog")?;
+            let cubin_size = self.nvrtc.get::<Size>(b"nvrtcGetCUBINSize")?;
+            let destroy = self.nvrtc.get::<Destroy>(b"nvrtcDestroyProgram")?;
 
             let mut program: Program = std::ptr::null_mut();
             let status = create(&mut program, source.as_ptr(), null(), 0, null(), null());

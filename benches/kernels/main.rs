@@ -1,0 +1,142 @@
+//! The merge and the low-rank product in every form that the build has, beside what they could be
+//! made of: Burn's products. A copy of the weight gives the bandwidth, a large product the
+//! arithmetic, and these the least time that a job can take.
+//!
+//! `cargo bench -p hd-pissa-benches --bench kernels` measures Flex; `--features wgpu` or
+//! `--features cuda` a GPU, with the kernels called directly too. `-- --help` tells how to measure
+//! less. The rows go to `bench/kernels.json`, where they replace those of the same device and case.
+//!
+//! Inputs are drawn anew for every case. Results are compared with sums in `f64` of some of their
+//! elements before anything is timed, and again after, so that a launch that does nothing or writes
+//! to the wrong place shows.
+
+mod device;
+#[cfg(feature = "cubecl-kernels")]
+mod direct;
+mod merges;
+mod products;
+mod rows;
+mod sample;
+
+use std::path::PathBuf;
+
+use clap::{Parser, ValueEnum};
+
+use device::{Bench, Float};
+use rows::{Floor, Rows};
+
+const SIZES: [[usize; 2]; 6] = [
+    [576, 576],
+    [576, 1536],
+    [1024, 1024],
+    [2048, 5632],
+    [4096, 4096],
+    [4096, 14336],
+];
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Operation {
+    Merge,
+    Product,
+}
+
+#[derive(Debug, Parser)]
+struct Options {
+    /// Measure one operation alone.
+    #[arg(long)]
+    only: Option<Operation>,
+    /// Sizes of weights, as in `576x1536,1024x1024`.
+    #[arg(long, value_delimiter = ',', value_parser = size)]
+    sizes: Vec<[usize; 2]>,
+    /// Tokens of the input of a product.
+    #[arg(long, value_delimiter = ',', default_values_t = [256, 2048, 8192])]
+    tokens: Vec<usize>,
+    /// Ranks of the factors.
+    #[arg(long, value_delimiter = ',', default_values_t = [8, 16, 64])]
+    ranks: Vec<usize>,
+    /// Shards of a merge.
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 4, 8])]
+    shards: Vec<usize>,
+    /// Time for a case; there are 5 to 41 rounds.
+    #[arg(long, default_value_t = 2.0)]
+    seconds: f64,
+    /// Leave out a case whose arithmetic alone would take longer than this, in seconds.
+    #[arg(long, default_value_t = 1.0)]
+    limit: f64,
+    /// The three smallest sizes, few tokens and little time, written to the target directory.
+    #[arg(long)]
+    quick: bool,
+    /// Where to write, instead of `bench/kernels.json`.
+    #[arg(long)]
+    output: Option<PathBuf>,
+    /// Given by cargo.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+fn size(text: &str) -> Result<[usize; 2], String> {
+    let parts = text
+        .split_once('x')
+        .map(|(rows, columns)| (rows.parse(), columns.parse()));
+    match parts {
+        Some((Ok(rows), Ok(columns))) => Ok([rows, columns]),
+        _ => Err("a size is written as 576x1536".into()),
+    }
+}
+
+fn main() {
+    let mut options = Options::parse();
+    if options.sizes.is_empty() {
+        options.sizes = SIZES.to_vec();
+    }
+    let workspace = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..");
+    let mut output = workspace.join("bench/kernels.json");
+    if options.quick {
+        options
+            .sizes
+            .retain(|[rows, columns]| rows * columns <= 1 << 20);
+        options.tokens.retain(|tokens| *tokens <= 256);
+        options.seconds = options.seconds.min(0.2);
+        output = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("../bench/kernels.json");
+    }
+    let output = options.output.clone().unwrap_or(output);
+
+    let bench = Bench::new(options.seconds);
+    let mut rows = Rows::new(bench.name.clone());
+    for dtype in bench.dtypes() {
+        let large = bench.large_product(dtype, options.quick);
+        rows.push(large.row.clone());
+        for &size in &options.sizes {
+            let (copy, bytes_per_second) = bench.copy(size, dtype);
+            rows.push(copy);
+            let floor = Floor {
+                bytes_per_second,
+                flops_per_second: large.flops_per_second,
+            };
+            let fits = |flops: f64, case: &str| {
+                let seconds = flops / floor.flops_per_second;
+                if seconds > options.limit {
+                    println!("left out: {case} {size:?} would take {seconds:.1} s a round");
+                }
+                seconds <= options.limit
+            };
+            for &rank in &options.ranks {
+                if options.only != Some(Operation::Product) && dtype == Float::F32 {
+                    for &shards in &options.shards {
+                        if fits(merges::flops(size, rank, shards), "merge") {
+                            merges::measure(&bench, size, rank, shards, &floor, &mut rows);
+                        }
+                    }
+                }
+                if options.only != Some(Operation::Merge) {
+                    for &tokens in &options.tokens {
+                        if fits(products::flops(tokens, size, rank), "product") {
+                            products::measure(&bench, dtype, tokens, size, rank, &floor, &mut rows);
+                        }
+                    }
+                }
+            }
+        }
+    }
+    rows.write(&output);
+}

@@ -1,0 +1,54 @@
+//! Products of host matrices, element by element, in `f64`.
+
+/// A row-major matrix on the host.
+pub struct Host {
+    pub values: Vec<f32>,
+    pub columns: usize,
+}
+
+impl Host {
+    pub fn at(&self, row: usize, column: usize) -> f64 {
+        f64::from(self.values[row * self.columns + column])
+    }
+}
+
+/// Elements of a matrix spread over rows and columns, the last one among them.
+pub fn places([rows, columns]: [usize; 2]) -> impl Iterator<Item = [usize; 2]> {
+    (0..200)
+        .map(move |k| [k * 7919 % rows, k * 104_729 % columns])
+        .chain([[rows - 1, columns - 1]])
+}
+
+/// A sum of products, and the same of absolute values, which bounds its rounding error.
+#[derive(Clone, Copy, Default)]
+pub struct Exact {
+    pub value: f64,
+    pub magnitude: f64,
+}
+
+impl Exact {
+    pub fn add(&mut self, left: f64, right: f64) {
+        self.value += left * right;
+        self.magnitude += (left * right).abs();
+    }
+}
+
+/// Element `[i, j]` of `left · right`.
+pub fn product(left: &Host, right: &Host, [i, j]: [usize; 2]) -> Exact {
+    let mut exact = Exact::default();
+    for k in 0..left.columns {
+        exact.add(left.at(i, k), right.at(k, j));
+    }
+    exact
+}
+
+/// # Panics
+///
+/// If `found` is further than `bound` from `expected`, or NaN.
+pub fn assert_close(what: &str, place: [usize; 2], found: f64, expected: f64, bound: f64) {
+    let error = (found - expected).abs();
+    assert!(
+        error <= bound,
+        "{what}: element {place:?} is {found:e}, not {expected:e} within {bound:e}"
+    );
+}

@@ -1,0 +1,454 @@
+use cubecl::prelude::*;
+
+use crate::planes::{self, PlaneTile};
+use crate::reduce;
+use crate::rounding::{self, Rounding};
+use crate::tile::{
+    self, Access, Four, Operand, StageShape, Tile, Window, accumulate, accumulators,
+};
+
+/// What computes a tile of the update.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Engine {
+    /// Every unit on its own, in `f32`.
+    Units(Tile),
+    /// Matrix units, in `tf32` halves.
+    Planes(PlaneTile),
+}
+
+impl Engine {
+    /// Elements of the tile along the major axis.
+    pub fn major(self) -> usize {
+        match self {
+            Self::Units(tile) => tile.major(),
+            Self::Planes(tile) => tile.major(),
+        }
+    }
+
+    /// Elements of the tile along the minor axis.
+    pub fn minor(self) -> usize {
+        match self {
+            Self::Units(tile) => tile.minor(),
+            Self::Planes(tile) => tile.minor(),
+        }
+    }
+
+    /// Units of the cube.
+    pub fn units(self) -> usize {
+        match self {
+            Self::Units(tile) => tile.units(),
+            Self::Planes(tile) => tile.units(),
+        }
+    }
+
+    fn stage(self, width: usize) -> StageShape {
+        match self {
+            Self::Units(tile) => tile.stage(width),
+            Self::Planes(tile) => tile.stage(width),
+        }
+    }
+}
+
+/// The factors in shared memory: `a + Δa` and `Δa` against `Δb` and `b`.
+#[derive(CubeType)]
+struct Stages {
+    left_sum: Shared<[Four]>,
+    left_delta: Shared<[Four]>,
+    right_delta: Shared<[Four]>,
+    right_frame: Shared<[Four]>,
+}
+
+#[cube]
+impl Stages {
+    fn new(#[comptime] left: StageShape, #[comptime] right: StageShape) -> Self {
+        let (left, right) = comptime!((left.vectors(), right.vectors()));
+        Stages {
+            left_sum: Shared::<[Four]>::new_aligned_slice(left, planes::ALIGNMENT),
+            left_delta: Shared::<[Four]>::new_aligned_slice(left, planes::ALIGNMENT),
+            right_delta: Shared::<[Four]>::new_aligned_slice(right, planes::ALIGNMENT),
+            right_frame: Shared::<[Four]>::new_aligned_slice(right, planes::ALIGNMENT),
+        }
+    }
+}
+
+/// Where the factors of all shards are in their buffers.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+pub struct Operands {
+    /// `a`.
+    pub frame_left: Operand,
+    /// `b`.
+    pub frame_right: Operand,
+    /// `Δa`.
+    pub delta_left: Operand,
+    /// `Δb`.
+    pub delta_right: Operand,
+}
+
+/// The next inner steps of all factors.
+#[cube]
+fn fill<N: Size>(
+    stages: &mut Stages,
+    frames: &[Vector<f32, N>],
+    deltas: &[Vector<f32, N>],
+    operands: &Operands,
+    left: &Window,
+    right: &Window,
+    #[comptime] left_shape: StageShape,
+    #[comptime] right_shape: StageShape,
+    #[comptime] vectors: bool,
+) {
+    let left_access = comptime!(Access {
+        vectors,
+        along_depth: true
+    });
+    let right_access = comptime!(Access {
+        vectors,
+        along_depth: false
+    });
+    tile::fill::<f32, N>(
+        deltas,
+        &operands.delta_left,
+        &mut stages.left_delta,
+        ComptimeOption::new_None(),
+        left,
+        left_shape,
+        left_access,
+    );
+    tile::fill::<f32, N>(
+        frames,
+        &operands.frame_left,
+        &mut stages.left_sum,
+        ComptimeOption::new_Some(stages.left_delta.clone()),
+        left,
+        left_shape,
+        left_access,
+    );
+    tile::fill::<f32, N>(
+        deltas,
+        &operands.delta_right,
+        &mut stages.right_delta,
+        ComptimeOption::new_None(),
+        right,
+        right_shape,
+        right_access,
+    );
+    tile::fill::<f32, N>(
+        frames,
+        &operands.frame_right,
+        &mut stages.right_frame,
+        ComptimeOption::new_None(),
+        right,
+        right_shape,
+        right_access,
+    );
+}
+
+/// Where an update goes.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+pub struct Target {
+    /// Elements along the major axis.
+    pub major_extent: usize,
+    /// Elements along the minor axis.
+    pub minor_extent: usize,
+    /// Distance along the major axis.
+    pub major_stride: usize,
+    /// Distance along the minor axis.
+    pub minor_stride: usize,
+    /// Keys of stochastic rounding.
+    pub key0: u32,
+    /// See `key0`.
+    pub key1: u32,
+}
+
+/// One tile of the weight per cube. `W` is walked with its minor axis along `x`; `column_major`
+/// says that this is the axis of `d_input`.
+#[allow(clippy::too_many_arguments)]
+#[cube(launch_unchecked, create_dummy_kernel)]
+pub fn kernel<F: Float, N: Size, M: Size>(
+    weight: &mut [Vector<F, M>],
+    companion: &mut ComptimeOption<Box<[u32]>>,
+    frames: &[Vector<f32, N>],
+    deltas: &[Vector<f32, N>],
+    non_finite: &[u32],
+    partials: &mut [f32],
+    operands: Operands,
+    inner: usize,
+    target: Target,
+    #[comptime] vectors: bool,
+    #[comptime] column_major: bool,
+    #[comptime] rounding: Rounding,
+    #[comptime] engine: Engine,
+    #[define(F)] _dtype: cubecl::ir::ElemType,
+) {
+    let (width_major, width_minor) = comptime!((engine.major(), engine.minor()));
+    let (left_shape, right_shape) = comptime!(if column_major {
+        (engine.stage(width_minor), engine.stage(width_major))
+    } else {
+        (engine.stage(width_major), engine.stage(width_minor))
+    });
+    let depth = comptime!(left_shape.depth);
+    let mut stages = Stages::new(left_shape, right_shape);
+
+    let first_major = CUBE_POS_Y as usize * width_major;
+    let first_minor = CUBE_POS_X as usize * width_minor;
+    let mut left_window = Window {
+        first: first_major,
+        extent: target.major_extent,
+        depth: 0usize,
+        depth_extent: inner,
+    };
+    let mut right_window = Window {
+        first: first_minor,
+        extent: target.minor_extent,
+        depth: 0usize,
+        depth_extent: inner,
+    };
+    if comptime!(column_major) {
+        left_window.first = first_minor;
+        left_window.extent = target.minor_extent;
+        right_window.first = first_major;
+        right_window.extent = target.major_extent;
+    }
+
+    let open = non_finite[0] == 0;
+    let mut squares = 0.0f32;
+    let mut start = 0usize;
+    match engine {
+        Engine::Units(tile) => {
+            let mut sums = accumulators(tile);
+            while start < inner {
+                left_window.depth = start;
+                right_window.depth = start;
+                fill::<N>(
+                    &mut stages,
+                    frames,
+                    deltas,
+                    &operands,
+                    &left_window,
+                    &right_window,
+                    left_shape,
+                    right_shape,
+                    vectors,
+                );
+                sync_cube();
+                #[unroll]
+                for q in 0..depth {
+                    if comptime!(column_major) {
+                        accumulate(&mut sums, &stages.right_delta, &stages.left_sum, q, tile);
+                        accumulate(&mut sums, &stages.right_frame, &stages.left_delta, q, tile);
+                    } else {
+                        accumulate(&mut sums, &stages.left_sum, &stages.right_delta, q, tile);
+                        accumulate(&mut sums, &stages.left_delta, &stages.right_frame, q, tile);
+                    }
+                }
+                sync_cube();
+                start += depth;
+            }
+            if open {
+                let unit = UNIT_POS as usize;
+                let (unit_major, unit_minor) = (unit / tile.minor_units, unit % tile.minor_units);
+                #[unroll]
+                for m in 0..tile.major_vectors {
+                    #[unroll]
+                    for i in 0..4usize {
+                        let major = first_major + (unit_major + m * tile.major_units) * 4 + i;
+                        #[unroll]
+                        for v in 0..tile.minor_vectors {
+                            let minor = first_minor + (unit_minor + v * tile.minor_units) * 4;
+                            let update = sums[(m * 4 + i) * tile.minor_vectors + v];
+                            if major < target.major_extent && minor < target.minor_extent {
+                                squares += sum_of_squares(update);
+                                write::<F, M>(
+                                    weight,
+                                    companion,
+                                    update,
+                                    major,
+                                    minor,
+                                    &target,
+                                    column_major,
+                                    rounding,
+                                );
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        Engine::Planes(tile) => {
+            let sums = planes::sums(tile);
+            while start < inner {
+                left_window.depth = start;
+                right_window.depth = start;
+                fill::<N>(
+                    &mut stages,
+                    frames,
+                    deltas,
+                    &operands,
+                    &left_window,
+                    &right_window,
+                    left_shape,
+                    right_shape,
+                    vectors,
+                );
+                sync_cube();
+                if comptime!(column_major) {
+                    planes::multiply(&sums, &stages.right_delta, &stages.left_sum, tile);
+                    planes::multiply(&sums, &stages.right_frame, &stages.left_delta, tile);
+                } else {
+                    planes::multiply(&sums, &stages.left_sum, &stages.right_delta, tile);
+                    planes::multiply(&sums, &stages.left_delta, &stages.right_frame, tile);
+                }
+                sync_cube();
+                start += depth;
+            }
+            let mut scratch = Shared::<[Four]>::new_aligned_slice(
+                comptime!(planes::SCRATCH * tile.planes()),
+                planes::ALIGNMENT,
+            );
+            if open {
+                let unit = UNIT_POS as usize;
+                let (plane, lane) = (unit / planes::PLANE, unit % planes::PLANE);
+                let (plane_major, plane_minor) = planes::plane_place(tile);
+                let (row, vector) = (lane / 4, lane % 4);
+                #[unroll]
+                for m in 0..tile.major_fragments {
+                    #[unroll]
+                    for n in 0..tile.minor_fragments {
+                        planes::spread(&sums[m * tile.minor_fragments + n], &mut scratch);
+                        let block_major = first_major
+                            + (plane_major * tile.major_fragments + m) * planes::FRAGMENT;
+                        let block_minor = first_minor
+                            + (plane_minor * tile.minor_fragments + n) * planes::FRAGMENT;
+                        let minor = block_minor + vector * 4;
+                        #[unroll]
+                        for half in 0..2usize {
+                            let row = row + half * comptime!(planes::FRAGMENT / 2);
+                            let major = block_major + row;
+                            let update = scratch
+                                [plane * planes::SCRATCH + row * planes::SCRATCH_PITCH + vector];
+                            if major < target.major_extent && minor < target.minor_extent {
+                                squares += sum_of_squares(update);
+                                write::<F, M>(
+                                    weight,
+                                    companion,
+                                    update,
+                                    major,
+                                    minor,
+                                    &target,
+                                    column_major,
+                                    rounding,
+                                );
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+    let total = reduce::cube_sum(squares, comptime!(engine.units()));
+    if UNIT_POS == 0 {
+        partials[CUBE_POS] = total;
+    }
+}
+
+/// Elements outside of the weight have zero operands and add nothing.
+#[cube]
+fn sum_of_squares(update: Four) -> f32 {
+    let square = update * update;
+    square.extract(0usize)
+        + square.extract(1usize)
+        + square.extract(2usize)
+        + square.extract(3usize)
+}
+
+/// Adds four neighbours along the minor axis to the weight.
+#[allow(clippy::too_many_arguments)]
+#[cube]
+fn write<F: Float, M: Size>(
+    weight: &mut [Vector<F, M>],
+    companion: &mut ComptimeOption<Box<[u32]>>,
+    update: Four,
+    major: usize,
+    minor: usize,
+    target: &Target,
+    #[comptime] column_major: bool,
+    #[comptime] rounding: Rounding,
+) {
+    let (minor_extent, minor_stride) = (target.minor_extent, target.minor_stride);
+    let vectorized = M::value().comptime() == 4;
+    let start = major * target.major_stride + minor * minor_stride;
+    let words_per_run = minor_extent.div_ceil(2);
+
+    let mut old = Four::new(0.0);
+    if vectorized {
+        old = Four::cast_from(weight[start / 4]);
+    } else {
+        #[unroll]
+        for j in 0..4usize {
+            if minor + j < minor_extent {
+                let element = weight[start + j * minor_stride];
+                old.insert(j, f32::cast_from(element.extract(0usize)));
+            }
+        }
+    }
+
+    let mut new = Four::new(0.0);
+    match rounding {
+        Rounding::Nearest => {
+            new = old + update;
+        }
+        Rounding::Stochastic(dtype) =>
+        {
+            #[unroll]
+            for j in 0..4usize {
+                let value = old.extract(j) + update.extract(j);
+                let (row, column) = if comptime!(column_major) {
+                    ((minor + j) as u32, major as u32)
+                } else {
+                    (major as u32, (minor + j) as u32)
+                };
+                new.insert(
+                    j,
+                    rounding::stochastic(value, row, column, target.key0, target.key1, dtype),
+                );
+            }
+        }
+        Rounding::Split(dtype) =>
+        {
+            #[unroll]
+            for pair in 0..2usize {
+                if minor + pair * 2 < minor_extent {
+                    let place = major * words_per_run + minor / 2 + pair;
+                    #[comptime]
+                    match companion {
+                        ComptimeOption::Some(words) => {
+                            let word = words[place];
+                            let even = rounding::join(old.extract(pair * 2), word, dtype);
+                            let odd =
+                                rounding::join(old.extract(pair * 2 + 1), word >> 16u32, dtype);
+                            let (even, even_low) =
+                                rounding::split::<F>(even + update.extract(pair * 2), dtype);
+                            let (odd, odd_low) =
+                                rounding::split::<F>(odd + update.extract(pair * 2 + 1), dtype);
+                            new.insert(pair * 2, even);
+                            new.insert(pair * 2 + 1, odd);
+                            words[place] = even_low | (odd_low << 16u32);
+                        }
+                        ComptimeOption::None => {}
+                    }
+                }
+            }
+        }
+    }
+
+    if vectorized {
+        weight[start / 4] = Vector::cast_from(new);
+    } else {
+        #[unroll]
+        for j in 0..4usize {
+            if minor + j < minor_extent {
+                weight[start + j * minor_stride] = Vector::cast_from(F::cast_from(new.extract(j)));
+            }
+        }
+    }
+}
