@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use burn::module::{Module, ParamGroup};
+use burn::module::{Module, ModuleMapper, Param, ParamGroup};
 use burn::optim::{AdamConfig, GradientsParams};
 use burn::tensor::{Device, Tensor, TensorData};
 use hd_pissa::comm::{Communicator, Solo, thread_group};
@@ -164,4 +164,125 @@ fn workers_that_disagree_are_refused() {
             other => panic!("{other:?}"),
         }
     }
+}
+
+/// Flips the lowest bit of the first value of the first layer's weight.
+struct Flip;
+
+impl ModuleMapper for Flip {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        if param.lazy_shape().as_slice() != [13, 17] {
+            return param;
+        }
+        let (id, value, mapper) = param.consume();
+        let data = value.inner().into_data();
+        let mut bytes = data.as_bytes().to_vec();
+        bytes[0] ^= 1;
+        let data = TensorData::from_bytes_vec(bytes, data.shape().clone(), data.dtype());
+        let value = Tensor::from_inner(Tensor::from_data(data, &Device::flex()));
+        Param::from_mapped_value(id, value, mapper)
+    }
+}
+
+#[test]
+fn one_flipped_bit_on_one_worker_is_caught() {
+    let device = Device::flex().autodiff();
+    let start = Lean::new(&device);
+    let config = config().with_shards(2);
+    for (flip_after, first_to_refuse) in [(0, 0), (3, 4)] {
+        let group = thread_group(2, Duration::from_secs(60));
+        std::thread::scope(|scope| {
+            for communicator in group {
+                let (start, config) = (start.clone(), &config);
+                scope.spawn(move || {
+                    let device = Device::flex().autodiff();
+                    let index = communicator.worker_index();
+                    let mut model = start.apply_hd_pissa(config, [index]).unwrap();
+                    let adam = AdamConfig::new().init();
+                    let mut optim = HdPissaOptimizer::new(adam, communicator)
+                        .unwrap()
+                        .with_fingerprint_every(std::num::NonZeroU64::new(2));
+                    for step in 0.. {
+                        if step == flip_after && index == 1 {
+                            model = model.map(&mut Flip);
+                        }
+                        let loss = model.forward(normal([5, 13], &device)).square().mean();
+                        let grads = GradientsParams::from_grads(loss.backward(), &model);
+                        match optim.step(1e-3, model, grads) {
+                            Ok(stepped) => model = stepped,
+                            Err(error) => {
+                                assert_eq!(step, first_to_refuse);
+                                println!("worker {index}: {error}");
+                                match error.cause {
+                                    OptimizerError::WorkerMismatch {
+                                        setting, worker, ..
+                                    } => {
+                                        assert_eq!((step, worker), (0, 1 - index));
+                                        assert!(setting.contains("the model"), "{setting}");
+                                    }
+                                    OptimizerError::Drift {
+                                        path,
+                                        worker,
+                                        ours,
+                                        theirs,
+                                    } => {
+                                        assert_eq!(
+                                            (path.as_str(), worker),
+                                            ("first.weight", 1 - index)
+                                        );
+                                        assert_ne!(ours, theirs);
+                                    }
+                                    other => panic!("{other:?}"),
+                                }
+                                break;
+                            }
+                        }
+                    }
+                });
+            }
+        });
+    }
+}
+
+#[test]
+fn a_step_sends_half_of_what_the_published_script_does() {
+    // Its processes gather both factors and both deltas of every weight in every step.
+    let ours = |values: usize, weights: usize| 4 * (values + weights) as u64;
+    let theirs = |values: usize| 4 * 2 * values as u64;
+    let device = Device::flex().autodiff();
+    let start = Lean::new(&device);
+    let config = config().with_shards(2);
+    std::thread::scope(|scope| {
+        for communicator in thread_group(2, Duration::from_secs(60)) {
+            let (start, config) = (start.clone(), &config);
+            scope.spawn(move || {
+                let device = Device::flex().autodiff();
+                let index = communicator.worker_index();
+                let mut model = start.apply_hd_pissa(config, [index]).unwrap();
+                let adam = AdamConfig::new().init();
+                let mut optim = HdPissaOptimizer::new(adam, communicator).unwrap();
+                let mut before = optim.traffic();
+                for step in 0..3 {
+                    let loss = model.forward(normal([5, 13], &device)).square().mean();
+                    let grads = GradientsParams::from_grads(loss.backward(), &model);
+                    model = optim.step(1e-3, model, grads).unwrap();
+                    let after = optim.traffic();
+                    if step > 0 {
+                        let bytes = ours(2 * (13 + 17 + 17 + 11), 2);
+                        assert_eq!(after.sent - before.sent, bytes);
+                        assert_eq!(after.received - before.received, bytes);
+                    }
+                    before = after;
+                }
+            });
+        }
+    });
+    // SmolLM2-135M: q and o, k and v, gate and up and down, in each of 30 layers.
+    let sums = 2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536);
+    let (values, weights) = (16 * 30 * sums, 30 * 7);
+    let (ours, theirs) = (7 * ours(values, weights), 7 * theirs(values));
+    println!(
+        "SmolLM2-135M, K = 8, r = 16: {ours} bytes per step and worker, the script's {theirs}"
+    );
+    assert!(ours as f64 <= 0.51 * theirs as f64);
 }

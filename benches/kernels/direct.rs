@@ -126,7 +126,7 @@ fn merge_way<'a>(
     arithmetic: Arithmetic,
     error: f64,
 ) -> merges::Way<'a> {
-    let [d_input, d_output] = case.size;
+    let [d_input, _] = case.size;
     let factors = |host: &Host| ShardedFactors {
         buffer: Buffer {
             handle: upload(client, &host.values, Float::F32),

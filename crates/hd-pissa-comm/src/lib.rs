@@ -1,16 +1,34 @@
 //! Transports between the workers of an HD-PiSSA run.
 //!
 //! A *worker* is a thread or a process with one device that hosts one or more shards. Workers
-//! exchange flat `f32` buffers through a [`Communicator`]. [`Solo`] is the transport of a single
-//! worker; [`thread_group`] connects threads of one process.
+//! exchange flat buffers of floats through a [`Communicator`]:
+//!
+//! | transport | workers | feature |
+//! |---|---|---|
+//! | [`Solo`] | one | |
+//! | [`thread_group`] | threads of a process, each with a device | |
+//! | `collective_group` | the same, by Burn's own collectives: NCCL on CUDA | `collectives` |
+//! | `MpiCommunicator` | processes, on one machine or many | `mpi` |
+//!
+//! No call waits for ever: a worker that panics, ends, is killed or stalls ends the calls of all
+//! others with a [`CommError`] that names it, within a time limit.
 
 #![warn(missing_docs)]
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
+#![cfg_attr(not(feature = "mpi"), forbid(unsafe_code))]
 
+#[cfg(feature = "collectives")]
+mod collectives;
 mod communicator;
+#[cfg(feature = "mpi")]
+mod mpi;
 mod solo;
 mod threads;
 
-pub use communicator::{CommError, Communicator};
+#[cfg(feature = "collectives")]
+pub use collectives::{CollectiveCommunicator, collective_group};
+pub use communicator::{CommError, Communicator, Traffic};
+#[cfg(feature = "mpi")]
+pub use mpi::MpiCommunicator;
 pub use solo::Solo;
 pub use threads::{ThreadCommunicator, thread_group};

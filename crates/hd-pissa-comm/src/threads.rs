@@ -3,7 +3,8 @@ use std::time::{Duration, Instant};
 
 use burn::tensor::Tensor;
 
-use crate::{CommError, Communicator};
+use crate::communicator::{Call, agree, check_root};
+use crate::{CommError, Communicator, Traffic};
 
 /// One communicator for each of `workers` threads of this process.
 ///
@@ -17,8 +18,9 @@ pub fn thread_group(workers: usize, timeout: Duration) -> Vec<ThreadCommunicator
     assert!(workers > 0, "a group needs at least one worker");
     let group = Arc::new(Group {
         state: Mutex::new(State {
-            buffers: vec![None; workers],
+            handed_in: vec![None; workers],
             gone: vec![false; workers],
+            traffic: vec![Traffic::default(); workers],
             result: None,
             to_collect: 0,
             failure: None,
@@ -57,13 +59,17 @@ struct Group {
 /// result until all have it.
 #[derive(Debug)]
 struct State {
-    buffers: Vec<Option<Tensor<1>>>,
+    handed_in: Vec<Option<HandedIn>>,
     gone: Vec<bool>,
-    result: Option<Arc<Vec<Tensor<1>>>>,
+    traffic: Vec<Traffic>,
+    result: Option<Arc<Vec<HandedIn>>>,
     /// Workers that have yet to collect `result`.
     to_collect: usize,
     failure: Option<CommError>,
 }
+
+/// What a worker hands in: its call, and the buffer that goes with it.
+type HandedIn = (Call, Tensor<1>);
 
 impl State {
     fn fail(&mut self, error: CommError) -> CommError {
@@ -94,7 +100,7 @@ impl Group {
             }
             if state.result.is_none()
                 && let Some(worker) = (0..state.gone.len())
-                    .find(|&worker| state.gone[worker] && state.buffers[worker].is_none())
+                    .find(|&worker| state.gone[worker] && state.handed_in[worker].is_none())
             {
                 let error = state.fail(CommError::WorkerGone { worker });
                 self.changed.notify_all();
@@ -102,8 +108,8 @@ impl Group {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                let missing = (0..state.buffers.len())
-                    .filter(|&worker| state.buffers[worker].is_none())
+                let missing = (0..state.handed_in.len())
+                    .filter(|&worker| state.handed_in[worker].is_none())
                     .collect();
                 let error = state.fail(CommError::TimedOut {
                     missing,
@@ -122,16 +128,28 @@ impl Group {
 }
 
 impl ThreadCommunicator {
-    fn exchange(&self, buffer: Tensor<1>) -> Result<Arc<Vec<Tensor<1>>>, CommError> {
+    /// Hands in this worker's call and buffer; the buffers of all workers, once all made the same
+    /// call with buffers of equal length.
+    fn exchange(&self, call: Call, buffer: Tensor<1>) -> Result<Vec<Tensor<1>>, CommError> {
+        let all = self.collect(call, buffer)?;
+        let calls: Vec<_> = all
+            .iter()
+            .map(|(c, buffer)| (*c, buffer.dims()[0]))
+            .collect();
+        agree(&calls).map_err(|error| self.group.lock().fail(error))?;
+        Ok(all.iter().map(|(_, buffer)| buffer.clone()).collect())
+    }
+
+    fn collect(&self, call: Call, buffer: Tensor<1>) -> Result<Arc<Vec<HandedIn>>, CommError> {
         let deadline = Instant::now() + self.group.timeout;
         // The round before must be over for everyone.
         let mut state = self
             .group
             .wait(self.group.lock(), deadline, |state| state.result.is_none())?;
-        state.buffers[self.worker] = Some(buffer);
-        if state.buffers.iter().all(Option::is_some) {
-            let buffers = state.buffers.iter_mut().filter_map(Option::take).collect();
-            state.result = Some(Arc::new(buffers));
+        state.handed_in[self.worker] = Some((call, buffer));
+        if state.handed_in.iter().all(Option::is_some) {
+            let all = state.handed_in.iter_mut().filter_map(Option::take);
+            state.result = Some(Arc::new(all.collect()));
             state.to_collect = self.workers;
             self.group.changed.notify_all();
         }
@@ -146,6 +164,28 @@ impl ThreadCommunicator {
         }
         Ok(result)
     }
+
+    /// The part of a gather before the transfer: all workers call it with buffers alike.
+    #[cfg(feature = "collectives")]
+    pub(crate) fn agree_on_gather(&self, buffer: &Tensor<1>) -> Result<(), CommError> {
+        self.exchange(Call::AllGather(buffer.dtype()), buffer.clone())
+            .map(|_| ())
+    }
+
+    /// The part of a broadcast before the transfer: the length of what worker `root` sends.
+    #[cfg(feature = "collectives")]
+    pub(crate) fn agree_on_broadcast(
+        &self,
+        buffer: &Tensor<1>,
+        root: usize,
+    ) -> Result<usize, CommError> {
+        let call = Call::Broadcast(buffer.dtype(), root);
+        Ok(self.exchange(call, buffer.clone())?[root].dims()[0])
+    }
+
+    fn count(&self, own: usize, theirs: usize, others: usize) {
+        self.group.lock().traffic[self.worker].count(own, theirs, others);
+    }
 }
 
 impl Communicator for ThreadCommunicator {
@@ -158,40 +198,42 @@ impl Communicator for ThreadCommunicator {
     }
 
     fn all_gather(&self, buffer: Tensor<1>) -> Result<Tensor<1>, CommError> {
-        let device = buffer.device();
-        let buffers = self.exchange(buffer)?;
-        let expected = buffers[0].dims()[0];
-        for (worker, buffer) in buffers.iter().enumerate() {
-            let len = buffer.dims()[0];
-            if len != expected {
-                return Err(CommError::LengthMismatch {
-                    worker,
-                    len,
-                    expected,
-                });
-            }
-        }
+        let (device, bytes) = (buffer.device(), byte_len(&buffer));
+        let buffers = self.exchange(Call::AllGather(buffer.dtype()), buffer)?;
+        self.count(bytes, bytes, self.workers - 1);
         let buffers = buffers
-            .iter()
-            .map(|buffer| buffer.clone().to_device(&device))
+            .into_iter()
+            .map(|buffer| buffer.to_device(&device))
             .collect();
         Ok(Tensor::cat(buffers, 0))
     }
 
     fn broadcast(&self, buffer: Tensor<1>, root: usize) -> Result<Tensor<1>, CommError> {
-        assert!(
-            root < self.workers,
-            "broadcast from worker {root} of {}",
-            self.workers
-        );
+        check_root(root, self.workers);
         let device = buffer.device();
-        Ok(self.exchange(buffer)?[root].clone().to_device(&device))
+        let call = Call::Broadcast(buffer.dtype(), root);
+        let received = self.exchange(call, buffer)?.swap_remove(root);
+        let bytes = byte_len(&received);
+        if root == self.worker {
+            self.count(bytes, 0, self.workers - 1);
+        } else {
+            self.count(0, bytes, 1);
+        }
+        Ok(received.to_device(&device))
     }
 
     fn barrier(&self) -> Result<(), CommError> {
-        self.exchange(Tensor::empty([0], &Default::default()))
-            .map(|_| ())
+        let nothing = Tensor::empty([0], &Default::default());
+        self.exchange(Call::Barrier, nothing).map(|_| ())
     }
+
+    fn traffic(&self) -> Traffic {
+        self.group.lock().traffic[self.worker]
+    }
+}
+
+fn byte_len(buffer: &Tensor<1>) -> usize {
+    buffer.dims()[0] * buffer.dtype().size()
 }
 
 impl Drop for ThreadCommunicator {

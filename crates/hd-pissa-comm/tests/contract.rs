@@ -1,66 +1,83 @@
-//! The contract of a transport, run against each implementation.
+//! The contract of a transport, run against each implementation: what arrives, bit for bit, what
+//! is counted, and what the others learn when a worker fails.
+//!
+//! `HD_PISSA_REQUIRE_MPI=1` makes a missing `mpirun` an error.
 
+mod common;
+
+use std::thread;
 use std::time::{Duration, Instant};
 
 use burn::tensor::{Device, Tensor};
-use hd_pissa_comm::{CommError, Communicator, Solo, thread_group};
-
-fn values(tensor: Tensor<1>) -> Vec<f32> {
-    tensor.into_data().try_into_vec().unwrap()
-}
-
-/// What one worker does; every worker of the group runs it.
-fn contract(communicator: &impl Communicator) {
-    let (worker, workers) = (communicator.worker_index(), communicator.num_workers());
-    assert!(worker < workers);
-    let device = Device::flex();
-    // More rounds than one, so that a fast worker meets a slow one in the round before.
-    for round in 0..50 {
-        let own = [worker as f32, round as f32];
-        let gathered = communicator
-            .all_gather(Tensor::from_floats(own, &device))
-            .unwrap();
-        let expected: Vec<f32> = (0..workers)
-            .flat_map(|worker| [worker as f32, round as f32])
-            .collect();
-        assert_eq!(values(gathered), expected);
-
-        let root = round % workers;
-        let received = communicator
-            .broadcast(Tensor::from_floats(own, &device), root)
-            .unwrap();
-        assert_eq!(values(received), [root as f32, round as f32]);
-        communicator.barrier().unwrap();
-    }
-}
+use common::{CONTRACT_TIMEOUT, FAULTS, Fault, SHORT_TIMEOUT, contract, fault};
+use hd_pissa_comm::{CommError, Communicator, Solo, Traffic, thread_group};
 
 #[test]
 fn solo() {
     contract(&Solo);
+    assert_eq!(Solo.traffic(), Traffic::default());
 }
 
 #[test]
 fn threads() {
-    for workers in [1, 2, 3, 8] {
-        std::thread::scope(|scope| {
-            for communicator in thread_group(workers, Duration::from_secs(30)) {
+    for workers in [1, 2, 3, 4, 8] {
+        thread::scope(|scope| {
+            for communicator in thread_group(workers, CONTRACT_TIMEOUT) {
                 scope.spawn(move || contract(&communicator));
             }
         });
     }
 }
 
+/// Runs a fault in the last worker of a group of threads and checks what the others report.
 #[test]
-fn a_worker_that_panics_is_named() {
-    let mut group = thread_group(3, Duration::from_secs(30));
-    let dying = group.remove(1);
-    let died = std::thread::spawn(move || {
-        let _held = dying;
-        panic!("this worker dies on purpose");
-    });
-    assert!(died.join().is_err());
+fn every_thread_learns_of_a_fault_in_one() {
+    for workers in [2, 4] {
+        for fault in FAULTS.into_iter().filter(|fault| !fault.ends_process()) {
+            let results: Vec<_> = thread::scope(|scope| {
+                let threads: Vec<_> = thread_group(workers, SHORT_TIMEOUT)
+                    .into_iter()
+                    .map(|communicator| scope.spawn(move || common::fault(&communicator, fault)))
+                    .collect();
+                threads
+                    .into_iter()
+                    .map(thread::ScopedJoinHandle::join)
+                    .collect()
+            });
+            for (worker, result) in results.into_iter().enumerate() {
+                // The thread that panics on purpose has nothing to report.
+                let Ok((error, elapsed)) = result else {
+                    assert!(fault == Fault::Panic && worker == workers - 1);
+                    continue;
+                };
+                println!(
+                    "{workers} threads, {fault:?}: worker {worker}: {error}, after {elapsed:.2?}"
+                );
+                fault.check(&error, elapsed, workers);
+            }
+        }
+    }
+}
+
+#[test]
+fn after_a_failure_calls_fail_at_once() {
+    let group = thread_group(2, SHORT_TIMEOUT);
+    let error = CommError::TimedOut {
+        missing: vec![1],
+        after: SHORT_TIMEOUT,
+    };
+    assert_eq!(group[0].barrier(), Err(error.clone()));
     let start = Instant::now();
-    let errors: Vec<_> = std::thread::scope(|scope| {
+    assert_eq!(group[1].barrier(), Err(error));
+    assert!(start.elapsed() < SHORT_TIMEOUT);
+}
+
+#[test]
+fn a_worker_that_left_before_the_call_is_named() {
+    let mut group = thread_group(3, Duration::from_secs(30));
+    drop(group.remove(1));
+    let start = Instant::now();
+    let errors: Vec<_> = thread::scope(|scope| {
         let threads: Vec<_> = group
             .iter()
             .map(|communicator| scope.spawn(|| communicator.barrier()))
@@ -72,37 +89,117 @@ fn a_worker_that_panics_is_named() {
 }
 
 #[test]
-fn a_worker_that_stalls_is_named_and_later_calls_fail_at_once() {
-    let timeout = Duration::from_millis(200);
-    let group = thread_group(2, timeout);
-    let error = CommError::TimedOut {
-        missing: vec![1],
-        after: timeout,
-    };
-    assert_eq!(group[0].barrier(), Err(error.clone()));
-    let start = Instant::now();
-    assert_eq!(group[1].barrier(), Err(error));
-    assert!(start.elapsed() < timeout);
+#[should_panic(expected = "broadcast from worker 1 of 1")]
+fn a_root_that_does_not_exist_is_refused() {
+    let _ = Solo.broadcast(Tensor::zeros([1], &Device::flex()), 1);
 }
 
+#[cfg(not(feature = "mpi"))]
 #[test]
-fn buffers_of_different_lengths_are_refused() {
-    let group = thread_group(2, Duration::from_secs(30));
-    let device = Device::flex();
-    let results: Vec<_> = std::thread::scope(|scope| {
-        let threads: Vec<_> = group
-            .iter()
-            .map(|communicator| {
-                let buffer = Tensor::<1>::zeros([3 + communicator.worker_index()], &device);
-                scope.spawn(move || communicator.all_gather(buffer).map(values))
-            })
-            .collect();
-        threads.into_iter().map(|t| t.join().unwrap()).collect()
-    });
-    let error = CommError::LengthMismatch {
-        worker: 1,
-        len: 4,
-        expected: 3,
-    };
-    assert_eq!(results, vec![Err(error); 2]);
+fn mpi() {
+    eprintln!("skipped: MPI processes; they need the feature `mpi`");
+    assert!(
+        std::env::var_os("HD_PISSA_REQUIRE_MPI").is_none(),
+        "HD_PISSA_REQUIRE_MPI is set, but the feature `mpi` is off"
+    );
+}
+
+#[cfg(feature = "mpi")]
+mod mpi {
+    use super::*;
+    use common::mpirun;
+    use hd_pissa_comm::MpiCommunicator;
+
+    /// What each process does that [`mpirun`] starts: the job that the environment names.
+    #[test]
+    #[ignore = "started by the other tests under mpirun"]
+    fn process() {
+        let Ok(job) = std::env::var(mpirun::JOB) else {
+            return println!("skipped: not started under mpirun by a test");
+        };
+        let timeout = if job == "contract" {
+            CONTRACT_TIMEOUT
+        } else {
+            SHORT_TIMEOUT
+        };
+        let communicator = MpiCommunicator::new(timeout).unwrap();
+        let worker = communicator.worker_index();
+        if job == "contract" {
+            assert_eq!(communicator.local_index(), worker, "all on one machine");
+            contract(&communicator);
+            return println!("worker {worker}: passed");
+        }
+        let fault_kind = *FAULTS.iter().find(|f| format!("{f:?}") == job).unwrap();
+        let (error, elapsed) = fault(&communicator, fault_kind);
+        fault_kind.check(&error, elapsed, communicator.num_workers());
+        let start = Instant::now();
+        drop(communicator);
+        let dropped = start.elapsed();
+        println!("worker {worker}: {error}, after {elapsed:.2?}");
+        assert!(
+            dropped < Duration::from_secs(2),
+            "dropping took {dropped:?}"
+        );
+        // What a program does that returns its error from `main`.
+        std::process::exit(1);
+    }
+
+    #[test]
+    fn processes() {
+        for workers in [1, 2, 4] {
+            let Some(run) = mpirun::run(workers, "contract", &[]) else {
+                return;
+            };
+            assert!(run.success, "{}", run.output);
+            assert_eq!(
+                run.output.matches(": passed").count(),
+                workers,
+                "{}",
+                run.output
+            );
+        }
+    }
+
+    /// With mpirun told to leave the other processes alone, each reports the fault itself, and
+    /// ends with an exit code of its own: mpirun's is 0 then whatever theirs are.
+    #[test]
+    fn every_process_learns_of_a_fault_in_one() {
+        for workers in [2, 4] {
+            for fault in FAULTS {
+                let Some(run) = mpirun::run(workers, &format!("{fault:?}"), mpirun::RECOVERY)
+                else {
+                    return;
+                };
+                let reports: Vec<&str> = run
+                    .output
+                    .lines()
+                    .filter(|line| line.contains(", after "))
+                    .collect();
+                println!(
+                    "{workers} processes, {fault:?}, {:.2?} in all:",
+                    run.elapsed
+                );
+                for report in &reports {
+                    println!("  {report}");
+                }
+                assert_eq!(reports.len(), fault.reporters(workers), "{}", run.output);
+            }
+        }
+    }
+
+    /// By default mpirun ends every process when one fails.
+    #[test]
+    fn mpirun_ends_a_run_with_a_fault() {
+        for fault in [Fault::Panic, Fault::Exit, Fault::Kill] {
+            let Some(run) = mpirun::run(4, &format!("{fault:?}"), &[]) else {
+                return;
+            };
+            println!(
+                "4 processes, {fault:?}, mpirun as it is: {:.2?} in all",
+                run.elapsed
+            );
+            assert!(!run.success, "{}", run.output);
+            assert!(run.elapsed < SHORT_TIMEOUT + Duration::from_secs(10));
+        }
+    }
 }

@@ -103,6 +103,21 @@ pub enum OptimizerError {
         /// The other worker's value.
         theirs: String,
     },
+    /// The copies of a parameter on two workers have come to differ.
+    #[error(
+        "`{path}` differs between workers: its fingerprint is {theirs:016x} on worker {worker} and \
+         {ours:016x} on this worker; stop, and resume from a checkpoint"
+    )]
+    Drift {
+        /// Path of the parameter.
+        path: String,
+        /// Index of the other worker.
+        worker: usize,
+        /// Fingerprint of this worker's copy.
+        ours: u64,
+        /// Fingerprint of the other worker's copy.
+        theirs: u64,
+    },
     /// The exchange between workers failed.
     #[error(transparent)]
     Comm(#[from] CommError),

@@ -36,6 +36,7 @@ impl Roster {
     pub(super) fn agree(
         factors: &Factors,
         communicator: &dyn Communicator,
+        model_hash: impl FnOnce() -> u64,
     ) -> Result<Self, OptimizerError> {
         let device = factors.weights[0].shards[0].a.value.device().inner();
         let workers = communicator.num_workers();
@@ -43,6 +44,10 @@ impl Roster {
             factors.hosted.clone()
         } else {
             let settings = [
+                (
+                    "the version of hd-pissa, major · 10⁶ + minor · 10³ + patch,",
+                    version(),
+                ),
                 ("the number of shards", factors.num_shards as u64),
                 ("the number of hosted shards", factors.hosted.len() as u64),
                 (
@@ -50,9 +55,10 @@ impl Roster {
                     factors.weights.len() as u64,
                 ),
                 (
-                    "a fingerprint of paths, shapes and ranks",
+                    "a fingerprint of paths, shapes, ranks and rounding",
                     fingerprint(factors),
                 ),
+                ("a fingerprint of the model's parameters", model_hash()),
             ];
             let header: Vec<f32> = settings.iter().flat_map(|&(_, v)| to_floats(v)).collect();
             let gathered =
@@ -200,11 +206,52 @@ fn unflatten(row: Tensor<1>, factors: &Factors, counts: usize) -> ShardDeltas {
     ShardDeltas { pairs, non_finite }
 }
 
+/// Compares what workers say of the same parameters.
+pub(super) fn compare(
+    fingerprints: &[(String, u64)],
+    factors: &Factors,
+    communicator: &dyn Communicator,
+) -> Result<(), OptimizerError> {
+    let device = factors.weights[0].shards[0].a.value.device().inner();
+    let own: Vec<f32> = fingerprints
+        .iter()
+        .flat_map(|&(_, v)| to_floats(v))
+        .collect();
+    let gathered = read(communicator.all_gather(Tensor::from_floats(&own[..], &device))?);
+    for (worker, theirs) in gathered.chunks(own.len()).enumerate() {
+        for ((path, ours), theirs) in fingerprints.iter().zip(theirs.chunks(4)) {
+            let theirs = from_floats(theirs);
+            if theirs != *ours {
+                return Err(OptimizerError::Drift {
+                    path: path.clone(),
+                    worker,
+                    ours: *ours,
+                    theirs,
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Version of this crate as one number.
+fn version() -> u64 {
+    env!("CARGO_PKG_VERSION")
+        .split(['.', '-'])
+        .take(3)
+        .fold(0, |version, part| {
+            version * 1000 + part.parse().unwrap_or(0)
+        })
+}
+
 fn fingerprint(factors: &Factors) -> u64 {
     let text: Vec<String> = factors
         .weights
         .iter()
-        .map(|w| format!("{} {}x{} {}", w.path, w.d_input(), w.d_output(), w.rank()))
+        .map(|w| {
+            let (path, rank, seed) = (&w.path, w.rank(), w.rounding_seed);
+            format!("{path} {}x{} {rank} {seed:?}", w.d_input(), w.d_output())
+        })
         .collect();
     crate::adapter::path::hash(&text.join("\n"))
 }

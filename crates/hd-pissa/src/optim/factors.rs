@@ -32,7 +32,7 @@ pub(super) struct WeightFactors {
     pub(super) shards: Vec<ShardFactors>,
     num_shards: usize,
     /// Seed of stochastic rounding, if the adapter asks for it.
-    rounding_seed: Option<u64>,
+    pub(super) rounding_seed: Option<u64>,
 }
 
 impl WeightFactors {

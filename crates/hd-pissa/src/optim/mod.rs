@@ -4,6 +4,7 @@
 mod error;
 mod exchange;
 mod factors;
+mod fingerprint;
 mod gradients;
 mod optimizer;
 mod others;

@@ -1,3 +1,4 @@
+use std::num::NonZeroU64;
 use std::path::Path;
 
 use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
@@ -5,10 +6,11 @@ use burn::module::{Module, ParamId};
 use burn::optim::{GradientsParams, ModuleOptimizer, OptimizerRecord};
 use burn::tensor::{Bytes, Device, Tensor};
 use burn_pack::{Reader, Scalar, Writer};
-use hd_pissa_comm::Communicator;
+use hd_pissa_comm::{Communicator, Traffic};
 
-use super::exchange::{Pair, Roster, ShardDeltas};
+use super::exchange::{Pair, Roster, ShardDeltas, compare};
 use super::factors::{Commit, Companions, Factors, ZeroFactors};
+use super::fingerprint;
 use super::gradients::ShardGradients;
 use super::others::{OthersBefore, mean_gradients};
 use super::probe::Probe;
@@ -55,6 +57,7 @@ pub struct HdPissaOptimizer {
     inner: ModuleOptimizer,
     communicator: Box<dyn Communicator>,
     max_grad_norm: Option<f64>,
+    fingerprint_every: Option<NonZeroU64>,
     roster: Option<Roster>,
     /// Whether to measure updates, and the norm of the last one.
     measure: bool,
@@ -88,6 +91,7 @@ impl HdPissaOptimizer {
             inner,
             communicator: Box::new(communicator),
             max_grad_norm: None,
+            fingerprint_every: NonZeroU64::new(50),
             roster: None,
             measure: false,
             update_norm: None,
@@ -109,6 +113,19 @@ impl HdPissaOptimizer {
         }
         self.max_grad_norm = Some(max_norm);
         Ok(self)
+    }
+
+    /// Before every `steps`-th step, compares every parameter that steps move with the other
+    /// workers' copies, bit for bit; 50 by default, `None` for never. A single worker compares
+    /// nothing. Reads all these parameters back from the device.
+    pub fn with_fingerprint_every(mut self, steps: Option<NonZeroU64>) -> Self {
+        self.fingerprint_every = steps;
+        self
+    }
+
+    /// Bytes of payload that this worker has sent and received so far; see [`Traffic`].
+    pub fn traffic(&self) -> Traffic {
+        self.communicator.traffic()
     }
 
     /// Measures the norm of every update from now on; see [`update_norm`](Self::update_norm).
@@ -208,10 +225,23 @@ impl HdPissaOptimizer {
             Some(roster) => roster,
             None => {
                 self.refuse_groups_that_read(&factors)?;
-                Roster::agree(&factors, communicator)?
+                Roster::agree(&factors, communicator, || {
+                    fingerprint::join(&fingerprint::of_all(model))
+                })?
             }
         };
         let roster = self.roster.insert(roster);
+
+        let due = self
+            .fingerprint_every
+            .is_some_and(|every| self.steps > 0 && self.steps.is_multiple_of(every.get()));
+        if due && communicator.num_workers() > 1 {
+            compare(
+                &fingerprint::of_trained(model, &factors),
+                &factors,
+                communicator,
+            )?;
+        }
 
         let mut shards = grads.resolve(&factors)?;
         if let Some(max_norm) = self.max_grad_norm {

@@ -1,0 +1,263 @@
+//! The calls into MPI: messages of bytes to and from another process, none of which block.
+
+#![allow(unsafe_code)]
+
+use std::mem::ManuallyDrop;
+use std::os::raw::{c_char, c_int};
+use std::ptr::null_mut;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use mpi_sys as ffi;
+
+use crate::CommError;
+
+/// MPI counts bytes in a C `int`: longer messages travel in pieces.
+const PIECE: usize = 1 << 30;
+const SUCCESS: c_int = ffi::MPI_SUCCESS as c_int;
+
+/// What a message is about, as MPI's tag.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Tag {
+    Header = 1,
+    Payload = 2,
+    Farewell = 3,
+}
+
+/// The processes that the launcher started.
+///
+/// Dropping it leaves MPI as it is: shutting it down waits for every other process, which
+/// [`finalize`](Self::finalize) does.
+pub(super) struct World {
+    comm: ffi::MPI_Comm,
+    pub(super) index: usize,
+    pub(super) size: usize,
+}
+
+// SAFETY: MPI is initialized for calls from any thread, one at a time (`MPI_THREAD_SERIALIZED`).
+// There is one `World`, nothing here can be shared between threads, and its handles refer to
+// nothing local to a thread.
+unsafe impl Send for World {}
+
+impl World {
+    pub(super) fn init() -> Result<Self, CommError> {
+        let unavailable = |reason: &str| CommError::Unavailable {
+            reason: reason.into(),
+        };
+        // MPI allows one call of its initialization, and no two at a time.
+        static INITIALIZED: AtomicBool = AtomicBool::new(false);
+        let (mut before, mut threading): (c_int, c_int) = (0, 0);
+        // SAFETY: may be called at any time, with a valid place for the result.
+        unsafe { ffi::MPI_Initialized(&mut before) };
+        if INITIALIZED.swap(true, Ordering::SeqCst) || before != 0 {
+            return Err(unavailable("MPI is already initialized in this process"));
+        }
+        // SAFETY: MPI is not initialized; it takes null for the arguments of the program.
+        let code = unsafe {
+            ffi::MPI_Init_thread(
+                null_mut(),
+                null_mut(),
+                ffi::RSMPI_THREAD_SERIALIZED,
+                &mut threading,
+            )
+        };
+        if code != SUCCESS {
+            return Err(unavailable(&describe(code)));
+        }
+        // SAFETY: a constant of the library.
+        if threading < unsafe { ffi::RSMPI_THREAD_SERIALIZED } {
+            return Err(unavailable(
+                "this MPI library was built without support for threads",
+            ));
+        }
+        let (mut index, mut size): (c_int, c_int) = (0, 0);
+        // SAFETY: MPI is initialized, and the results have valid places.
+        let comm = unsafe {
+            let comm = ffi::RSMPI_COMM_WORLD;
+            // A failed transfer is for us to report; by default it would end the process.
+            ffi::MPI_Comm_set_errhandler(comm, ffi::RSMPI_ERRORS_RETURN);
+            ffi::MPI_Comm_rank(comm, &mut index);
+            ffi::MPI_Comm_size(comm, &mut size);
+            comm
+        };
+        Ok(Self {
+            comm,
+            index: index as usize,
+            size: size as usize,
+        })
+    }
+
+    /// Starts to send `bytes` to `peer`.
+    pub(super) fn send(&self, peer: usize, tag: Tag, bytes: Arc<Vec<u8>>) -> Transfer {
+        let start = bytes.as_ptr();
+        let len = bytes.len();
+        let mut transfer = Transfer::new([self.index, peer], bytes);
+        for (offset, count) in pieces(len) {
+            let mut request = null_request();
+            // SAFETY: the piece lies within the buffer, which nobody writes to while it is shared
+            // and which `transfer` keeps alive until MPI is done with it, or for ever.
+            let code = unsafe {
+                ffi::MPI_Isend(
+                    start.add(offset).cast(),
+                    count,
+                    ffi::RSMPI_UINT8_T,
+                    peer as c_int,
+                    tag as c_int,
+                    self.comm,
+                    &mut request,
+                )
+            };
+            transfer.push(code, request);
+        }
+        transfer
+    }
+
+    /// Starts to receive `len` bytes from `peer`.
+    pub(super) fn receive(&self, peer: usize, tag: Tag, len: usize) -> Transfer {
+        let mut bytes = vec![0u8; len];
+        let start = bytes.as_mut_ptr();
+        let mut transfer = Transfer::new([self.index, peer], Arc::new(bytes));
+        for (offset, count) in pieces(len) {
+            let mut request = null_request();
+            // SAFETY: the piece lies within the buffer, which `transfer` hands out only once MPI
+            // is done with it, and else keeps alive for ever.
+            let code = unsafe {
+                ffi::MPI_Irecv(
+                    start.add(offset).cast(),
+                    count,
+                    ffi::RSMPI_UINT8_T,
+                    peer as c_int,
+                    tag as c_int,
+                    self.comm,
+                    &mut request,
+                )
+            };
+            transfer.push(code, request);
+        }
+        transfer
+    }
+
+    /// Name of the machine this process runs on.
+    pub(super) fn machine(&self) -> Vec<u8> {
+        text(ffi::MPI_MAX_PROCESSOR_NAME, |place, len| {
+            // SAFETY: MPI is initialized, and the place is as long as it asks for.
+            unsafe { ffi::MPI_Get_processor_name(place, len) };
+        })
+    }
+
+    /// Shuts MPI down, which waits for every other process to do the same.
+    pub(super) fn finalize(self) {
+        // SAFETY: MPI is initialized, and nobody uses it after this.
+        unsafe { ffi::MPI_Finalize() };
+    }
+}
+
+fn null_request() -> ffi::MPI_Request {
+    // SAFETY: a constant of the library.
+    unsafe { ffi::RSMPI_REQUEST_NULL }
+}
+
+/// Offset and length of each piece of a message of `len` bytes; one empty piece of an empty one.
+fn pieces(len: usize) -> impl Iterator<Item = (usize, c_int)> {
+    (0..len.max(1))
+        .step_by(PIECE)
+        .map(move |offset| (offset, (len - offset).min(PIECE) as c_int))
+}
+
+/// A message under way.
+///
+/// Dropped before it is complete, it leaves its buffer to MPI, which may still use it: cancelling
+/// a transfer whose other end is gone can wait for ever.
+pub(super) struct Transfer {
+    /// This worker and the other one.
+    ends: [usize; 2],
+    pending: Vec<ffi::MPI_Request>,
+    bytes: ManuallyDrop<Arc<Vec<u8>>>,
+    failed: Option<CommError>,
+}
+
+// SAFETY: as for `World`.
+unsafe impl Send for Transfer {}
+
+impl Transfer {
+    fn new(ends: [usize; 2], bytes: Arc<Vec<u8>>) -> Self {
+        Self {
+            ends,
+            pending: Vec::new(),
+            bytes: ManuallyDrop::new(bytes),
+            failed: None,
+        }
+    }
+
+    fn push(&mut self, code: c_int, request: ffi::MPI_Request) {
+        self.pending.push(request);
+        self.check(code);
+    }
+
+    fn check(&mut self, code: c_int) {
+        if code != SUCCESS {
+            self.failed.get_or_insert(CommError::Transfer {
+                workers: self.ends,
+                reason: describe(code),
+            });
+        }
+    }
+
+    /// Whether the message is complete. Gives MPI the time to move it.
+    pub(super) fn poll(&mut self) -> Result<bool, CommError> {
+        while self.failed.is_none() && !self.pending.is_empty() {
+            let mut done: c_int = 0;
+            // SAFETY: the request was started and is not complete; its buffer is alive.
+            let code =
+                unsafe { ffi::MPI_Test(&mut self.pending[0], &mut done, ffi::RSMPI_STATUS_IGNORE) };
+            self.check(code);
+            if done == 0 {
+                break;
+            }
+            self.pending.remove(0);
+        }
+        match &self.failed {
+            Some(error) => Err(error.clone()),
+            None => Ok(self.pending.is_empty()),
+        }
+    }
+
+    /// The bytes received.
+    ///
+    /// # Panics
+    ///
+    /// If the message is not complete.
+    pub(super) fn into_bytes(mut self) -> Vec<u8> {
+        assert!(self.pending.is_empty(), "a message that is complete");
+        std::mem::take(Arc::get_mut(&mut self.bytes).expect("nobody shares a received message"))
+    }
+}
+
+impl Drop for Transfer {
+    fn drop(&mut self) {
+        if self.pending.is_empty() {
+            // SAFETY: done once, and nothing uses the field afterwards.
+            unsafe {
+                ManuallyDrop::drop(&mut self.bytes);
+            }
+        }
+    }
+}
+
+/// MPI's text for an error code.
+fn describe(code: c_int) -> String {
+    let text = text(ffi::MPI_MAX_ERROR_STRING, |place, len| {
+        // SAFETY: the place is as long as MPI asks for.
+        unsafe { ffi::MPI_Error_string(code, place, len) };
+    });
+    String::from_utf8_lossy(&text).into_owned()
+}
+
+/// What MPI writes into a place for `longest` characters.
+fn text(longest: u32, write: impl FnOnce(*mut c_char, &mut c_int)) -> Vec<u8> {
+    let mut bytes = vec![0u8; longest as usize];
+    let mut len: c_int = 0;
+    write(bytes.as_mut_ptr().cast(), &mut len);
+    bytes.truncate(len as usize);
+    bytes
+}
