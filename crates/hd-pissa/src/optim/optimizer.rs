@@ -14,6 +14,7 @@ use super::others::mean_gradients;
 use super::probe::Probe;
 use super::{OptimizerError, StepError};
 use crate::adapter::path::shard_path;
+use crate::checkpoint::check_record;
 use crate::ops;
 
 /// Version of the records that this build writes and reads.
@@ -224,6 +225,12 @@ impl HdPissaOptimizer {
         }
     }
 
+    /// The transport, for what workers agree on besides steps, as
+    /// [`Checkpoints::save`](crate::checkpoint::Checkpoints::save) does.
+    pub fn communicator(&self) -> &dyn Communicator {
+        &*self.communicator
+    }
+
     /// Serializes the state of the inner optimizer (the moments of the hosted shards) in Burn's
     /// format, with a format version.
     ///
@@ -268,7 +275,10 @@ impl HdPissaOptimizer {
                 });
             }
         }
-        drop(reader);
+        let scalars = reader.scalars().clone();
+        let tensors = reader.into_tensors().map_err(invalid_record)?;
+        check_record(&tensors, &scalars)
+            .map_err(|reason| OptimizerError::InvalidRecord { reason })?;
         self.inner = self.inner.load_record(OptimizerRecord::from_bytes(bytes)?);
         Ok(self)
     }
