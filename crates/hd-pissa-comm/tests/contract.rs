@@ -9,7 +9,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use burn::tensor::{Device, Tensor};
-use common::{CONTRACT_TIMEOUT, FAULTS, Fault, SHORT_TIMEOUT, contract, fault};
+#[cfg(feature = "mpi")]
+use common::fault;
+use common::{CONTRACT_TIMEOUT, FAULTS, Fault, SHORT_TIMEOUT, contract};
 use hd_pissa_comm::{CommError, Communicator, Solo, Traffic, thread_group};
 
 #[test]

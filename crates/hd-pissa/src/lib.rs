@@ -46,6 +46,7 @@
 #![forbid(unsafe_code)]
 
 mod adapter;
+pub mod checkpoint;
 mod config;
 mod error;
 mod linear;

@@ -1,5 +1,7 @@
 //! From token sequences to the micro-batches of a step.
 
+use std::sync::Arc;
+
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
@@ -93,9 +95,9 @@ pub struct FeedConfig {
 ///
 /// Shard `k` takes records `k`, `k + K`, ... of the epoch's order. An epoch has whole steps only
 /// and no record twice; records left over are skipped.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Feed {
-    sequences: Vec<Sequence>,
+    sequences: Arc<[Sequence]>,
     config: FeedConfig,
     steps_per_epoch: usize,
     /// The epoch that `order` is for.
@@ -107,7 +109,8 @@ impl Feed {
     /// # Errors
     ///
     /// [`Error::Option`] if there are too few sequences for one step.
-    pub fn new(sequences: Vec<Sequence>, config: FeedConfig) -> Result<Self, Error> {
+    pub fn new(sequences: impl Into<Arc<[Sequence]>>, config: FeedConfig) -> Result<Self, Error> {
+        let sequences = sequences.into();
         let per_step = config.shards * config.accumulation * config.batch_size;
         let steps_per_epoch = match per_step {
             0 => 0,

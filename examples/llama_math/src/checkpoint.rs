@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use safetensors::Dtype;
+use sha2::{Digest, Sha256};
 
+use crate::finetune::hexadecimal;
 use crate::weights::{
     Encoded, Entry, SINGLE, Source, encode, read_header, transpose, weight_files,
 };
@@ -114,6 +116,32 @@ impl Checkpoint {
         self.folder.join(name)
     }
 
+    /// SHA-256 of `config.json` and the weight files.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if one of them cannot be read.
+    pub fn digest(&self) -> Result<String, Error> {
+        let mut hash = Sha256::new();
+        if let Some(config) = self.companions.get("config.json") {
+            hash.update(config);
+        }
+        for source in self.sources() {
+            source.hash(&mut hash)?;
+        }
+        Ok(hexadecimal(&hash.finalize()))
+    }
+
+    /// The weight files, in the order of their paths.
+    fn sources(&self) -> Vec<&Source> {
+        let files: BTreeMap<&PathBuf, &Source> = self
+            .tensors
+            .values()
+            .map(|entry| (&entry.path, &entry.source))
+            .collect();
+        files.into_values().collect()
+    }
+
     /// Loads the model with `f32` weights, whatever their dtype in the files: half-precision
     /// weights would lose most of a small update.
     ///
@@ -122,6 +150,7 @@ impl Checkpoint {
     /// [`Error::Field`] for a tensor that is missing, has another shape than `config.json` says,
     /// another dtype than f32, f16 or bf16, NaN or infinite values, or no place in the model.
     pub fn load(&self, device: &Device) -> Result<Llama, Error> {
+        self.check_sizes()?;
         let mut loader = Loader {
             checkpoint: self,
             names: TensorName::default(),
@@ -146,6 +175,26 @@ impl Checkpoint {
             )),
             None => Ok(model),
         }
+    }
+
+    /// Refuses sizes of `config.json` that no tensor could have, before anything of such a size is
+    /// made.
+    fn check_sizes(&self) -> Result<(), Error> {
+        let largest = self.tensors.values().map(|entry| entry.len).max();
+        for (key, size, limit) in [
+            (
+                "num_hidden_layers",
+                self.config.num_layers,
+                self.tensors.len(),
+            ),
+            ("head_dim", self.config.head_dim, largest.unwrap_or(0)),
+        ] {
+            if size > limit {
+                let reason = format!("is {size}; the weights are too few for that");
+                return Err(Error::field(self.path("config.json"), key, reason));
+            }
+        }
+        Ok(())
     }
 
     /// Writes `model` into `folder` with the names, dtypes and other files of this checkpoint.

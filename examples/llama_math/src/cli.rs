@@ -1,6 +1,7 @@
 //! The command line.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, Parser, Subcommand};
@@ -8,7 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::batch::FeedConfig;
 use crate::compare::Comparison;
 use crate::data::Fields;
-use crate::finetune::FineTuning;
+use crate::finetune::{FineTuning, Resume, SaveOptions};
 use crate::method::{Adaptation, Method};
 use crate::pretrain::Pretraining;
 use crate::run::{Length, RunConfig};
@@ -107,9 +108,32 @@ struct Options {
     /// Keep the order of the file: shard k takes records k, k+K, k+2K, ...
     #[arg(long, requires = "model")]
     no_shuffle: bool,
-    /// Backend, such as flex, wgpu or cuda:0, as far as built in
+    /// Threads that share the shards of HD-PiSSA; must divide their number. The result is the same
+    #[arg(long, value_name = "N", requires = "model", default_value_t = 1, value_parser = at_least(1))]
+    workers: usize,
+    /// How long workers wait for one that does not answer, in seconds
+    #[arg(long, value_name = "SECONDS", requires = "model", default_value_t = 60.0, value_parser = positive)]
+    timeout: f64,
+    /// Backend, such as flex, wgpu or cuda:0, as far as built in; with several workers and no index
+    /// each takes a CUDA or ROCm device of its own
     #[arg(long)]
     device: Option<String>,
+    /// Save a checkpoint every so many steps, and after the last
+    #[arg(long, value_name = "STEPS", requires = "model", value_parser = at_least(1))]
+    save_every: Option<usize>,
+    /// Save a checkpoint when so many minutes have passed since the one before, and after the last
+    /// step
+    #[arg(long, value_name = "M", requires = "model", value_parser = positive)]
+    save_minutes: Option<f64>,
+    /// Checkpoints that are kept
+    #[arg(long, value_name = "N", requires = "model", default_value_t = 2, value_parser = at_least(1))]
+    keep_last: usize,
+    /// Folder of the checkpoints [default: OUTPUT.checkpoints]
+    #[arg(long, value_name = "DIR", requires = "model")]
+    checkpoints: Option<PathBuf>,
+    /// Go on from a checkpoint: the newest of this run, or that in DIR
+    #[arg(long, value_name = "DIR", requires = "model", num_args = 0..=1, default_missing_value = "latest")]
+    resume: Option<PathBuf>,
     /// Held-out data for loss and exact match
     #[arg(long, value_name = "FILE", requires = "model")]
     eval: Option<PathBuf>,
@@ -246,7 +270,8 @@ impl Cli {
             ) {
                 (Some(model), Some(data), Some(output)) => {
                     let fine_tuning = self.options.fine_tuning(model, data, output)?;
-                    fine_tuning.run(&device::parse(self.options.device.as_deref())?)
+                    let device = self.options.device.as_deref();
+                    fine_tuning.run(&device::of_workers(device, self.options.workers)?)
                 }
                 _ => self.options.compare(),
             },
@@ -287,6 +312,7 @@ impl Options {
                     .into(),
             });
         }
+        self.check_workers()?;
         let length = match (self.steps, self.epochs, self.quick) {
             (Some(steps), ..) => Length::Steps(steps),
             (None, _, true) => Length::Steps(2),
@@ -331,6 +357,47 @@ impl Options {
             output: output.into(),
             overwrite: self.overwrite,
             seed: self.seed,
+            saving: SaveOptions {
+                folder: self.checkpoints.clone(),
+                every: self.save_every,
+                interval: self.save_minutes.map(minutes),
+                keep_last: self.keep_last,
+                resume: self.resume.clone().map(|path| match path.to_str() {
+                    Some("latest") => Resume::Latest,
+                    _ => Resume::At(path),
+                }),
+            },
+            timeout: seconds(self.timeout),
         })
     }
+
+    fn check_workers(&self) -> Result<(), Error> {
+        let invalid = |reason: String| Error::Usage {
+            option: "workers",
+            reason,
+        };
+        let Self {
+            workers,
+            shards,
+            method,
+            ..
+        } = self;
+        if *workers > 1 && *method != Method::HdPissa {
+            return Err(invalid(format!("{method} has no shards to share out")));
+        }
+        if !shards.is_multiple_of(*workers) {
+            let reason = format!("{workers} does not divide the number of shards, {shards}");
+            return Err(invalid(reason));
+        }
+        Ok(())
+    }
+}
+
+/// A time from the command line. Thirty years are as good as never, and a clock can add them.
+fn seconds(seconds: f64) -> Duration {
+    Duration::from_secs_f64(seconds.min(1e9))
+}
+
+fn minutes(minutes: f64) -> Duration {
+    seconds(60.0 * minutes)
 }

@@ -25,6 +25,22 @@ pub fn parse(name: Option<&str>) -> Result<Device, Error> {
     })
 }
 
+/// The device of each of `workers` threads: with CUDA and ROCm one each, unless `name` has an
+/// index, with other backends the same.
+///
+/// # Errors
+///
+/// Those of [`parse`].
+pub fn of_workers(name: Option<&str>, workers: usize) -> Result<Vec<Device>, Error> {
+    let own = |backend: &str, worker: usize| parse(Some(&format!("{backend}:{worker}")));
+    (0..workers)
+        .map(|worker| match name {
+            Some(backend @ ("cuda" | "rocm")) => own(backend, worker),
+            name => parse(name),
+        })
+        .collect()
+}
+
 #[allow(unused_variables, reason = "which are used depends on the features")]
 fn open(backend: &str, index: usize) -> Option<Device> {
     match (backend, index) {

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use hd_pissa::checkpoint::CheckpointError;
+use hd_pissa::comm::CommError;
 use hd_pissa::{HdPissaError, OptimizerError};
 
 /// Why a run stopped. Every message about a file names it, and the field at fault.
@@ -74,6 +76,20 @@ pub enum Error {
     /// The optimizer could not be set up.
     #[error(transparent)]
     Optimizer(#[from] OptimizerError),
+    /// A checkpoint could not be written or used.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The exchange between workers failed.
+    #[error(transparent)]
+    Comm(#[from] CommError),
+    /// A worker panicked.
+    #[error("worker {worker} panicked: {reason}; nothing was written")]
+    Panic {
+        /// Index of the worker.
+        worker: usize,
+        /// Its message.
+        reason: String,
+    },
     /// A child process of the comparison failed.
     #[error("the run of {method} failed: {reason}")]
     Child {
@@ -110,6 +126,20 @@ impl Error {
     pub fn io(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.as_ref().to_path_buf();
         move |source| Self::Io { path, source }
+    }
+
+    /// Whether this worker failed only because another one did.
+    pub fn is_of_another_worker(&self) -> bool {
+        matches!(
+            self,
+            Self::Comm(_)
+                | Self::Optimizer(OptimizerError::Comm(_))
+                | Self::Step {
+                    source: OptimizerError::Comm(_),
+                    ..
+                }
+                | Self::Checkpoint(CheckpointError::Comm(_) | CheckpointError::OtherWorker { .. })
+        )
     }
 
     /// 2 for a usage error, 1 for everything else.

@@ -1,17 +1,22 @@
 //! A user's checkpoint on a user's data.
 
-use std::io::Write;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use burn::module::Module;
 use burn::tensor::Device;
+use hd_pissa::checkpoint::{Checkpoint as Saved, Checkpoints};
+use hd_pissa::comm::Solo;
+use sha2::{Digest, Sha256};
 
 use crate::batch::Sequence;
 use crate::data::{Fields, Record, read_records};
 use crate::evaluate::{Solver, mean_loss};
 use crate::output::Staged;
 use crate::progress::Progress;
-use crate::run::{RunConfig, StepMetrics};
+use crate::run::{METRICS, Outcome, RunConfig, Saving, Trained, Training};
+use crate::stop::Stop;
 use crate::tokenize::{PromptTemplate, Tokens};
 use crate::{Checkpoint, Error, Llama, picture};
 
@@ -40,6 +45,34 @@ pub struct FineTuning {
     pub overwrite: bool,
     /// Seed of whatever is drawn.
     pub seed: u64,
+    /// When to save, and where to go on.
+    pub saving: SaveOptions,
+    /// How long workers wait for each other.
+    pub timeout: Duration,
+}
+
+/// The options about checkpoints.
+#[derive(Clone, Debug)]
+pub struct SaveOptions {
+    /// Folder of the checkpoints; beside the output where `None`.
+    pub folder: Option<PathBuf>,
+    /// Save every so many steps.
+    pub every: Option<usize>,
+    /// Save when so much time has passed.
+    pub interval: Option<Duration>,
+    /// Number of checkpoints that are kept.
+    pub keep_last: usize,
+    /// Where to go on, if anywhere.
+    pub resume: Option<Resume>,
+}
+
+/// Where a run goes on.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Resume {
+    /// At the newest checkpoint of this output, or at the start if there is none.
+    Latest,
+    /// At a checkpoint, or at the newest one of a folder.
+    At(PathBuf),
 }
 
 /// Held-out records with their sequences.
@@ -49,13 +82,20 @@ struct HeldOut {
 }
 
 impl FineTuning {
-    /// Loads, trains, evaluates and writes.
+    /// Loads, trains, evaluates and writes. Each of `devices` is a worker's.
     ///
     /// # Errors
     ///
-    /// Whatever is wrong with the files or the settings; nothing is written then.
-    pub fn run(&self, device: &Device) -> Result<(), Error> {
-        let staged = Staged::new(&self.output, self.overwrite)?;
+    /// Whatever is wrong with the files or the settings; nothing is written then but the
+    /// checkpoints that were asked for.
+    pub fn run(&self, devices: &[Device]) -> Result<(), Error> {
+        let device = &devices[0];
+        Staged::check(&self.output, self.overwrite)?;
+        let checkpoints = Checkpoints::new(self.checkpoint_folder());
+        let checkpoints = checkpoints.with_keep_last(self.saving.keep_last);
+        if self.saving.resume.is_none() && !self.overwrite {
+            refuse_earlier_run(&checkpoints)?;
+        }
         let template = read_template(self.template.as_deref())?;
         let checkpoint = Checkpoint::open(&self.model)?;
         let tokens = Tokens::of(&checkpoint)?;
@@ -78,33 +118,61 @@ impl FineTuning {
             None => None,
         };
 
+        let method = self.run.adaptation.method.to_string();
+        let digest = digest_of(&sequences);
+        let mut training = Training::new(&self.run, sequences, &method)?;
+        let settings = self.settings(&checkpoint, max_length, digest, training.total())?;
+        training.resume = self.find(&checkpoints)?;
+        if let Some(saved) = &training.resume {
+            saved.check_settings(&settings)?;
+            println!(
+                "resumed: {} of {} steps are taken ({})",
+                saved.step(),
+                training.total(),
+                saved.path().display()
+            );
+        } else if self.overwrite {
+            checkpoints.discard_all()?;
+        }
+        training.saving = Some(Saving {
+            checkpoints: checkpoints.clone(),
+            every: self.saving.every,
+            interval: self.saving.interval,
+            settings,
+        });
+        training.stop = Stop::on_signals()?;
+
         device.seed(self.seed);
         let model = checkpoint.load(&device.clone().autodiff())?;
-        if let Some(held_out) = &held_out {
+        if let Some(held_out) = held_out.as_ref().filter(|_| training.resume.is_none()) {
             let loss = held_out_loss(&model.valid(), held_out);
             println!(
                 "held-out loss before: {loss:.4} ({} records)",
                 held_out.sequences.len()
             );
         }
-        let method = self.run.adaptation.method;
-        let trained = self.run.train(model, sequences, &method.to_string())?;
-        println!(
-            "{method}: {} steps in {:.1} s after {:.1} s of preparation, {:.0} tokens/s, {} \
-             trainable parameters, peak memory {}",
-            trained.metrics.len(),
-            trained.seconds,
-            trained.preparation,
-            trained.tokens_per_second,
-            trained.trainable,
-            mebibytes(trained.peak_memory)
-        );
-        if let (Some(first), Some(last)) = (trained.metrics.first(), trained.metrics.last()) {
-            println!(
-                "training loss: {:.4} in the first step, {:.4} in the last",
-                first.loss, last.loss
-            );
-        }
+        let stop = training.stop.clone();
+        let outcome = stop.steps(|| match devices.len() {
+            // A worker of another transport calls `work` in the same way.
+            1 => training.work(model, Solo),
+            _ => training.work_in_threads(model, devices, self.timeout),
+        })?;
+        let trained = match outcome {
+            Outcome::Finished(trained) => *trained,
+            Outcome::Stopped {
+                step,
+                total,
+                checkpoint,
+            } => {
+                println!(
+                    "stopped after step {step} of {total}; saved: {}\nthe same command with \
+                     --resume goes on from there",
+                    checkpoint.display()
+                );
+                return Ok(());
+            }
+        };
+        print_summary(&method, &trained);
         // A merged model decodes without the cost of its adapters.
         let model = trained.model.valid().materialize();
         if let Some(held_out) = &held_out {
@@ -117,8 +185,10 @@ impl FineTuning {
             }
         }
 
+        let staged = Staged::new(&self.output, self.overwrite)?;
         checkpoint.export(&model, staged.path())?;
-        write_metrics(&staged.path().join("metrics.jsonl"), &trained.metrics)?;
+        let path = staged.path().join(METRICS);
+        std::fs::write(&path, &trained.lines).map_err(Error::io(&path))?;
         let losses = trained.metrics.iter().map(|metrics| metrics.loss).collect();
         let title = format!("{method} on {}", file_name(&self.data));
         picture::losses(
@@ -128,7 +198,103 @@ impl FineTuning {
         )?;
         staged.commit()?;
         println!("written: {}", self.output.display());
+        if !checkpoints.steps()?.is_empty() {
+            checkpoints.discard_all()?;
+            println!(
+                "removed: the checkpoints in {}, which the output replaces",
+                checkpoints.folder().display()
+            );
+        }
         Ok(())
+    }
+
+    fn checkpoint_folder(&self) -> PathBuf {
+        self.saving.folder.clone().unwrap_or_else(|| {
+            let mut name = self.output.as_os_str().to_os_string();
+            name.push(".checkpoints");
+            name.into()
+        })
+    }
+
+    /// The checkpoint to go on from.
+    fn find(&self, own: &Checkpoints) -> Result<Option<Saved>, Error> {
+        let (found, checkpoints, required) = match &self.saving.resume {
+            None => return Ok(None),
+            Some(Resume::Latest) => (own.latest()?, own.clone(), false),
+            Some(Resume::At(path)) if path.join("manifest.json").exists() => {
+                return Ok(Some(Saved::open(path)?));
+            }
+            Some(Resume::At(path)) => {
+                let checkpoints = Checkpoints::new(path);
+                (checkpoints.latest()?, checkpoints, true)
+            }
+        };
+        for damaged in &found.damaged {
+            eprintln!("skipped a damaged checkpoint: {damaged}");
+        }
+        let folder = checkpoints.folder().display();
+        let invalid = |reason: String| Error::Option {
+            option: "resume",
+            reason,
+        };
+        match found.checkpoint {
+            Some(_) => checkpoints.set_aside(&found)?,
+            None if !found.damaged.is_empty() => {
+                return Err(invalid(format!("every checkpoint in {folder} is damaged")));
+            }
+            None if required => return Err(invalid(format!("{folder} holds no checkpoint"))),
+            None => println!("no checkpoint in {folder} yet: starting from the beginning"),
+        }
+        Ok(found.checkpoint)
+    }
+
+    /// What a run that resumes must have in common with this one, by option. Text, so that it
+    /// compares exactly.
+    fn settings(
+        &self,
+        checkpoint: &Checkpoint,
+        max_length: usize,
+        tokens: String,
+        total: usize,
+    ) -> Result<BTreeMap<String, String>, Error> {
+        let RunConfig {
+            adaptation,
+            optimizer,
+            feed,
+            lr,
+            decay,
+            warmup_ratio,
+            ..
+        } = &self.run;
+        let optional = |value: Option<f64>| value.map_or("none".into(), |value| value.to_string());
+        let targets = adaptation.targets.as_deref().unwrap_or("the default ones");
+        let order = feed
+            .shuffle
+            .map_or("of the file".into(), |_| "shuffled".into());
+        let settings: [(&str, String); 17] = [
+            ("--model (SHA-256)", checkpoint.digest()?),
+            ("--data, as tokens (SHA-256)", tokens),
+            ("--max-length", max_length.to_string()),
+            ("--method", adaptation.method.to_string()),
+            ("--rank", adaptation.rank.to_string()),
+            ("--shards", adaptation.shards.to_string()),
+            ("--alpha", optional(adaptation.alpha)),
+            ("--targets", targets.into()),
+            ("--clip", optional(optimizer.clip)),
+            ("--weight-decay", optimizer.weight_decay.to_string()),
+            ("--accumulation", feed.accumulation.to_string()),
+            ("--batch-size", feed.batch_size.to_string()),
+            ("order of the data", order),
+            ("--seed", self.seed.to_string()),
+            ("--steps", total.to_string()),
+            ("--lr", lr.to_string()),
+            (
+                "--schedule",
+                format!("{decay} after {warmup_ratio} of the steps"),
+            ),
+        ];
+        let named = |(name, value): (&str, String)| (name.to_string(), value);
+        Ok(settings.into_iter().map(named).collect())
     }
 
     fn max_length(&self, checkpoint: &Checkpoint) -> Result<usize, Error> {
@@ -196,16 +362,58 @@ fn read_template(path: Option<&Path>) -> Result<PromptTemplate, Error> {
         .ok_or_else(|| Error::field(path, "content", "has no {instruction} to replace"))
 }
 
-/// Writes one JSON object per line.
-fn write_metrics(path: &Path, metrics: &[StepMetrics]) -> Result<(), Error> {
-    let mut content = Vec::new();
-    for line in metrics {
-        serde_json::to_writer(&mut content, line)
-            .map_err(|error| Error::field(path, "content", error.to_string()))?;
-        content.push(b'\n');
+fn print_summary(method: &str, trained: &Trained) {
+    println!(
+        "{method}: {} steps in {:.1} s after {:.1} s of preparation, {:.0} tokens/s, {} trainable \
+         parameters, peak memory {}",
+        trained.metrics.len(),
+        trained.seconds,
+        trained.preparation,
+        trained.tokens_per_second,
+        trained.trainable,
+        mebibytes(trained.peak_memory)
+    );
+    if let (Some(first), Some(last)) = (trained.metrics.first(), trained.metrics.last()) {
+        println!(
+            "training loss: {:.4} in the first step, {:.4} in the last",
+            first.loss, last.loss
+        );
     }
-    let write = || std::fs::File::create(path)?.write_all(&content);
-    write().map_err(Error::io(path))
+}
+
+/// A run from the start would mix its checkpoints with those of another.
+fn refuse_earlier_run(checkpoints: &Checkpoints) -> Result<(), Error> {
+    let Some(step) = checkpoints.steps()?.pop() else {
+        return Ok(());
+    };
+    let reason = format!(
+        "{} holds checkpoints of an earlier run, up to step {step}; --resume goes on from there, \
+         --overwrite discards them",
+        checkpoints.folder().display()
+    );
+    Err(Error::Option {
+        option: "checkpoints",
+        reason,
+    })
+}
+
+/// SHA-256 of everything that the steps see of the data.
+fn digest_of(sequences: &[Sequence]) -> String {
+    let mut hash = Sha256::new();
+    for sequence in sequences {
+        for number in [sequence.tokens.len(), sequence.prompt_len] {
+            hash.update((number as u64).to_le_bytes());
+        }
+        for token in &sequence.tokens {
+            hash.update(token.to_le_bytes());
+        }
+    }
+    hexadecimal(&hash.finalize())
+}
+
+/// Digits of a digest.
+pub(crate) fn hexadecimal(digest: &[u8]) -> String {
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// A number of bytes, for people.

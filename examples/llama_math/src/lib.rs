@@ -27,6 +27,7 @@ pub mod rope;
 pub mod run;
 pub mod schedule;
 pub mod spectrum;
+pub mod stop;
 pub mod tiny;
 pub mod tokenize;
 pub mod train;

@@ -1,6 +1,7 @@
 //! The methods that are compared, and how each prepares a model.
 
 use std::fmt::{self, Display, Formatter};
+use std::ops::Range;
 
 use burn::module::{Lora, Module, ModuleVisitor, Param, ParamGroup};
 use burn::tensor::Tensor;
@@ -66,6 +67,15 @@ impl Adaptation {
     /// [`Error::Option`] for a pattern that is no regular expression or matches no matrix and a
     /// LoRA rank that is too large, and [`Error::Adapter`].
     pub fn apply(&self, model: Llama) -> Result<Llama, Error> {
+        self.apply_hosted(model, 0..self.shards)
+    }
+
+    /// As [`apply`](Self::apply), on a worker that hosts only some of HD-PiSSA's shards.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`apply`](Self::apply).
+    pub fn apply_hosted(&self, model: Llama, hosted: Range<usize>) -> Result<Llama, Error> {
         let pattern = self.targets.as_deref().unwrap_or(DEFAULT_TARGETS);
         let invalid = |reason| Error::Option {
             option: "targets",
@@ -102,7 +112,7 @@ impl Adaptation {
                     .with_shards(self.shards)
                     .with_alpha(self.alpha)
                     .with_targets(Some(targets));
-                Ok(model.apply_hd_pissa(&config, 0..self.shards)?)
+                Ok(model.apply_hd_pissa(&config, hosted)?)
             }
             Method::Pissa => {
                 let config = PissaConfig::new()

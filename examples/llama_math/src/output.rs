@@ -16,6 +16,15 @@ pub struct Staged {
 }
 
 impl Staged {
+    /// What [`new`](Self::new) checks, for a run whose output comes much later. Leaves nothing.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`new`](Self::new).
+    pub fn check(target: &Path, overwrite: bool) -> Result<(), Error> {
+        Self::new(target, overwrite).map(drop)
+    }
+
     /// Prepares to write `target`.
     ///
     /// # Errors

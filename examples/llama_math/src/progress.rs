@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// A bar of steps with loss, tokens per second and the time left.
 pub struct Progress {
@@ -27,6 +27,18 @@ impl Progress {
         }
     }
 
+    /// As [`new`](Self::new), with `done` steps taken already; `hidden` on workers that print
+    /// nothing.
+    pub fn resumed(label: &str, steps: usize, done: usize, hidden: bool) -> Self {
+        let progress = Self::new(label, steps);
+        if hidden {
+            progress.bar.set_draw_target(ProgressDrawTarget::hidden());
+        }
+        progress.bar.set_position(done as u64);
+        progress.bar.reset_eta();
+        progress
+    }
+
     /// One step with its loss and number of tokens.
     pub fn step(&self, loss: f64, tokens: usize) {
         self.tokens.set(self.tokens.get() + tokens);
@@ -40,6 +52,11 @@ impl Progress {
     /// One piece of work without a loss.
     pub fn tick(&self) {
         self.bar.inc(1);
+    }
+
+    /// Tokens since the start.
+    pub fn tokens(&self) -> usize {
+        self.tokens.get()
     }
 
     /// Tokens per second since the start.

@@ -1,13 +1,23 @@
-//! One training run, from a model and sequences to a trained model and its metrics.
+//! One training run, from a model and sequences to a trained model and its metrics, on one worker
+//! or several, from the start or from a checkpoint.
 
-use std::time::Instant;
+use std::any::Any;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use burn::module::Module;
+use burn::tensor::Device;
+use hd_pissa::checkpoint::{Checkpoint, Checkpoints, Snapshot};
+use hd_pissa::comm::{Communicator, Solo, thread_group};
 use serde::{Deserialize, Serialize};
 
 use crate::batch::{Feed, FeedConfig, Sequence};
 use crate::method::{Adaptation, num_trainable};
 use crate::progress::Progress;
 use crate::schedule::{Decay, Schedule};
+use crate::stop::Stop;
 use crate::train::{OptimizerSettings, Trainer};
 use crate::{Error, Llama, memory};
 
@@ -64,11 +74,13 @@ pub struct Trained {
     pub model: Llama,
     /// One entry per step.
     pub metrics: Vec<StepMetrics>,
-    /// Parameters that gradients moved.
+    /// The same as lines of JSON, those from before a checkpoint as they were.
+    pub lines: String,
+    /// Parameters that gradients moved, on all workers.
     pub trainable: usize,
     /// Seconds of the preparation of the adapters.
     pub preparation: f64,
-    /// Seconds of all steps.
+    /// Seconds of all steps, those before a checkpoint included.
     pub seconds: f64,
     /// Tokens per second over all steps, without padding.
     pub tokens_per_second: f64,
@@ -76,8 +88,319 @@ pub struct Trained {
     pub peak_memory: Option<u64>,
 }
 
+/// Name of the metrics in output and checkpoints.
+pub const METRICS: &str = "metrics.jsonl";
+
+/// How a run ended.
+pub enum Outcome {
+    /// After its last step.
+    Finished(Box<Trained>),
+    /// After an earlier step, on request.
+    Stopped {
+        /// Number of steps taken.
+        step: usize,
+        /// Number of all steps.
+        total: usize,
+        /// The checkpoint it left.
+        checkpoint: PathBuf,
+    },
+}
+
+/// Where and when a run saves.
+#[derive(Clone, Debug)]
+pub struct Saving {
+    /// Where.
+    pub checkpoints: Checkpoints,
+    /// Every so many steps.
+    pub every: Option<usize>,
+    /// After the step in which so much time has passed since the last checkpoint.
+    pub interval: Option<Duration>,
+    /// What a run that resumes must have in common with this one.
+    pub settings: BTreeMap<String, String>,
+}
+
+impl Saving {
+    /// Whether a checkpoint is due after `done` of `total` steps. The last step counts where
+    /// others do: what follows may take long.
+    fn is_due(&self, done: usize, total: usize, last: Instant) -> bool {
+        let every = self.every.is_some_and(|every| done.is_multiple_of(every));
+        let interval = self.interval.is_some_and(|time| last.elapsed() >= time);
+        let regularly = self.every.is_some() || self.interval.is_some();
+        every || interval || (regularly && done == total)
+    }
+}
+
+/// What a checkpoint notes beside the state of model and optimizer. The place in the data follows
+/// from the step, and the order of each epoch from the seed.
+#[derive(Serialize, Deserialize)]
+struct Elapsed {
+    seconds: f64,
+    tokens: usize,
+}
+
+/// A run that is ready to start, on any number of workers.
+pub struct Training<'a> {
+    config: &'a RunConfig,
+    label: &'a str,
+    feed: Feed,
+    total: usize,
+    /// Where and when to save; without it the run cannot stop early.
+    pub saving: Option<Saving>,
+    /// Where to go on.
+    pub resume: Option<Checkpoint>,
+    /// Asked after every step.
+    pub stop: Stop,
+}
+
+/// What the steps so far have left beside the state of the model.
+#[derive(Default)]
+struct History {
+    metrics: Vec<StepMetrics>,
+    lines: String,
+    seconds: f64,
+    tokens: usize,
+}
+
+impl<'a> Training<'a> {
+    /// A run from the start, without checkpoints.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Option`] if there are too few sequences for one step.
+    pub fn new(
+        config: &'a RunConfig,
+        sequences: impl Into<Arc<[Sequence]>>,
+        label: &'a str,
+    ) -> Result<Self, Error> {
+        let feed = Feed::new(sequences, config.feed)?;
+        let total = match config.length {
+            Length::Epochs(epochs) => epochs * feed.steps_per_epoch(),
+            Length::Steps(steps) => steps,
+        };
+        Ok(Self {
+            config,
+            label,
+            feed,
+            total,
+            saving: None,
+            resume: None,
+            stop: Stop::default(),
+        })
+    }
+
+    /// Number of all steps.
+    pub fn total(&self) -> usize {
+        self.total
+    }
+
+    /// Trains `model`, which must be on an autodiff device, as one worker of those that
+    /// `communicator` connects. Every worker calls it with the same model. Worker 0 prints and
+    /// writes; on the others the result is the same.
+    ///
+    /// # Errors
+    ///
+    /// Those of the adapters, the steps and the checkpoints.
+    pub fn work(
+        &self,
+        model: Llama,
+        communicator: impl Communicator + 'static,
+    ) -> Result<Outcome, Error> {
+        let config = self.config;
+        let schedule = Schedule::new(config.lr, config.decay, config.warmup_ratio, self.total);
+        let workers = communicator.num_workers();
+        let is_first = communicator.worker_index() == 0;
+
+        let start = Instant::now();
+        let mut trainer =
+            Trainer::with_communicator(model, &config.adaptation, config.optimizer, communicator)?;
+        let mut history = History::default();
+        if let Some(checkpoint) = &self.resume {
+            trainer = trainer.restore(checkpoint)?;
+            history = History::of(checkpoint)?;
+        }
+        let trainable = num_trainable(trainer.model()) * workers;
+        let preparation = start.elapsed().as_secs_f64();
+
+        let start = Instant::now();
+        let mut last_save = Instant::now();
+        let mut feed = self.feed.clone();
+        let first = history.metrics.len();
+        let progress = Progress::resumed(self.label, self.total, first, !is_first);
+        for step in first..self.total {
+            let step_start = Instant::now();
+            let lr = schedule.at(step);
+            let batches = &feed.step(step)[trainer.hosted()];
+            let report = trainer.step(step + 1, lr, batches)?;
+            progress.step(report.loss, report.tokens);
+            history.push(StepMetrics {
+                step: step + 1,
+                loss: report.loss,
+                lr,
+                gradient_norm: report.gradient_norm,
+                update_norm: report.update_norm,
+                tokens_per_second: report.tokens as f64 / step_start.elapsed().as_secs_f64(),
+                memory: memory::current(),
+            });
+            let Some(saving) = &self.saving else {
+                continue;
+            };
+            // Clocks and signals differ between workers: the first decides about the former, any
+            // of them may have heard the latter.
+            let due = saving.is_due(step + 1, self.total, last_save);
+            let flags = [due, self.stop.requested()].map(|flag| f32::from(u8::from(flag)));
+            let flags = trainer.gather(&flags)?;
+            let stop = flags.chunks(2).any(|worker| worker[1] != 0.0);
+            if stop || flags[0] != 0.0 {
+                let elapsed = Elapsed {
+                    seconds: history.seconds + start.elapsed().as_secs_f64(),
+                    tokens: history.tokens + progress.tokens(),
+                };
+                let checkpoint = save(saving, &trainer, &history, &elapsed)?;
+                last_save = Instant::now();
+                if stop {
+                    progress.finish();
+                    return Ok(Outcome::Stopped {
+                        step: step + 1,
+                        total: self.total,
+                        checkpoint,
+                    });
+                }
+            }
+        }
+        let seconds = history.seconds + start.elapsed().as_secs_f64();
+        let tokens = history.tokens + progress.tokens();
+        progress.finish();
+        Ok(Outcome::Finished(Box::new(Trained {
+            model: trainer.into_model(),
+            metrics: history.metrics,
+            lines: history.lines,
+            trainable,
+            preparation,
+            seconds,
+            tokens_per_second: tokens as f64 / seconds.max(1e-9),
+            peak_memory: memory::peak(),
+        })))
+    }
+
+    /// Trains on one thread per device, each with its share of the shards.
+    ///
+    /// A worker that fails ends the others within `timeout`; the error is that of the one that
+    /// failed first.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`work`](Self::work), and [`Error::Panic`].
+    pub fn work_in_threads(
+        &self,
+        model: Llama,
+        devices: &[Device],
+        timeout: Duration,
+    ) -> Result<Outcome, Error> {
+        let group = thread_group(devices.len(), timeout);
+        let mut results = std::thread::scope(|scope| {
+            let threads: Vec<_> = group
+                .into_iter()
+                .zip(devices)
+                .map(|(communicator, device)| {
+                    let model = model.clone().fork(&device.clone().autodiff());
+                    scope.spawn(move || self.work(model, communicator))
+                })
+                .collect();
+            // So that the workers' own copies are the only ones.
+            drop(model);
+            let join = |(worker, thread): (usize, std::thread::ScopedJoinHandle<_>)| {
+                let panicked = |panic: Box<dyn Any + Send>| Error::Panic {
+                    worker,
+                    reason: message(&*panic),
+                };
+                thread.join().unwrap_or_else(|panic| Err(panicked(panic)))
+            };
+            threads
+                .into_iter()
+                .enumerate()
+                .map(join)
+                .collect::<Vec<_>>()
+        });
+        let failed = |result: &Result<Outcome, Error>| result.is_err();
+        let cause = |result: &Result<Outcome, Error>| matches!(result, Err(error) if !error.is_of_another_worker());
+        let reported = results.iter().position(cause);
+        let reported = reported.or_else(|| results.iter().position(failed));
+        results.swap_remove(reported.unwrap_or(0))
+    }
+}
+
+/// Collective: writes a checkpoint of what the trainer has.
+fn save(
+    saving: &Saving,
+    trainer: &Trainer,
+    history: &History,
+    elapsed: &Elapsed,
+) -> Result<PathBuf, Error> {
+    let step = history.metrics.len() as u64;
+    let mut snapshot = Snapshot::new(step, trainer.model(), trainer.optimizer_state()?);
+    snapshot.settings = saving.settings.clone();
+    snapshot.progress = serde_json::json!({
+        "seconds": elapsed.seconds,
+        "tokens": elapsed.tokens,
+    });
+    let lines = history.lines.clone().into_bytes();
+    snapshot.attachments.insert(METRICS.into(), lines);
+    Ok(saving.checkpoints.save(&snapshot, trainer.communicator())?)
+}
+
+/// What a panic said.
+fn message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| text.to_string());
+    text.or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "no message".into())
+}
+
+impl History {
+    /// That of a checkpoint.
+    fn of(checkpoint: &Checkpoint) -> Result<Self, Error> {
+        let path = checkpoint.path().join(METRICS);
+        let lines = String::from_utf8(checkpoint.attachment(METRICS)?)
+            .map_err(|_| Error::field(&path, "content", "is not UTF-8 text"))?;
+        let metrics = lines
+            .lines()
+            .enumerate()
+            .map(|(index, line)| {
+                serde_json::from_str(line).map_err(|error| {
+                    Error::field(&path, format!("line {}", index + 1), error.to_string())
+                })
+            })
+            .collect::<Result<Vec<StepMetrics>, Error>>()?;
+        if metrics.len() as u64 != checkpoint.step() {
+            let reason = format!(
+                "has {} lines for {} steps",
+                metrics.len(),
+                checkpoint.step()
+            );
+            return Err(Error::field(&path, "content", reason));
+        }
+        let elapsed = Elapsed::deserialize(checkpoint.progress()).map_err(|error| {
+            let path = checkpoint.path().join("manifest.json");
+            Error::field(path, "progress", error.to_string())
+        })?;
+        Ok(Self {
+            metrics,
+            lines,
+            seconds: elapsed.seconds,
+            tokens: elapsed.tokens,
+        })
+    }
+
+    fn push(&mut self, metrics: StepMetrics) {
+        let line = serde_json::to_string(&metrics).expect("a struct of numbers has a JSON form");
+        self.lines += &line;
+        self.lines.push('\n');
+        self.metrics.push(metrics);
+    }
+}
+
 impl RunConfig {
-    /// Trains `model`, which must be on an autodiff device.
+    /// Trains `model`, which must be on an autodiff device, on one worker, from the start to the
+    /// end.
     ///
     /// # Errors
     ///
@@ -88,46 +411,9 @@ impl RunConfig {
         sequences: Vec<Sequence>,
         label: &str,
     ) -> Result<Trained, Error> {
-        let mut feed = Feed::new(sequences, self.feed)?;
-        let total = match self.length {
-            Length::Epochs(epochs) => epochs * feed.steps_per_epoch(),
-            Length::Steps(steps) => steps,
-        };
-        let schedule = Schedule::new(self.lr, self.decay, self.warmup_ratio, total);
-
-        let start = Instant::now();
-        let mut trainer = Trainer::new(model, &self.adaptation, self.optimizer)?;
-        let trainable = num_trainable(trainer.model());
-        let preparation = start.elapsed().as_secs_f64();
-
-        let start = Instant::now();
-        let progress = Progress::new(label, total);
-        let mut metrics = Vec::with_capacity(total);
-        for step in 0..total {
-            let step_start = Instant::now();
-            let lr = schedule.at(step);
-            let report = trainer.step(step + 1, lr, &feed.step(step))?;
-            progress.step(report.loss, report.tokens);
-            metrics.push(StepMetrics {
-                step: step + 1,
-                loss: report.loss,
-                lr,
-                gradient_norm: report.gradient_norm,
-                update_norm: report.update_norm,
-                tokens_per_second: report.tokens as f64 / step_start.elapsed().as_secs_f64(),
-                memory: memory::current(),
-            });
+        match Training::new(self, sequences, label)?.work(model, Solo)? {
+            Outcome::Finished(trained) => Ok(*trained),
+            Outcome::Stopped { .. } => unreachable!("a run that does not save does not stop"),
         }
-        let tokens_per_second = progress.tokens_per_second();
-        progress.finish();
-        Ok(Trained {
-            model: trainer.into_model(),
-            metrics,
-            trainable,
-            preparation,
-            seconds: start.elapsed().as_secs_f64(),
-            tokens_per_second,
-            peak_memory: memory::peak(),
-        })
     }
 }

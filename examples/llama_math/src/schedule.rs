@@ -1,5 +1,7 @@
 //! Learning rates.
 
+use std::fmt::{self, Display, Formatter};
+
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
@@ -13,6 +15,16 @@ pub enum Decay {
     Linear,
     /// Not at all.
     Constant,
+}
+
+impl Display for Decay {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Cosine => "cosine",
+            Self::Linear => "linear",
+            Self::Constant => "constant",
+        })
+    }
 }
 
 /// Linear warm-up, then a decay.

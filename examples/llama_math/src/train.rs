@@ -1,12 +1,15 @@
 //! Steps of training, the same micro-batches for every method.
 
+use std::ops::Range;
+
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::{
     AdamConfig, AdamWConfig, GradientsAccumulator, GradientsParams, ModuleOptimizer,
 };
-use burn::tensor::{Device, Tensor};
-use hd_pissa::comm::Solo;
-use hd_pissa::{HdPissaModule, HdPissaOptimizer, ShardGradients};
+use burn::tensor::{Bytes, Device, Tensor};
+use hd_pissa::checkpoint::Checkpoint;
+use hd_pissa::comm::{Communicator, Solo};
+use hd_pissa::{HdPissaModule, HdPissaOptimizer, OptimizerError, ShardGradients};
 
 use crate::batch::MicroBatch;
 use crate::method::{Adaptation, Method};
@@ -31,6 +34,8 @@ pub struct Trainer {
     model: Option<Llama>,
     optimizer: Optimizer,
     device: Device,
+    /// The shards whose micro-batches this worker takes.
+    hosted: Range<usize>,
 }
 
 enum Optimizer {
@@ -67,12 +72,30 @@ impl Trainer {
         adaptation: &Adaptation,
         settings: OptimizerSettings,
     ) -> Result<Self, Error> {
+        Self::with_communicator(model, adaptation, settings, Solo)
+    }
+
+    /// Prepares `model` on one of several workers, which hosts its share of HD-PiSSA's shards: the
+    /// first worker the first ones, and so on. The number of workers must divide that of shards.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`new`](Self::new).
+    pub fn with_communicator(
+        model: Llama,
+        adaptation: &Adaptation,
+        settings: OptimizerSettings,
+        communicator: impl Communicator + 'static,
+    ) -> Result<Self, Error> {
         let device = model.device();
-        let model = adaptation.apply(model)?;
+        let share = adaptation.shards / communicator.num_workers();
+        let first = share * communicator.worker_index();
+        let hosted = first..first + share;
+        let model = adaptation.apply_hosted(model, hosted.clone())?;
         let optimizer = match adaptation.method {
             Method::HdPissa => {
                 let adam = AdamConfig::new().with_epsilon(EPSILON).init();
-                let optimizer = HdPissaOptimizer::new(adam, Solo)?.with_update_norm();
+                let optimizer = HdPissaOptimizer::new(adam, communicator)?.with_update_norm();
                 Optimizer::HdPissa(match settings.clip {
                     Some(clip) => optimizer.with_max_grad_norm(clip)?,
                     None => optimizer,
@@ -91,7 +114,70 @@ impl Trainer {
             model: Some(model),
             optimizer,
             device,
+            hosted,
         })
+    }
+
+    /// Gives model and optimizer the state of a checkpoint.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Checkpoint`], and [`Error::Optimizer`] for a record of another optimizer.
+    pub fn restore(self, checkpoint: &Checkpoint) -> Result<Self, Error> {
+        let model = checkpoint.restore(self.model.expect("a step puts the model back"))?;
+        let state = checkpoint.optimizer(&model)?;
+        let optimizer = match self.optimizer {
+            Optimizer::HdPissa(inner) => Optimizer::HdPissa(inner.from_bytes(state)?),
+            Optimizer::Mean { inner, clip } => {
+                let inner = inner.from_bytes(state).map_err(OptimizerError::from)?;
+                Optimizer::Mean { inner, clip }
+            }
+        };
+        Ok(Self {
+            model: Some(model),
+            optimizer,
+            ..self
+        })
+    }
+
+    /// The state of the optimizer, for a checkpoint.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Optimizer`] if it cannot be serialized.
+    pub fn optimizer_state(&self) -> Result<Bytes, Error> {
+        Ok(match &self.optimizer {
+            Optimizer::HdPissa(inner) => inner.to_bytes()?,
+            Optimizer::Mean { inner, .. } => inner.into_bytes().map_err(OptimizerError::from)?,
+        })
+    }
+
+    /// The transport.
+    pub fn communicator(&self) -> &dyn Communicator {
+        match &self.optimizer {
+            Optimizer::HdPissa(inner) => inner.communicator(),
+            Optimizer::Mean { .. } => &Solo,
+        }
+    }
+
+    /// The shards whose micro-batches this worker takes.
+    pub fn hosted(&self) -> Range<usize> {
+        self.hosted.clone()
+    }
+
+    /// A few numbers of every worker, the same number of each, in the order of workers.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Comm`].
+    pub fn gather(&self, own: &[f32]) -> Result<Vec<f32>, Error> {
+        let communicator = self.communicator();
+        if communicator.num_workers() == 1 {
+            return Ok(own.to_vec());
+        }
+        let buffer = Tensor::from_floats(own, &self.device.clone().inner());
+        let gathered = communicator.all_gather(buffer)?;
+        Ok(gathered.into_data().iter::<f32>().collect())
     }
 
     /// The model.
@@ -104,7 +190,8 @@ impl Trainer {
         self.model.expect("a step puts the model back")
     }
 
-    /// Takes a step on the micro-batches of each shard. `step` counts from 1, for messages.
+    /// Takes a step on the micro-batches of each hosted shard. `step` counts from 1, for messages.
+    /// The report is about all shards, the same on every worker.
     ///
     /// # Errors
     ///
@@ -119,32 +206,52 @@ impl Trainer {
         let model = self.model.take().expect("a step puts the model back");
         let mut total = Total {
             step,
-            loss: 0.0,
-            tokens: 0,
-            micro_batches: 0,
+            ..Total::default()
         };
         let (model, norms) = match &mut self.optimizer {
             Optimizer::HdPissa(inner) => {
-                step_of_shards(inner, model, lr, shards, &self.device, &mut total)
+                let first = self.hosted.start;
+                step_of_shards(inner, model, lr, first, shards, &self.device, &mut total)
             }
             Optimizer::Mean { inner, clip } => {
                 step_of_mean(inner, *clip, model, lr, shards, &self.device, &mut total)
             }
         };
         self.model = Some(model);
-        let Norms { gradient, update } = norms?;
+        let Norms {
+            squared_gradients,
+            update,
+        } = norms?;
+        // Each value is an `f32` that came from a device, and a number of tokens is far below
+        // 2²⁴: nothing is rounded. Summed in the order of shards, so that the sums do not depend
+        // on how many workers there are.
+        let mut own = vec![total.tokens as f32];
+        own.extend(squared_gradients.iter().map(|&square| square as f32));
+        own.extend(total.losses.iter().map(|&loss| loss as f32));
+        let all = self.gather(&own)?;
+        let (mut tokens, mut squared_norm, mut loss) = (0, 0.0, 0.0);
+        for worker in all.chunks(own.len()) {
+            let (squares, losses) = worker[1..].split_at(squared_gradients.len());
+            tokens += worker[0] as usize;
+            squared_norm = squares
+                .iter()
+                .fold(squared_norm, |sum, &x| sum + f64::from(x));
+            loss = losses.iter().fold(loss, |sum, &x| sum + f64::from(x));
+        }
+        let micro_batches = total.losses.len() * (all.len() / own.len());
         Ok(StepReport {
-            loss: total.loss / total.micro_batches as f64,
-            gradient_norm: gradient,
+            loss: loss / micro_batches as f64,
+            gradient_norm: squared_norm.sqrt(),
             update_norm: update,
-            tokens: total.tokens,
+            tokens,
         })
     }
 }
 
-/// Norms of a step's gradient and update.
+/// Norms of a step's gradients and update.
 struct Norms {
-    gradient: f64,
+    /// One for each hosted shard, or one for the mean gradient.
+    squared_gradients: Vec<f64>,
     update: f64,
 }
 
@@ -153,17 +260,18 @@ fn step_of_shards(
     optimizer: &mut HdPissaOptimizer,
     mut model: Llama,
     lr: f64,
+    first: usize,
     shards: &[Vec<MicroBatch>],
     device: &Device,
     total: &mut Total,
 ) -> (Llama, Result<Norms, Error>) {
     let mut gradients = ShardGradients::new(&model);
-    let mut squared_norm = 0.0;
-    for (shard, micro_batches) in shards.iter().enumerate() {
+    let mut squared_gradients = Vec::with_capacity(shards.len());
+    for (shard, micro_batches) in (first..).zip(shards) {
         model = model.select_shard(shard);
         match mean_gradients(&model, &[micro_batches], device, total) {
             Ok(mean) => {
-                squared_norm += squared_gradient_norm(&model, &mean);
+                squared_gradients.push(squared_gradient_norm(&model, &mean));
                 gradients.push(shard, mean);
             }
             Err(error) => return (model, Err(error)),
@@ -172,7 +280,7 @@ fn step_of_shards(
     match optimizer.step(lr, model, gradients) {
         Ok(model) => {
             let norms = Norms {
-                gradient: squared_norm.sqrt(),
+                squared_gradients,
                 update: optimizer.update_norm().unwrap_or_default(),
             };
             (model, Ok(norms))
@@ -202,7 +310,8 @@ fn step_of_mean(
         Ok(mean) => mean,
         Err(error) => return (model, Err(error)),
     };
-    let norm = squared_gradient_norm(&model, &mean).sqrt();
+    let squared_norm = squared_gradient_norm(&model, &mean);
+    let norm = squared_norm.sqrt();
     if !norm.is_finite() {
         return (
             model,
@@ -225,17 +334,18 @@ fn step_of_mean(
     (
         model,
         Ok(Norms {
-            gradient: norm,
+            squared_gradients: vec![squared_norm],
             update,
         }),
     )
 }
 
+#[derive(Default)]
 struct Total {
     step: usize,
-    loss: f64,
+    /// Of each micro-batch.
+    losses: Vec<f64>,
     tokens: usize,
-    micro_batches: usize,
 }
 
 /// The mean over all micro-batches of the gradients of their mean loss per target.
@@ -257,9 +367,8 @@ fn mean_gradients(
                 loss: value,
             });
         }
-        total.loss += value;
+        total.losses.push(value);
         total.tokens += micro_batch.num_tokens();
-        total.micro_batches += 1;
         let gradients = (loss / count as f64).backward();
         accumulator.accumulate(model, GradientsParams::from_grads(gradients, model));
     }

@@ -9,6 +9,7 @@ use half::{bf16, f16};
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde::Deserialize;
+use sha2::{Digest, Sha256};
 
 use crate::Error;
 
@@ -22,15 +23,36 @@ pub(crate) enum Source {
     Embedded(&'static [u8]),
 }
 
+impl Source {
+    /// Adds the content to a digest.
+    pub(crate) fn hash(&self, hash: &mut Sha256) -> Result<(), Error> {
+        match self {
+            Self::File(path) => {
+                let mut file = File::open(path).map_err(Error::io(path))?;
+                let mut buffer = vec![0; 1 << 16];
+                loop {
+                    match file.read(&mut buffer).map_err(Error::io(path))? {
+                        0 => return Ok(()),
+                        len => hash.update(&buffer[..len]),
+                    }
+                }
+            }
+            Self::Embedded(bytes) => hash.update(bytes),
+        }
+        Ok(())
+    }
+}
+
 /// A tensor of a weight file.
 #[derive(Debug, Clone)]
 pub(crate) struct Entry {
-    source: Source,
+    pub(crate) source: Source,
     pub(crate) path: PathBuf,
     pub(crate) dtype: Dtype,
     pub(crate) shape: Vec<usize>,
     start: u64,
-    len: usize,
+    /// In bytes.
+    pub(crate) len: usize,
 }
 
 #[derive(Deserialize)]

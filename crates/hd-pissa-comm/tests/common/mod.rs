@@ -167,6 +167,7 @@ impl Fault {
     }
 
     /// How many workers live to report it.
+    #[cfg(feature = "mpi")]
     pub fn reporters(self, workers: usize) -> usize {
         workers - usize::from(self.ends_process() || self == Fault::Panic)
     }

@@ -16,6 +16,7 @@ use super::others::{OthersBefore, mean_gradients};
 use super::probe::Probe;
 use super::{OptimizerError, StepError};
 use crate::adapter::path::shard_path;
+use crate::checkpoint::check_record;
 use crate::ops::{self, MergeInputs};
 
 /// Version of the records that this build writes and reads.
@@ -280,6 +281,12 @@ impl HdPissaOptimizer {
         }
     }
 
+    /// The transport, for what workers agree on besides steps, as
+    /// [`Checkpoints::save`](crate::checkpoint::Checkpoints::save) does.
+    pub fn communicator(&self) -> &dyn Communicator {
+        &*self.communicator
+    }
+
     /// Serializes the state of the inner optimizer (the moments of the hosted shards) in Burn's
     /// format, with the number of steps and a format version.
     ///
@@ -325,7 +332,10 @@ impl HdPissaOptimizer {
             });
         }
         self.steps = scalar(STEPS_KEY)?;
-        drop(reader);
+        let scalars = reader.scalars().clone();
+        let tensors = reader.into_tensors().map_err(invalid_record)?;
+        check_record(&tensors, &scalars)
+            .map_err(|reason| OptimizerError::InvalidRecord { reason })?;
         self.inner = self.inner.load_record(OptimizerRecord::from_bytes(bytes)?);
         Ok(self)
     }

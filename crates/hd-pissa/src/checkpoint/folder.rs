@@ -1,0 +1,346 @@
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use burn::module::Module;
+use burn::tensor::{Bytes, Device, Tensor};
+use hd_pissa_comm::Communicator;
+use serde_json::Value;
+
+use super::manifest::{MANIFEST, Manifest, SUMS};
+use super::parameters::Parameters;
+use super::saved::{Checkpoint, MODEL, OPTIMIZER, frames_file, moments_file};
+use super::states::States;
+use super::{CheckpointError, files};
+
+const PREFIX: &str = "step-";
+
+/// What goes into a checkpoint.
+#[derive(Clone, Debug)]
+pub struct Snapshot<'a, M> {
+    /// Number of steps taken.
+    pub step: u64,
+    /// The model, with its adapters.
+    pub model: &'a M,
+    /// The state of the optimizer:
+    /// [`HdPissaOptimizer::to_bytes`](crate::HdPissaOptimizer::to_bytes) or
+    /// [`ModuleOptimizer::into_bytes`](burn::optim::ModuleOptimizer::into_bytes).
+    pub optimizer: Bytes,
+    /// What must be the same in a run that resumes; see [`Checkpoint::check_settings`]. Text, so
+    /// that it compares exactly.
+    pub settings: BTreeMap<String, String>,
+    /// What else a run wants to find again: its place in the data, seeds, times. Saved by worker 0.
+    pub progress: Value,
+    /// Further files by name, as they are. Saved by worker 0.
+    pub attachments: BTreeMap<String, Vec<u8>>,
+}
+
+impl<'a, M> Snapshot<'a, M> {
+    /// A snapshot after `step` steps, without settings, progress and attachments.
+    pub fn new(step: u64, model: &'a M, optimizer: Bytes) -> Self {
+        Self {
+            step,
+            model,
+            optimizer,
+            settings: BTreeMap::new(),
+            progress: Value::Null,
+            attachments: BTreeMap::new(),
+        }
+    }
+}
+
+/// A folder of checkpoints of one run.
+#[derive(Clone, Debug)]
+pub struct Checkpoints {
+    folder: PathBuf,
+    keep_last: usize,
+}
+
+/// The newest checkpoint that can be used.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// `None` if there is none.
+    pub checkpoint: Option<Checkpoint>,
+    /// Why newer ones cannot be used, the newest first.
+    pub damaged: Vec<CheckpointError>,
+    /// Their folders.
+    damaged_folders: Vec<PathBuf>,
+}
+
+impl Checkpoints {
+    /// Checkpoints in `folder`, which need not exist yet. Nothing is read or written.
+    pub fn new(folder: impl Into<PathBuf>) -> Self {
+        Self {
+            folder: folder.into(),
+            keep_last: usize::MAX,
+        }
+    }
+
+    /// Keeps the `count` newest checkpoints instead of all.
+    ///
+    /// # Panics
+    ///
+    /// If `count` is 0.
+    pub fn with_keep_last(mut self, count: usize) -> Self {
+        assert!(count > 0, "the newest checkpoint is always kept");
+        self.keep_last = count;
+        self
+    }
+
+    /// The folder.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Steps of the checkpoints there are, ascending; none where the folder does not exist.
+    ///
+    /// # Errors
+    ///
+    /// [`CheckpointError::Io`] if the folder cannot be read.
+    pub fn steps(&self) -> Result<Vec<u64>, CheckpointError> {
+        let names = self.names()?;
+        let step = |name: &String| name.strip_prefix(PREFIX)?.parse().ok();
+        let mut steps: Vec<u64> = names.iter().filter_map(step).collect();
+        steps.sort_unstable();
+        Ok(steps)
+    }
+
+    fn names(&self) -> Result<Vec<String>, CheckpointError> {
+        let io = |error| CheckpointError::io(&self.folder, error);
+        let entries = match std::fs::read_dir(&self.folder) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(io(error)),
+        };
+        let name = |entry: std::io::Result<std::fs::DirEntry>| {
+            let name = entry.map_err(io)?.file_name();
+            Ok(name.to_string_lossy().into_owned())
+        };
+        entries.map(name).collect()
+    }
+
+    fn path(&self, step: u64) -> PathBuf {
+        self.folder.join(format!("{PREFIX}{step:09}"))
+    }
+
+    /// A hidden folder, which no reader takes for a checkpoint.
+    fn hidden(&self, step: u64, what: &str) -> PathBuf {
+        self.folder.join(format!(".{PREFIX}{step:09}.{what}"))
+    }
+
+    /// The newest checkpoint whose files are all as they were written.
+    ///
+    /// # Errors
+    ///
+    /// [`CheckpointError::Io`] if the folder cannot be read. Damaged checkpoints are no errors
+    /// here: see [`Found::damaged`].
+    pub fn latest(&self) -> Result<Found, CheckpointError> {
+        let mut found = Found {
+            checkpoint: None,
+            damaged: Vec::new(),
+            damaged_folders: Vec::new(),
+        };
+        for step in self.steps()?.into_iter().rev() {
+            match Checkpoint::open(self.path(step)) {
+                Ok(checkpoint) => {
+                    found.checkpoint = Some(checkpoint);
+                    break;
+                }
+                Err(error) => {
+                    found.damaged.push(error);
+                    found.damaged_folders.push(self.path(step));
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Renames the damaged checkpoints of `found`, so that a run that goes on from an earlier one
+    /// does not count them among the newest. Their new names begin with `damaged-`.
+    ///
+    /// # Errors
+    ///
+    /// [`CheckpointError::Io`].
+    pub fn set_aside(&self, found: &Found) -> Result<(), CheckpointError> {
+        for path in &found.damaged_folders {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let aside = self.folder.join(format!("damaged-{name}"));
+            remove(&aside)?;
+            rename(path, &aside)?;
+        }
+        Ok(())
+    }
+
+    /// Writes a checkpoint. Every worker calls it with the same step; each writes the files of its
+    /// shards, worker 0 everything else. Returns when it is on disk, with its folder.
+    ///
+    /// Reads one tensor at a time from the device.
+    ///
+    /// # Errors
+    ///
+    /// [`CheckpointError::Io`] with the file or folder, on the worker where it failed, and
+    /// [`CheckpointError::OtherWorker`] on the others; the checkpoints there were are then as
+    /// before. [`CheckpointError::InvalidState`] if [`Snapshot::optimizer`] is no record.
+    ///
+    /// # Panics
+    ///
+    /// If the name of an attachment is not that of a file, or that of one of the checkpoint's own.
+    pub fn save<M: Module>(
+        &self,
+        snapshot: &Snapshot<'_, M>,
+        communicator: &dyn Communicator,
+    ) -> Result<PathBuf, CheckpointError> {
+        let device = snapshot.model.devices().into_iter().next();
+        let agree = |result| agree(result, communicator, &device.clone().unwrap_or_default());
+        let is_first = communicator.worker_index() == 0;
+        let draft = self.hidden(snapshot.step, "partial");
+        let path = self.path(snapshot.step);
+        let first = |action: &dyn Fn() -> Result<(), CheckpointError>| match is_first {
+            true => action(),
+            false => Ok(()),
+        };
+        let written = agree(first(&|| self.begin(&draft)))
+            .and_then(|()| agree(write_parts(snapshot, is_first, &draft)))
+            .and_then(|()| agree(first(&|| self.finish(snapshot, &draft, &path))));
+        if written.is_err() && is_first {
+            // What failed is worth more than a failure to clean up after it.
+            let _ = std::fs::remove_dir_all(&draft);
+        }
+        written.map(|()| path)
+    }
+
+    fn begin(&self, draft: &Path) -> Result<(), CheckpointError> {
+        std::fs::create_dir_all(&self.folder)
+            .map_err(|error| CheckpointError::io(&self.folder, error))?;
+        // Whatever a run that was killed has left.
+        for name in self.names()? {
+            if name.starts_with(&format!(".{PREFIX}")) {
+                remove(&self.folder.join(name))?;
+            }
+        }
+        std::fs::create_dir(draft).map_err(|error| CheckpointError::io(draft, error))
+    }
+
+    fn finish<M: Module>(
+        &self,
+        snapshot: &Snapshot<'_, M>,
+        draft: &Path,
+        path: &Path,
+    ) -> Result<(), CheckpointError> {
+        let shards = Parameters::of(snapshot.model).shards;
+        let settings = snapshot.settings.clone();
+        let progress = snapshot.progress.clone();
+        Manifest::new(snapshot.step, shards, settings, progress).write(draft)?;
+        files::sync_folder(draft)?;
+        if path.exists() {
+            // One of the same step, which a resumed run takes again.
+            let old = self.hidden(snapshot.step, "old");
+            rename(path, &old)?;
+            rename(draft, path)?;
+            remove(&old)?;
+        } else {
+            rename(draft, path)?;
+        }
+        files::sync_folder(&self.folder)?;
+        self.prune(snapshot.step)
+    }
+
+    /// Removes all but the newest, of those that are not newer than `step`: a run that resumed from
+    /// an earlier checkpoint must not lose what it has just written.
+    fn prune(&self, step: u64) -> Result<(), CheckpointError> {
+        let steps = self.steps()?;
+        let old = steps.into_iter().filter(|&other| other <= step).rev();
+        for step in old.skip(self.keep_last) {
+            self.discard(step)?;
+        }
+        Ok(())
+    }
+
+    /// A folder that is being deleted no longer has the name of a checkpoint.
+    fn discard(&self, step: u64) -> Result<(), CheckpointError> {
+        let hidden = self.hidden(step, "discarded");
+        rename(&self.path(step), &hidden)?;
+        remove(&hidden)
+    }
+
+    /// Deletes every checkpoint, and the folder if nothing else is in it.
+    ///
+    /// # Errors
+    ///
+    /// [`CheckpointError::Io`].
+    pub fn discard_all(&self) -> Result<(), CheckpointError> {
+        for step in self.steps()? {
+            self.discard(step)?;
+        }
+        let names = self.names()?;
+        for name in &names {
+            if name.starts_with(&format!(".{PREFIX}")) {
+                remove(&self.folder.join(name))?;
+            }
+        }
+        // Fails where other files are left, which are not ours.
+        let _ = std::fs::remove_dir(&self.folder);
+        Ok(())
+    }
+}
+
+fn write_parts<M: Module>(
+    snapshot: &Snapshot<'_, M>,
+    is_first: bool,
+    folder: &Path,
+) -> Result<(), CheckpointError> {
+    let parameters = Parameters::of(snapshot.model);
+    let mut states = States::split(snapshot.optimizer.clone(), &parameters.shard_of())?;
+    for shard in parameters.hosted() {
+        let file = |name: fn(usize, usize) -> String| folder.join(name(shard, parameters.shards));
+        parameters.write(Some(shard), &file(frames_file))?;
+        states.write(Some(shard), &file(moments_file))?;
+    }
+    if is_first {
+        parameters.write(None, &folder.join(MODEL))?;
+        states.write(None, &folder.join(OPTIMIZER))?;
+        for (name, content) in &snapshot.attachments {
+            let path = folder.join(name);
+            let is_plain = Path::new(name).file_name() == Some(name.as_ref());
+            let is_own = path.exists() || [MANIFEST, SUMS].contains(&name.as_str());
+            assert!(
+                is_plain && !is_own,
+                "`{name}` cannot be the name of an attachment"
+            );
+            files::write(&path, content)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether every worker has succeeded; each that has not keeps its own error.
+fn agree(
+    result: Result<(), CheckpointError>,
+    communicator: &dyn Communicator,
+    device: &Device,
+) -> Result<(), CheckpointError> {
+    if communicator.num_workers() == 1 {
+        return result;
+    }
+    let failed = [f32::from(u8::from(result.is_err()))];
+    let gathered = communicator.all_gather(Tensor::from_floats(failed, &device.clone().inner()));
+    result?;
+    let failed = gathered?.into_data();
+    match failed.iter::<f32>().position(|failed| failed != 0.0) {
+        Some(worker) => Err(CheckpointError::OtherWorker { worker }),
+        None => Ok(()),
+    }
+}
+
+fn rename(from: &Path, to: &Path) -> Result<(), CheckpointError> {
+    std::fs::rename(from, to).map_err(|error| CheckpointError::io(from, error))
+}
+
+/// Deletes a folder if it exists.
+fn remove(path: &Path) -> Result<(), CheckpointError> {
+    match std::fs::remove_dir_all(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(CheckpointError::io(path, error))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,77 @@
+//! Checkpoints of a training run: complete or absent, verified before they are used, and
+//! independent of how shards are spread over workers.
+//!
+//! [`Checkpoints`] is a folder with one sub-folder per checkpoint:
+//!
+//! ```text
+//! run.checkpoints/
+//!   step-000000040/
+//!     manifest.json            version, step, settings, progress, names and sizes of the files
+//!     model.bpk                every parameter outside the shards, a record of Burn's
+//!     optimizer.bpk            the optimizer's state of those parameters
+//!     frames-0-of-8.bpk        the factors of shard 0, a record of Burn's
+//!     moments-0-of-8.bpk       the optimizer's state of shard 0
+//!     ...
+//!     SHA256SUMS               of every file above; `sha256sum -c SHA256SUMS` checks it too
+//! ```
+//!
+//! A checkpoint is written into a hidden folder beside, synchronized to disk and renamed: at
+//! whatever moment the program ends, a folder of that name is complete. What happens to it
+//! afterwards is noticed: [`Checkpoints::latest`] hashes every file of the newest checkpoint and
+//! goes back to the one before it where something is missing or changed.
+//!
+//! Every parameter that a traversal of the model shows is saved by its path, in its own dtype, bit
+//! for bit. What belongs to a shard is in files of that shard, each written by the worker that
+//! hosts it, so that a checkpoint resumes on any number of workers. Workers write to the same
+//! folder: on several machines it must be on a file system that all of them see.
+//!
+//! Burn offers no way to read a device's random state. A run that draws random numbers while it
+//! trains resumes bit for bit only if it seeds its device from the step.
+//!
+//! ```
+//! use burn::nn::LinearConfig;
+//! use burn::optim::AdamConfig;
+//! use burn::tensor::Device;
+//! use hd_pissa::checkpoint::{Checkpoints, Snapshot};
+//! use hd_pissa::{HdPissaConfig, HdPissaModule, HdPissaOptimizer, comm::Solo};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let folder = tempfile::tempdir()?;
+//! # let folder = folder.path().join("run.checkpoints");
+//! let device = Device::flex().autodiff();
+//! let config = HdPissaConfig::new().with_rank(2).with_shards(2);
+//! let model = LinearConfig::new(8, 8).init(&device).apply_hd_pissa(&config, 0..2)?;
+//! let optim = HdPissaOptimizer::new(AdamConfig::new().init(), Solo)?;
+//!
+//! let checkpoints = Checkpoints::new(folder).with_keep_last(2);
+//! let mut snapshot = Snapshot::new(40, &model, optim.to_bytes()?);
+//! snapshot.settings.insert("rank".into(), "2".into());
+//! checkpoints.save(&snapshot, &Solo)?;
+//!
+//! // Later, in another process:
+//! let found = checkpoints.latest()?;
+//! for damaged in &found.damaged {
+//!     eprintln!("skipped: {damaged}");
+//! }
+//! if let Some(checkpoint) = found.checkpoint {
+//!     checkpoint.check_settings(&snapshot.settings)?;
+//!     let model = checkpoint.restore(model)?;
+//!     let optim = optim.from_bytes(checkpoint.optimizer(&model)?)?;
+//!     assert_eq!(checkpoint.step(), 40);
+//! }
+//! # Ok(())
+//! # }
+//! ```
+
+mod error;
+mod files;
+mod folder;
+mod manifest;
+mod parameters;
+mod saved;
+mod states;
+
+pub use error::CheckpointError;
+pub use folder::{Checkpoints, Found, Snapshot};
+pub use saved::Checkpoint;
+pub(crate) use states::check_record;

@@ -1,0 +1,207 @@
+//! The parameters of a model, as files hold them.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use burn::module::{Module, ModuleVisitor, Param, ParamId};
+use burn::tensor::{Bool, DType, Int, Shape, Tensor};
+use burn_pack::{HEADER_SIZE, Header, Reader, Writer};
+
+use super::{CheckpointError, files};
+use crate::adapter::path::{PathTracker, Place, track_path};
+
+/// A parameter as a traversal shows it.
+pub(super) struct Parameter {
+    pub(super) id: ParamId,
+    /// Index of the shard it belongs to, if any.
+    pub(super) shard: Option<usize>,
+    pub(super) entry: burn_pack::Tensor,
+}
+
+/// All parameters of a model, and the number of shards of its adapters.
+pub(super) struct Parameters {
+    pub(super) all: Vec<Parameter>,
+    /// 0 without HD-PiSSA adapters.
+    pub(super) shards: usize,
+}
+
+impl Parameters {
+    /// Reads no values; a device is read from when an entry's bytes are asked for.
+    pub(super) fn of<M: Module>(model: &M) -> Self {
+        let mut collector = Collector {
+            path: PathTracker::default(),
+            parameters: Self {
+                all: Vec::new(),
+                shards: 0,
+            },
+        };
+        model.visit(&mut collector);
+        collector.parameters
+    }
+
+    /// The hosted shards, by ascending index.
+    pub(super) fn hosted(&self) -> Vec<usize> {
+        let mut hosted: Vec<usize> = self.all.iter().filter_map(|p| p.shard).collect();
+        hosted.sort_unstable();
+        hosted.dedup();
+        hosted
+    }
+
+    pub(super) fn shard_of(&self) -> HashMap<u64, usize> {
+        let shard = |parameter: &Parameter| Some((parameter.id.val(), parameter.shard?));
+        self.all.iter().filter_map(shard).collect()
+    }
+
+    /// Writes those of `shard`, or those of none, one after the other.
+    pub(super) fn write(&self, shard: Option<usize>, path: &Path) -> Result<(), CheckpointError> {
+        let own = self.all.iter().filter(|p| p.shard == shard);
+        write(Writer::new(own.map(|p| p.entry.clone()).collect()), path)
+    }
+
+    /// Refuses a file whose tensors are not exactly the parameters of `shard`.
+    pub(super) fn check(&self, shard: Option<usize>, path: &Path) -> Result<(), CheckpointError> {
+        let mut saved: BTreeMap<String, burn_pack::Tensor> = read(path)?
+            .into_iter()
+            .map(|tensor| (tensor.name.clone(), tensor))
+            .collect();
+        let mismatch = |name: &str, reason: String| CheckpointError::Parameter {
+            path: path.into(),
+            name: name.into(),
+            reason,
+        };
+        for parameter in self.all.iter().filter(|p| p.shard == shard) {
+            let expected = &parameter.entry;
+            let Some(found) = saved.remove(&expected.name) else {
+                let reason = "the model has this parameter, the checkpoint does not";
+                return Err(mismatch(&expected.name, reason.into()));
+            };
+            if (found.dtype, &found.shape) != (expected.dtype, &expected.shape) {
+                let describe = |t: &burn_pack::Tensor| format!("{:?} {:?}", t.dtype, &t.shape[..]);
+                let reason = format!(
+                    "is {} in the checkpoint and {} in the model",
+                    describe(&found),
+                    describe(expected)
+                );
+                return Err(mismatch(&expected.name, reason));
+            }
+        }
+        match saved.keys().next() {
+            Some(name) => {
+                let reason = "the checkpoint has this parameter, the model does not";
+                Err(mismatch(name, reason.into()))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+struct Collector {
+    path: PathTracker,
+    parameters: Parameters,
+}
+
+impl Collector {
+    fn push(
+        &mut self,
+        id: ParamId,
+        dtype: DType,
+        shape: Shape,
+        data: impl Fn() -> burn::tensor::TensorData + Send + Sync + 'static,
+    ) {
+        let shard = match self.path.place() {
+            Place::Shard { index, shards, .. } => {
+                self.parameters.shards = shards;
+                Some(index)
+            }
+            Place::Companion { .. } | Place::Other(_) => None,
+        };
+        let (name, len) = (self.path.path(), shape.num_elements() * dtype.size());
+        let bytes = move || data().into_parts().0;
+        let entry = match dtype {
+            // Its length follows from its content.
+            DType::QFloat(_) => burn_pack::Tensor::new(name, dtype, shape, Some(id.val()), bytes()),
+            _ => {
+                let provider = move || Ok(bytes());
+                burn_pack::Tensor::deferred(name, dtype, shape, Some(id.val()), len, provider)
+            }
+        };
+        let parameter = Parameter { id, shard, entry };
+        self.parameters.all.push(parameter);
+    }
+}
+
+impl ModuleVisitor for Collector {
+    track_path!(path);
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let tensor = param.transform_for_save().val();
+        let (dtype, shape) = (tensor.dtype(), tensor.shape());
+        self.push(param.id, dtype, shape, move || tensor.clone().into_data());
+    }
+
+    fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
+        let tensor = param.transform_for_save().val();
+        let (dtype, shape) = (tensor.dtype(), tensor.shape());
+        self.push(param.id, dtype, shape, move || tensor.clone().into_data());
+    }
+
+    fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
+        let tensor = param.transform_for_save().val();
+        let (dtype, shape) = (tensor.dtype(), tensor.shape());
+        self.push(param.id, dtype, shape, move || tensor.clone().into_data());
+    }
+}
+
+/// Writes a pack and waits for the disk.
+pub(super) fn write(writer: Writer, path: &Path) -> Result<(), CheckpointError> {
+    writer
+        .write_to_file_in_place(path)
+        .map_err(|error| match error {
+            burn_pack::Error::IoError(reason) => CheckpointError::io(path, reason),
+            other => CheckpointError::io(path, other),
+        })?;
+    files::sync(path)
+}
+
+/// Opens a pack, reading no values.
+///
+/// Burn's reader trusts some of a header: what it allocates before it looks at the file's size, and
+/// that tensors do not overlap, is checked here.
+pub(super) fn open(path: &Path) -> Result<Reader, CheckpointError> {
+    let damaged = |reason: String| CheckpointError::damaged(path, reason);
+    let io = |error: std::io::Error| damaged(error.to_string());
+    let size = std::fs::metadata(path).map_err(io)?.len();
+    let mut prefix = [0; HEADER_SIZE];
+    let mut file = std::fs::File::open(path).map_err(io)?;
+    std::io::Read::read_exact(&mut file, &mut prefix).map_err(io)?;
+    let header = Header::from_bytes(&prefix).map_err(|error| damaged(error.to_string()))?;
+    if u64::from(header.metadata_size) > size {
+        return Err(damaged(format!(
+            "its header takes {} of {size} bytes",
+            header.metadata_size
+        )));
+    }
+    Reader::from_file_exact(path).map_err(|error| damaged(error.to_string()))
+}
+
+/// The tensors of a pack, whose values are read when asked for.
+pub(super) fn read(path: &Path) -> Result<Vec<burn_pack::Tensor>, CheckpointError> {
+    let damaged = |reason: String| CheckpointError::damaged(path, reason);
+    let reader = open(path)?;
+    let size = std::fs::metadata(path)
+        .map_err(|error| damaged(error.to_string()))?
+        .len();
+    let tensors = reader
+        .into_tensors()
+        .map_err(|error| damaged(error.to_string()))?;
+    let total: u64 = tensors.iter().map(|t| t.byte_len() as u64).sum();
+    if total > size {
+        return Err(damaged(format!(
+            "its tensors take {total} of {size} bytes: they overlap"
+        )));
+    }
+    match tensors.iter().find(|tensor| tensor.param_id.is_none()) {
+        Some(tensor) => Err(damaged(format!("`{}` has no parameter id", tensor.name))),
+        None => Ok(tensors),
+    }
+}

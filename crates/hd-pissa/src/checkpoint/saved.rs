@@ -1,0 +1,182 @@
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use burn::module::Module;
+use burn::store::ModuleRecord;
+use burn::tensor::Bytes;
+use serde_json::Value;
+
+use super::manifest::Manifest;
+use super::parameters::Parameters;
+use super::{CheckpointError, states};
+
+pub(super) const MODEL: &str = "model.bpk";
+pub(super) const OPTIMIZER: &str = "optimizer.bpk";
+
+pub(super) fn frames_file(shard: usize, shards: usize) -> String {
+    format!("frames-{shard}-of-{shards}.bpk")
+}
+
+pub(super) fn moments_file(shard: usize, shards: usize) -> String {
+    format!("moments-{shard}-of-{shards}.bpk")
+}
+
+/// A checkpoint whose files have been verified.
+#[derive(Clone, Debug)]
+pub struct Checkpoint {
+    pub(super) path: PathBuf,
+    pub(super) manifest: Manifest,
+}
+
+impl Checkpoint {
+    /// Opens the checkpoint in the folder `path` and compares each of its files with its digest.
+    ///
+    /// # Errors
+    ///
+    /// [`CheckpointError::Damaged`] with the file at fault, and
+    /// [`CheckpointError::UnsupportedVersion`].
+    pub fn open(path: impl Into<PathBuf>) -> Result<Self, CheckpointError> {
+        let path = path.into();
+        let manifest = Manifest::verify(&path)?;
+        Ok(Self { path, manifest })
+    }
+
+    /// Its folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Number of steps taken.
+    pub fn step(&self) -> u64 {
+        self.manifest.step
+    }
+
+    /// Number of shards of the adapters; 0 for a model without HD-PiSSA adapters.
+    pub fn shards(&self) -> usize {
+        self.manifest.shards
+    }
+
+    /// The settings of the run that wrote it.
+    pub fn settings(&self) -> &BTreeMap<String, String> {
+        &self.manifest.settings
+    }
+
+    /// What the run noted beside; see [`Snapshot::progress`](super::Snapshot::progress).
+    pub fn progress(&self) -> &Value {
+        &self.manifest.progress
+    }
+
+    /// Compares the settings of a run that wants to resume with those saved.
+    ///
+    /// # Errors
+    ///
+    /// [`CheckpointError::SettingMismatch`] with both values of the first that differs.
+    pub fn check_settings(
+        &self,
+        settings: &BTreeMap<String, String>,
+    ) -> Result<(), CheckpointError> {
+        let saved = self.settings();
+        for setting in saved.keys().chain(settings.keys()) {
+            let [saved, given] =
+                [saved, settings].map(|all| all.get(setting).map_or("none", String::as_str));
+            if saved != given {
+                return Err(CheckpointError::SettingMismatch {
+                    path: self.path.clone(),
+                    setting: setting.clone(),
+                    saved: saved.into(),
+                    given: given.into(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// The content of an attached file; see
+    /// [`Snapshot::attachments`](super::Snapshot::attachments).
+    ///
+    /// # Errors
+    ///
+    /// [`CheckpointError::Damaged`] if the checkpoint has no such file or it cannot be read.
+    pub fn attachment(&self, name: &str) -> Result<Vec<u8>, CheckpointError> {
+        let path = self.path.join(name);
+        if !self.manifest.has_file(name) {
+            let reason = "the checkpoint has no such file";
+            return Err(CheckpointError::damaged(path, reason));
+        }
+        std::fs::read(&path).map_err(|error| CheckpointError::damaged(&path, error.to_string()))
+    }
+
+    /// Gives `model` the saved values and ids of all its parameters.
+    ///
+    /// The model has the adapters of the shards that this worker hosts, which may be others than
+    /// those of the worker that saved them. Parameters keep their device and whether they train.
+    ///
+    /// # Errors
+    ///
+    /// [`CheckpointError::Parameter`] for a parameter that only the model or only the checkpoint
+    /// has, or whose shape or dtype differs, and [`CheckpointError::Damaged`]. The model is then
+    /// lost.
+    pub fn restore<M: Module>(&self, model: M) -> Result<M, CheckpointError> {
+        let parameters = Parameters::of(&model);
+        let files = self.parts(&parameters, MODEL, frames_file)?;
+        for (shard, path) in &files {
+            parameters.check(*shard, path)?;
+        }
+        drop(parameters);
+        files.into_iter().try_fold(model, |model, (_, path)| {
+            let damaged = |error: burn::store::RecordError| {
+                CheckpointError::damaged(&path, error.to_string())
+            };
+            let record = ModuleRecord::load(&path).map_err(damaged)?;
+            model
+                .try_load_record(record.allow_partial(true))
+                .map_err(damaged)
+        })
+    }
+
+    /// The optimizer's state for the shards that `model` hosts, for
+    /// [`HdPissaOptimizer::from_bytes`](crate::HdPissaOptimizer::from_bytes) or
+    /// [`ModuleOptimizer::from_bytes`](burn::optim::ModuleOptimizer::from_bytes), whichever was
+    /// saved. `model` is what [`restore`](Self::restore) returned.
+    ///
+    /// # Errors
+    ///
+    /// [`CheckpointError::Damaged`].
+    pub fn optimizer<M: Module>(&self, model: &M) -> Result<Bytes, CheckpointError> {
+        let parameters = Parameters::of(model);
+        let files = self.parts(&parameters, OPTIMIZER, moments_file)?;
+        states::merge(files.iter().map(|(_, path)| path.as_path()), &parameters)
+    }
+
+    /// The file of parameters outside the shards, and those of the hosted shards.
+    fn parts(
+        &self,
+        parameters: &Parameters,
+        others: &str,
+        of_shard: fn(usize, usize) -> String,
+    ) -> Result<Vec<(Option<usize>, PathBuf)>, CheckpointError> {
+        if parameters.shards != self.shards() {
+            return Err(CheckpointError::SettingMismatch {
+                path: self.path.clone(),
+                setting: "shards".into(),
+                saved: self.shards().to_string(),
+                given: parameters.shards.to_string(),
+            });
+        }
+        let shards = parameters.hosted();
+        let shards = shards
+            .into_iter()
+            .map(|shard| (Some(shard), of_shard(shard, self.shards())));
+        [(None, others.to_string())]
+            .into_iter()
+            .chain(shards)
+            .map(|(shard, name)| match self.manifest.has_file(&name) {
+                true => Ok((shard, self.path.join(name))),
+                false => {
+                    let reason = "the checkpoint has no such file";
+                    Err(CheckpointError::damaged(self.path.join(name), reason))
+                }
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,552 @@
+//! Runs that are killed, stopped, refused or spread over workers end with the weights of a run
+//! that was not.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use hd_pissa::checkpoint::Checkpoints;
+use llama_math::cli::Cli;
+use llama_math::problems::problems;
+use llama_math::run::StepMetrics;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use serde_json::json;
+
+const ARGUMENTS: &str = "LLAMA_MATH_ARGUMENTS";
+const STEPS: u64 = 24;
+
+/// `main.rs` in this binary, so that the tests below run what they were compiled with.
+#[test]
+#[ignore = "the program that the other tests start"]
+fn program() {
+    let Ok(arguments) = std::env::var(ARGUMENTS) else {
+        return;
+    };
+    let arguments: Vec<String> = serde_json::from_str(&arguments).unwrap();
+    let code = match Cli::parse_from(arguments).run() {
+        Ok(()) => 0,
+        Err(error) => {
+            eprintln!("error: {error}");
+            error.exit_code()
+        }
+    };
+    std::process::exit(code.into());
+}
+
+/// A folder with data, and runs that write into it.
+struct Case {
+    root: tempfile::TempDir,
+    /// Where the output goes, which may be elsewhere.
+    place: PathBuf,
+}
+
+impl Case {
+    fn new() -> Self {
+        let root = tempfile::tempdir().unwrap();
+        let (records, _) = problems(3, 40, 0);
+        let line = |record: &llama_math::data::Record| {
+            json!({"question": record.instruction, "answer": record.answer}).to_string()
+        };
+        let lines: Vec<String> = records.iter().map(line).collect();
+        std::fs::write(root.path().join("data.jsonl"), lines.join("\n")).unwrap();
+        let template = "Question:\n{instruction}\nAnswer:\n";
+        std::fs::write(root.path().join("template.txt"), template).unwrap();
+        let place = root.path().to_path_buf();
+        Self { root, place }
+    }
+
+    fn output(&self) -> PathBuf {
+        self.place.join("out")
+    }
+
+    fn checkpoints(&self) -> Checkpoints {
+        Checkpoints::new(self.place.join("out.checkpoints"))
+    }
+
+    fn arguments(&self, further: &[&str]) -> Vec<String> {
+        let text = |path: PathBuf| path.to_str().unwrap().to_string();
+        let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/tiny");
+        let input = |name: &str| text(self.root.path().join(name));
+        let mut arguments: Vec<String> = vec!["llama_math".into()];
+        for (option, value) in [
+            ("--model", text(tiny)),
+            ("--data", input("data.jsonl")),
+            ("--prompt-template", input("template.txt")),
+            ("--output", text(self.output())),
+            ("--steps", STEPS.to_string()),
+            ("--rank", "2".into()),
+            ("--shards", "8".into()),
+            ("--lr", "1e-3".into()),
+            ("--warmup-ratio", "0.2".into()),
+            ("--timeout", "20".into()),
+        ] {
+            if !further.contains(&option) {
+                arguments.extend([option.into(), value]);
+            }
+        }
+        arguments.extend(further.iter().map(|&argument| argument.to_string()));
+        arguments
+    }
+
+    fn command(&self, further: &[&str]) -> Command {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        prepare(&mut command, &self.arguments(further));
+        command
+    }
+
+    /// Runs to the end.
+    fn run(&self, further: &[&str]) -> Output {
+        let output = self.command(further).output().unwrap();
+        println!("{}", text(&output));
+        output
+    }
+
+    #[track_caller]
+    fn succeeds(&self, further: &[&str]) -> String {
+        let output = self.run(further);
+        assert!(output.status.success(), "{}", text(&output));
+        text(&output)
+    }
+
+    /// Fails with one line on standard error that holds `parts`, exit code 1, and no output.
+    #[track_caller]
+    fn fails(&self, mut command: Command, parts: &[&str]) {
+        let output = command.output().unwrap();
+        let errors = String::from_utf8(output.stderr.clone()).unwrap();
+        println!("{errors}");
+        assert_eq!(output.status.code(), Some(1), "{}", text(&output));
+        assert_eq!(errors.lines().count(), 1, "{errors}");
+        for part in parts {
+            assert!(errors.contains(part), "`{part}` is not in: {errors}");
+        }
+        assert!(!self.output().exists());
+    }
+
+    /// The weights, and what every step computed.
+    fn result(&self) -> Run {
+        let metrics = std::fs::read_to_string(self.output().join("metrics.jsonl")).unwrap();
+        let numbers = |line: &str| {
+            let step: StepMetrics = serde_json::from_str(line).unwrap();
+            let numbers = [step.loss, step.lr, step.gradient_norm, step.update_norm];
+            (step.step, numbers.map(f64::to_bits))
+        };
+        Run {
+            weights: std::fs::read(self.output().join("model.safetensors")).unwrap(),
+            steps: metrics.lines().map(numbers).collect(),
+        }
+    }
+
+    /// Starts a run and waits until it has a checkpoint of `step`.
+    fn start_until(&self, step: u64, further: &[&str]) -> Child {
+        let mut child = self.command(further).spawn().unwrap();
+        let start = Instant::now();
+        while self.checkpoints().steps().unwrap().last() < Some(&step) {
+            assert_eq!(child.try_wait().unwrap(), None, "ended early");
+            assert!(start.elapsed() < Duration::from_secs(120));
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        child
+    }
+}
+
+#[derive(PartialEq)]
+struct Run {
+    weights: Vec<u8>,
+    steps: Vec<(usize, [u64; 4])>,
+}
+
+#[track_caller]
+fn assert_same(run: &Run, reference: &Run) {
+    assert_eq!(run.steps, reference.steps);
+    assert!(run.weights == reference.weights, "the weights differ");
+}
+
+/// Makes `command` this binary's `program`, or a shell that becomes it.
+fn prepare(command: &mut Command, arguments: &[String]) {
+    command
+        .args(["program", "--exact", "--ignored", "--nocapture"])
+        .env(ARGUMENTS, serde_json::to_string(arguments).unwrap())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+}
+
+fn text(output: &Output) -> String {
+    let parts = [&output.stdout, &output.stderr];
+    parts
+        .map(|bytes| String::from_utf8_lossy(bytes).into_owned())
+        .join("\n")
+}
+
+/// A run that nobody disturbs, and that saves nothing.
+fn reference() -> Run {
+    let case = Case::new();
+    case.succeeds(&[]);
+    assert!(case.checkpoints().steps().unwrap().is_empty());
+    let run = case.result();
+    assert_eq!(run.steps.len() as u64, STEPS);
+    run
+}
+
+fn wait(mut child: Child, at_most: Duration) -> Option<ExitStatus> {
+    let end = Instant::now() + at_most;
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            return Some(status);
+        }
+        if Instant::now() >= end {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            return None;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// `HD_PISSA_KILLS` says how often, `HD_PISSA_KILL_SEED` when.
+#[test]
+fn killed_runs_end_with_the_same_weights() {
+    let number = |name: &str, default: u64| {
+        std::env::var(name).map_or(default, |value| value.parse().unwrap())
+    };
+    let kills = number("HD_PISSA_KILLS", 8);
+    let mut rng = StdRng::seed_from_u64(number("HD_PISSA_KILL_SEED", 1));
+    let start = Instant::now();
+    let reference = reference();
+    let undisturbed = start.elapsed();
+
+    let (mut killed, mut while_writing, mut finished) = (0, 0, 0);
+    let mut resumed_at = BTreeSet::new();
+    let mut case = Case::new();
+    loop {
+        let workers = ["1", "2", "4", "8"][rng.random_range(0..4)];
+        let arguments = ["--save-every", "1", "--keep-last", "2", "--resume"];
+        let arguments = [&arguments[..], &["--workers", workers]].concat();
+        let mut command = case.command(&arguments);
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        let child = command.spawn().unwrap();
+        let limit = match killed < kills {
+            true => undisturbed.mul_f64(rng.random_range(0.0..1.5)),
+            false => Duration::from_secs(300),
+        };
+        match wait(child, limit) {
+            None => {
+                killed += 1;
+                let entries = std::fs::read_dir(case.checkpoints().folder());
+                let partial = entries.into_iter().flatten().any(|entry| {
+                    let name = entry.unwrap().file_name();
+                    name.to_string_lossy().ends_with(".partial")
+                });
+                while_writing += u64::from(partial);
+                let steps = case.checkpoints().steps().unwrap();
+                resumed_at.extend(steps.last().copied());
+                let found = case.checkpoints().latest().unwrap();
+                assert_eq!(found.damaged, [], "a kill damages nothing");
+            }
+            Some(status) => assert!(status.success(), "{status}"),
+        }
+        // The output is complete or absent, whenever the kill came.
+        if case.output().exists() {
+            assert_same(&case.result(), &reference);
+            finished += 1;
+            if killed >= kills {
+                break;
+            }
+            case = Case::new();
+        }
+    }
+    println!(
+        "{killed} kills, {while_writing} of them while a checkpoint was written; {} different \
+         steps to go on from; {finished} runs finished, each with the weights and losses of the \
+         run without kills; {:.0} s",
+        resumed_at.len(),
+        start.elapsed().as_secs_f64()
+    );
+    assert!(killed == kills);
+    assert!(while_writing > 0 || kills < 50);
+}
+
+#[test]
+fn a_signal_saves_and_ends_the_run() {
+    let reference = reference();
+    for (signal, save) in [
+        ("-TERM", &["--save-every", "2"][..]),
+        ("-INT", &["--save-every", "3"]),
+    ] {
+        let case = Case::new();
+        let child = case.start_until(2, save);
+        let sent = Command::new("kill")
+            .arg(signal)
+            .arg(child.id().to_string())
+            .status();
+        assert!(sent.unwrap().success());
+        let output = child.wait_with_output().unwrap();
+        let message = text(&output);
+        assert!(output.status.success(), "{message}");
+        let step = case.checkpoints().steps().unwrap().pop().unwrap();
+        let stopped = format!("stopped after step {step} of {STEPS}; saved: ");
+        assert!(message.contains(&stopped), "{message}");
+        assert!(message.contains("--resume"), "{message}");
+        assert!(!case.output().exists());
+
+        let message = case.succeeds(&["--resume"]);
+        let resumed = format!("resumed: {step} of {STEPS} steps are taken");
+        assert!(message.contains(&resumed), "{message}");
+        assert!(message.contains("removed: the checkpoints"), "{message}");
+        assert!(!case.checkpoints().folder().exists());
+        assert_same(&case.result(), &reference);
+    }
+}
+
+#[test]
+fn every_method_resumes() {
+    for method in ["lora", "pissa", "full"] {
+        let method = ["--method", method, "--steps", "6"];
+        let whole = Case::new();
+        whole.succeeds(&method);
+        let case = Case::new();
+        let save = [&method[..], &["--save-every", "2"]].concat();
+        let mut child = case.start_until(2, &save);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let resume = [&method[..], &["--resume"]].concat();
+        case.succeeds(&resume);
+        assert_same(&case.result(), &whole.result());
+    }
+}
+
+#[test]
+fn any_number_of_workers_gives_the_same_weights() {
+    let reference = reference();
+    for workers in ["2", "4", "8"] {
+        let case = Case::new();
+        case.succeeds(&["--workers", workers]);
+        assert_same(&case.result(), &reference);
+    }
+}
+
+/// A checkpoint of `step`, left by a run that was killed.
+fn killed_at(step: u64) -> Case {
+    let case = Case::new();
+    let mut child = case.start_until(step, &["--save-every", "1", "--keep-last", "3"]);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    case
+}
+
+#[test]
+fn a_damaged_checkpoint_gives_way_to_the_one_before() {
+    let reference = reference();
+    let case = killed_at(4);
+    let steps = case.checkpoints().steps().unwrap();
+    let [.., before, newest] = steps[..] else {
+        panic!("{steps:?}");
+    };
+    let folder = case.checkpoints().folder().to_path_buf();
+    let file = folder
+        .join(format!("step-{newest:09}"))
+        .join("moments-5-of-8.bpk");
+    let mut bytes = std::fs::read(&file).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&file, bytes).unwrap();
+
+    let message = case.succeeds(&["--resume", "latest"]);
+    assert!(
+        message.contains("skipped a damaged checkpoint"),
+        "{message}"
+    );
+    assert!(message.contains(file.to_str().unwrap()), "{message}");
+    assert!(
+        message.contains(&format!("resumed: {before} of")),
+        "{message}"
+    );
+    assert_same(&case.result(), &reference);
+    // Kept for whoever wants to know what happened to it.
+    assert!(folder.join(format!("damaged-step-{newest:09}")).is_dir());
+}
+
+#[test]
+fn what_cannot_be_resumed_is_refused() {
+    let case = killed_at(2);
+    let folder = case.checkpoints().folder().to_path_buf();
+    let before = case.checkpoints().steps().unwrap();
+    let newest = before.last().unwrap();
+
+    case.fails(
+        case.command(&[]),
+        &["--checkpoints", &format!("up to step {newest}"), "--resume"],
+    );
+    for (option, value, name, saved) in [
+        ("--rank", "3", "--rank", "2"),
+        ("--shards", "4", "--shards", "8"),
+        ("--lr", "2e-3", "--lr", "0.001"),
+        ("--steps", "30", "--steps", "24"),
+        ("--seed", "5", "--seed", "1"),
+        ("--batch-size", "2", "--batch-size", "1"),
+        (
+            "--schedule",
+            "linear",
+            "--schedule",
+            "cosine after 0.2 of the steps",
+        ),
+        ("--max-length", "100", "--data, as tokens", ""),
+        ("--method", "lora", "--method", "hd-pissa"),
+    ] {
+        let command = case.command(&["--resume", option, value]);
+        case.fails(
+            command,
+            &["step-0", name, &format!("made with {name}"), saved],
+        );
+    }
+    let data = case.root.path().join("data.jsonl");
+    let lines = std::fs::read_to_string(&data).unwrap();
+    std::fs::write(&data, lines.replace("Ada", "Eva")).unwrap();
+    case.fails(
+        case.command(&["--resume"]),
+        &["--data, as tokens (SHA-256)"],
+    );
+    std::fs::write(&data, lines).unwrap();
+
+    let empty = case.root.path().join("empty");
+    std::fs::create_dir(&empty).unwrap();
+    case.fails(
+        case.command(&["--resume", empty.to_str().unwrap()]),
+        &["--resume", "holds no checkpoint"],
+    );
+    assert_eq!(case.checkpoints().steps().unwrap(), before);
+
+    for step in &before {
+        let manifest = folder.join(format!("step-{step:09}/manifest.json"));
+        std::fs::write(manifest, "{}").unwrap();
+    }
+    let output = case.run(&["--resume"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        text(&output).contains("every checkpoint in"),
+        "{}",
+        text(&output)
+    );
+    let exact = folder.join(format!("step-{newest:09}"));
+    case.fails(
+        case.command(&["--resume", exact.to_str().unwrap()]),
+        &["manifest.json", "SHA-256"],
+    );
+}
+
+/// A file system of `size` at the case's place, if this process may mount one.
+struct Mount(PathBuf);
+
+impl Mount {
+    fn new(place: &Path, options: &str) -> Option<Self> {
+        let mut command = Command::new("mount");
+        command
+            .args(["-t", "tmpfs", "-o", options, "tmpfs"])
+            .arg(place);
+        let status = command.stderr(Stdio::null()).status();
+        status
+            .is_ok_and(|status| status.success())
+            .then(|| Self(place.into()))
+    }
+
+    fn read_only(&self) {
+        let mut command = Command::new("mount");
+        let status = command.args(["-o", "remount,ro"]).arg(&self.0).status();
+        assert!(status.unwrap().success());
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_full_disk_ends_in_an_error_and_leaves_the_last_checkpoint() {
+    let mut case = Case::new();
+    let place = case.root.path().join("small");
+    std::fs::create_dir(&place).unwrap();
+    // Room for one checkpoint and a part of the next.
+    let Some(_mount) = Mount::new(&place, "size=9m") else {
+        println!("skipped: this process may not mount a tmpfs");
+        return;
+    };
+    case.place = place;
+    let save = ["--save-every", "3", "--keep-last", "2"];
+    case.fails(
+        case.command(&save),
+        &["out.checkpoints/.step-000000006.partial/", "os error 28"],
+    );
+    assert_eq!(case.checkpoints().steps().unwrap(), [3]);
+    assert_eq!(case.checkpoints().latest().unwrap().damaged, []);
+    let entries = std::fs::read_dir(case.checkpoints().folder()).unwrap();
+    assert_eq!(
+        entries.count(),
+        1,
+        "what was written of the second is deleted"
+    );
+}
+
+#[test]
+fn a_limit_on_files_ends_in_an_error_and_leaves_the_last_checkpoint() {
+    let case = killed_at(2);
+    let before = case.checkpoints().steps().unwrap();
+    // Files of at most 1 MiB; the signal that goes with it is ignored, as a program sees a full
+    // disk.
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", "trap '' XFSZ; ulimit -f 2048; exec \"$0\" \"$@\""])
+        .arg(std::env::current_exe().unwrap());
+    prepare(
+        &mut command,
+        &case.arguments(&["--save-every", "1", "--resume"]),
+    );
+    case.fails(
+        command,
+        &["out.checkpoints/.step-0", "model.bpk", "os error 27"],
+    );
+    assert_eq!(case.checkpoints().steps().unwrap(), before);
+    assert_eq!(case.checkpoints().latest().unwrap().damaged, []);
+    case.succeeds(&["--resume"]);
+    assert_same(&case.result(), &reference());
+}
+
+#[test]
+fn a_read_only_folder_ends_in_an_error_and_leaves_the_last_checkpoint() {
+    let mut case = Case::new();
+    let place = case.root.path().join("small");
+    std::fs::create_dir(&place).unwrap();
+    let Some(mount) = Mount::new(&place, "size=64m") else {
+        println!("skipped: this process may not mount a tmpfs");
+        return;
+    };
+    case.place = place;
+    let mut child = case.start_until(2, &["--save-every", "1"]);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let before = case.checkpoints().steps().unwrap();
+    mount.read_only();
+    // The output is checked before anything is computed.
+    case.fails(case.command(&["--resume"]), &["Read-only file system"]);
+    // An output elsewhere, so that the checkpoint is what fails.
+    let folder = case.checkpoints().folder().to_str().unwrap().to_string();
+    let output = case.root.path().join("out").to_str().unwrap().to_string();
+    let save = [
+        "--save-every",
+        "1",
+        "--resume",
+        "--checkpoints",
+        &folder,
+        "--output",
+        &output,
+    ];
+    case.fails(
+        case.command(&save),
+        &["out.checkpoints", "Read-only file system"],
+    );
+    assert_eq!(case.checkpoints().steps().unwrap(), before);
+    assert_eq!(case.checkpoints().latest().unwrap().damaged, []);
+}
