@@ -392,7 +392,7 @@ fn what_cannot_be_resumed_is_refused() {
             "--schedule",
             "cosine after 0.2 of the steps",
         ),
-        ("--max-length", "100", "--data, as tokens", ""),
+        ("--max-length", "100", "--max-length", "256"),
         ("--method", "lora", "--method", "hd-pissa"),
     ] {
         let command = case.command(&["--resume", option, value]);
