@@ -1,8 +1,9 @@
 //! What a training step allocates on Flex, seen by the global allocator.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicIsize, AtomicUsize, Ordering};
+#[path = "allocator.rs"]
+mod allocator;
+
+use std::sync::atomic::Ordering;
 
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
@@ -12,61 +13,7 @@ use hd_pissa::comm::Solo;
 use hd_pissa::{HdPissaConfig, HdPissaLinear, HdPissaModule, HdPissaOptimizer, ShardGradients};
 use hd_pissa_tests::normal;
 
-/// The system's allocator, with a count of live bytes and of large allocations.
-struct Counting;
-
-static LARGEST: AtomicUsize = AtomicUsize::new(0);
-static LIVE: AtomicIsize = AtomicIsize::new(0);
-static PEAK: AtomicIsize = AtomicIsize::new(0);
-/// One measurement at a time.
-static MEASURING: Mutex<()> = Mutex::new(());
-
-fn count(size: usize) {
-    LARGEST.fetch_max(size, Ordering::Relaxed);
-    let live = LIVE.fetch_add(size as isize, Ordering::Relaxed) + size as isize;
-    PEAK.fetch_max(live, Ordering::Relaxed);
-}
-
-// SAFETY: every call is passed on to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count(layout.size());
-        // SAFETY: the caller keeps the contract of this very method.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        count(layout.size());
-        // SAFETY: as above.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        LIVE.fetch_sub(layout.size() as isize, Ordering::Relaxed);
-        count(size);
-        // SAFETY: as above.
-        unsafe { System.realloc(pointer, layout, size) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        LIVE.fetch_sub(layout.size() as isize, Ordering::Relaxed);
-        // SAFETY: as above.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
-/// The largest allocation and the growth of live bytes at its peak, while `work` runs.
-fn measure<T>(work: impl FnOnce() -> T) -> (T, usize, usize) {
-    LARGEST.store(0, Ordering::Relaxed);
-    let before = LIVE.load(Ordering::Relaxed);
-    PEAK.store(before, Ordering::Relaxed);
-    let result = work();
-    let peak = PEAK.load(Ordering::Relaxed) - before;
-    (result, LARGEST.load(Ordering::Relaxed), peak as usize)
-}
+use allocator::{LIVE, MEASURING, measure};
 
 const D_INPUT: usize = 2048;
 const D_OUTPUT: usize = 1536;

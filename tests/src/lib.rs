@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use burn::module::{Module, Param};
+use burn::module::{Module, ModuleMapper, Param};
 use burn::nn::{Linear, LinearConfig};
-use burn::tensor::{Device, Distribution, Tensor, TensorData};
+use burn::tensor::{DType, Device, Distribution, Tensor, TensorData};
 use hd_pissa::{HdPissaLinear, HdPissaLinearConfig};
 
 /// Two layers of Burn's `Linear`, of prime sizes, with an activation between them.
@@ -46,6 +46,21 @@ impl Lean {
 
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
         self.second.forward(self.first.forward(x).tanh())
+    }
+}
+
+impl Lean {
+    /// The model with all parameters in `dtype`.
+    pub fn cast(self, dtype: DType) -> Self {
+        struct Cast(DType);
+
+        impl ModuleMapper for Cast {
+            fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+                param.map(|value| Tensor::from_inner(value.inner().cast(self.0)))
+            }
+        }
+
+        self.map(&mut Cast(dtype))
     }
 }
 

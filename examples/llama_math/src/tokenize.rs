@@ -62,8 +62,8 @@ impl Tokens {
         let Some(bytes) = checkpoint.companions.get("tokenizer.json") else {
             return Err(fail("content", "the checkpoint has no such file".into()));
         };
-        let mut tokenizer = Tokenizer::from_bytes(bytes)
-            .map_err(|error| fail("content", format!("not a tokenizer: {error}")))?;
+        let mut tokenizer =
+            parse(bytes).map_err(|reason| fail("content", format!("not a tokenizer: {reason}")))?;
         // Lengths are this program's business.
         tokenizer.with_padding(None);
         tokenizer
@@ -193,4 +193,15 @@ fn named_end(checkpoint: &Checkpoint) -> Option<String> {
             let token = token.as_str().or_else(|| token.get("content")?.as_str())?;
             Some(token.to_string())
         })
+}
+/// The library panics on some malformed decoders (tokenizers 0.23.2) instead of refusing them.
+fn parse(bytes: &[u8]) -> Result<Tokenizer, String> {
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| ()));
+    let parsed = std::panic::catch_unwind(|| Tokenizer::from_bytes(bytes));
+    std::panic::set_hook(hook);
+    match parsed {
+        Ok(tokenizer) => tokenizer.map_err(|error| error.to_string()),
+        Err(_) => Err("a part of it is malformed".into()),
+    }
 }

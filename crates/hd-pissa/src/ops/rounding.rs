@@ -149,7 +149,7 @@ impl Half for f16 {
 
 /// The smallest normal `f16`, `2^-14`.
 #[cfg(feature = "flex")]
-const F16_NORMAL: f32 = 6.103_515_625e-5;
+const F16_NORMAL: f32 = 1.0 / 16_384.0;
 /// A step of the companion of an `f16` below it, `2^-39`.
 #[cfg(feature = "flex")]
 const F16_FINE: f32 = 1.0 / 549_755_813_888.0;

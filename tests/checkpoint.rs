@@ -1,0 +1,467 @@
+//! Checkpoints: what comes back, on whichever workers, and what is refused.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use burn::module::{Module, ModuleVisitor, Param, ParamGroup};
+use burn::optim::{AdamConfig, GradientsParams, ModuleOptimizer};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use hd_pissa::checkpoint::{Checkpoint, CheckpointError, Checkpoints, Snapshot};
+use hd_pissa::comm::{Communicator, Solo, ThreadCommunicator, thread_group};
+use hd_pissa::{HdPissaConfig, HdPissaModule, HdPissaOptimizer, ShardGradients};
+use hd_pissa_tests::{Lean, bits, normal};
+
+const SHARDS: usize = 4;
+
+fn config() -> HdPissaConfig {
+    HdPissaConfig::new().with_rank(2).with_shards(SHARDS)
+}
+
+fn adam() -> ModuleOptimizer {
+    AdamConfig::new().with_epsilon(1e-8).init()
+}
+
+/// A worker's part of `start`, one of whose biases trains too.
+fn adapted(start: &Lean, hosted: &[usize]) -> Lean {
+    start
+        .clone()
+        .apply_hd_pissa(&config(), hosted.iter().copied())
+        .unwrap()
+        .set_require_grad_group(ParamGroup::from_path("first.bias"), true)
+}
+
+fn step(
+    mut model: Lean,
+    optim: &mut HdPissaOptimizer,
+    hosted: &[usize],
+    batches: &[Tensor<2>],
+) -> Lean {
+    let mut gradients = ShardGradients::new(&model);
+    for &shard in hosted {
+        model = model.select_shard(shard);
+        let loss = model.forward(batches[shard].clone()).square().mean();
+        gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
+    }
+    optim.step(1e-2, model, gradients).unwrap()
+}
+
+/// Path and bits of every float parameter.
+fn parameters<M: Module>(model: &M) -> Vec<(String, TensorData)> {
+    #[derive(Default)]
+    struct Collect {
+        path: Vec<String>,
+        all: Vec<(String, TensorData)>,
+    }
+
+    impl ModuleVisitor for Collect {
+        fn enter_module(&mut self, name: &str, _: &str) {
+            self.path.push(name.into());
+        }
+
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.path.pop();
+        }
+
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            self.all.push((self.path.join("."), bits(&param.base())));
+        }
+
+        fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
+            self.all
+                .push((self.path.join("."), param.val().into_data()));
+        }
+    }
+
+    let mut collect = Collect::default();
+    model.visit(&mut collect);
+    collect.all
+}
+
+/// Runs `work` on a thread for each set of shards.
+fn on_workers<T: Send>(
+    layout: &[Vec<usize>],
+    work: impl Fn(ThreadCommunicator, &[usize]) -> T + Sync,
+) -> Vec<T> {
+    let group = thread_group(layout.len(), Duration::from_secs(60));
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = layout
+            .iter()
+            .zip(group)
+            .map(|(hosted, communicator)| {
+                let work = &work;
+                scope.spawn(move || work(communicator, hosted))
+            })
+            .collect();
+        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    })
+}
+
+fn solo() -> Vec<Vec<usize>> {
+    vec![(0..SHARDS).collect()]
+}
+
+/// `[step][shard]` batches.
+fn data(device: &Device) -> Vec<Vec<Tensor<2>>> {
+    let batches = |_| (0..SHARDS).map(|_| normal([5, 13], device)).collect();
+    (0..6).map(batches).collect()
+}
+
+/// Takes three steps in one layout, saves, and three more in another; the weights at the end.
+fn across(
+    start: &Lean,
+    data: &[Vec<Tensor<2>>],
+    first: &[Vec<usize>],
+    second: &[Vec<usize>],
+) -> Vec<Vec<(String, TensorData)>> {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoints = Checkpoints::new(folder.path().join("run"));
+    on_workers(first, |communicator, hosted| {
+        let mut model = adapted(start, hosted);
+        let mut optim = HdPissaOptimizer::new(adam(), communicator).unwrap();
+        for batches in &data[..3] {
+            model = step(model, &mut optim, hosted, batches);
+        }
+        let snapshot = Snapshot::new(3, &model, optim.to_bytes().unwrap());
+        checkpoints.save(&snapshot, optim.communicator()).unwrap();
+    });
+    let checkpoint = checkpoints.latest().unwrap().checkpoint.unwrap();
+    assert_eq!((checkpoint.step(), checkpoint.shards()), (3, SHARDS));
+    on_workers(second, |communicator, hosted| {
+        // Other values and ids than those saved.
+        let other = adapted(&Lean::new(&Device::flex().autodiff()), hosted);
+        let mut model = checkpoint.restore(other).unwrap();
+        let state = checkpoint.optimizer(&model).unwrap();
+        let optim = HdPissaOptimizer::new(adam(), communicator).unwrap();
+        let mut optim = optim.from_bytes(state).unwrap();
+        for batches in &data[3..] {
+            model = step(model, &mut optim, hosted, batches);
+        }
+        parameters(&model.valid().materialize())
+    })
+}
+
+#[test]
+fn a_checkpoint_of_one_layout_resumes_on_another() {
+    let device = Device::flex().autodiff();
+    let start = Lean::new(&device);
+    let data = data(&device);
+    let whole = {
+        let hosted = &solo()[0];
+        let mut model = adapted(&start, hosted);
+        let mut optim = HdPissaOptimizer::new(adam(), Solo).unwrap();
+        for batches in &data {
+            model = step(model, &mut optim, hosted, batches);
+        }
+        parameters(&model.valid().materialize())
+    };
+    assert_eq!(whole.len(), 3);
+    let layouts = [
+        solo(),
+        vec![vec![0, 1], vec![2, 3]],
+        vec![vec![3], vec![1], vec![0], vec![2]],
+    ];
+    for first in &layouts {
+        for second in &layouts {
+            for worker in across(&start, &data, first, second) {
+                assert_eq!(worker, whole, "{first:?} to {second:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn every_parameter_comes_back_in_its_dtype() {
+    let folder = tempfile::tempdir().unwrap();
+    let device = Device::flex().autodiff();
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        let cast = |model: Lean| model.cast(dtype);
+        let hosted = &solo()[0];
+        let model = cast(Lean::new(&device))
+            .apply_hd_pissa(&config(), hosted.iter().copied())
+            .unwrap();
+        let checkpoints = Checkpoints::new(folder.path().join(format!("{dtype:?}")));
+        let snapshot = Snapshot::new(0, &model, adam().into_bytes().unwrap());
+        let path = checkpoints.save(&snapshot, &Solo).unwrap();
+
+        let other = cast(Lean::new(&device))
+            .apply_hd_pissa(&config(), hosted.iter().copied())
+            .unwrap();
+        assert_ne!(parameters(&other), parameters(&model));
+        let loaded = Checkpoint::open(&path).unwrap().restore(other).unwrap();
+        let loaded = parameters(&loaded);
+        assert_eq!(loaded, parameters(&model));
+        let dtypes = loaded.iter().filter(|(_, data)| data.dtype() == dtype);
+        // Both weights and a bias; the factors of four shards are always f32.
+        // A half-precision weight has a companion.
+        let (factors, companions) = if dtype == DType::F32 { (16, 0) } else { (0, 2) };
+        let expected = (3 + factors, 19 + companions);
+        assert_eq!((dtypes.count(), loaded.len()), expected);
+    }
+}
+
+/// A folder with checkpoints of the steps 1, 2 and 3.
+struct Three {
+    _folder: tempfile::TempDir,
+    checkpoints: Checkpoints,
+    model: Lean,
+}
+
+impl Three {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::new(folder.path().join("run"));
+        let device = Device::flex().autodiff();
+        let mut optim = HdPissaOptimizer::new(adam(), Solo).unwrap();
+        let hosted = &solo()[0];
+        let mut model = adapted(&Lean::new(&device), hosted);
+        for (index, batches) in data(&device)[..3].iter().enumerate() {
+            model = step(model, &mut optim, hosted, batches);
+            let state = optim.to_bytes().unwrap();
+            let mut snapshot = Snapshot::new(index as u64 + 1, &model, state);
+            snapshot.settings.insert("rank".into(), "2".into());
+            snapshot.progress = serde_json::json!({"epoch": 7});
+            snapshot
+                .attachments
+                .insert("losses.txt".into(), b"1.5".to_vec());
+            checkpoints.save(&snapshot, &Solo).unwrap();
+        }
+        Self {
+            _folder: folder,
+            checkpoints,
+            model,
+        }
+    }
+
+    fn folder(&self, step: u64) -> PathBuf {
+        self.checkpoints.folder().join(format!("step-{step:09}"))
+    }
+
+    fn snapshot(&self, step: u64) -> Snapshot<'_, Lean> {
+        Snapshot::new(step, &self.model, adam().into_bytes().unwrap())
+    }
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).unwrap();
+    let name = |entry: std::io::Result<std::fs::DirEntry>| {
+        entry.unwrap().file_name().into_string().unwrap()
+    };
+    let mut names: Vec<String> = entries.map(name).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn what_is_noted_beside_comes_back() {
+    let three = Three::new();
+    let found = three.checkpoints.latest().unwrap();
+    assert_eq!(found.damaged, []);
+    let checkpoint = found.checkpoint.unwrap();
+    assert_eq!(checkpoint.path(), three.folder(3));
+    assert_eq!(checkpoint.progress()["epoch"], 7);
+    assert_eq!(checkpoint.attachment("losses.txt").unwrap(), b"1.5");
+    assert!(checkpoint.attachment("none.txt").is_err());
+
+    let mut settings = checkpoint.settings().clone();
+    checkpoint.check_settings(&settings).unwrap();
+    settings.insert("rank".into(), "4".into());
+    let error = checkpoint.check_settings(&settings).unwrap_err();
+    let expected = "made with rank 2, this run has 4";
+    assert!(error.to_string().contains(expected), "{error}");
+    settings.insert("rank".into(), "2".into());
+    settings.insert("seed".into(), "1".into());
+    let error = checkpoint.check_settings(&settings).unwrap_err();
+    let expected = "made with seed none, this run has 1";
+    assert!(error.to_string().contains(expected), "{error}");
+}
+
+#[test]
+fn whatever_is_damaged_is_noticed_and_the_one_before_used() {
+    let three = Three::new();
+    let files = names(&three.folder(3));
+    // Two files of each shard, model, optimizer, an attachment, the manifest, the digests.
+    assert_eq!(files.len(), 2 * SHARDS + 5, "{files:?}");
+    for file in &files {
+        let path = three.folder(3).join(file);
+        let good = std::fs::read(&path).unwrap();
+        let flipped = |at: usize| {
+            let mut bytes = good.clone();
+            bytes[at] ^= 0x10;
+            bytes
+        };
+        let bad = [
+            flipped(0),
+            flipped(good.len() / 2),
+            flipped(good.len() - 1),
+            good[..good.len() - 1].to_vec(),
+            good[..good.len() / 2].to_vec(),
+            Vec::new(),
+        ];
+        for bytes in bad.iter().map(Some).chain([None]) {
+            match bytes {
+                Some(bytes) => std::fs::write(&path, bytes).unwrap(),
+                None => std::fs::remove_file(&path).unwrap(),
+            }
+            let found = three.checkpoints.latest().unwrap();
+            let step = found.checkpoint.map(|checkpoint| checkpoint.step());
+            // The digests' last byte ends a line, which is ended by the file too.
+            let harmless = file == "SHA256SUMS" && bytes.is_some_and(|b| b == &bad[3]);
+            assert_eq!(step, Some(if harmless { 3 } else { 2 }), "{file}");
+            if !harmless {
+                let [error @ CheckpointError::Damaged { .. }] = &found.damaged[..] else {
+                    panic!("{:?}", found.damaged);
+                };
+                assert!(error.to_string().contains("step-000000003"), "{error}");
+            }
+        }
+        std::fs::write(&path, &good).unwrap();
+    }
+    let found = three.checkpoints.latest().unwrap();
+    assert_eq!(found.checkpoint.unwrap().step(), 3);
+}
+
+#[test]
+fn a_damaged_checkpoint_does_not_count_among_those_kept() {
+    let three = Three::new();
+    std::fs::remove_file(three.folder(3).join("model.bpk")).unwrap();
+    let checkpoints = three.checkpoints.clone().with_keep_last(1);
+    let found = checkpoints.latest().unwrap();
+    assert_eq!(found.checkpoint.as_ref().unwrap().step(), 2);
+    checkpoints.set_aside(&found).unwrap();
+    // Steps that the damaged one was ahead of.
+    let mut snapshot = three.snapshot(2);
+    checkpoints.save(&snapshot, &Solo).unwrap();
+    assert_eq!(
+        names(checkpoints.folder()),
+        ["damaged-step-000000003", "step-000000002"]
+    );
+    snapshot.step = 4;
+    checkpoints.save(&snapshot, &Solo).unwrap();
+    assert_eq!(checkpoints.steps().unwrap(), [4]);
+    checkpoints.discard_all().unwrap();
+    assert_eq!(names(checkpoints.folder()), ["damaged-step-000000003"]);
+}
+
+#[test]
+fn what_a_killed_run_leaves_is_no_checkpoint_and_goes_away() {
+    let three = Three::new();
+    let folder = three.checkpoints.folder();
+    for name in [".step-000000009.partial", ".step-000000001.discarded"] {
+        std::fs::create_dir(folder.join(name)).unwrap();
+        std::fs::write(folder.join(name).join("model.bpk"), "half").unwrap();
+    }
+    assert_eq!(three.checkpoints.steps().unwrap(), [1, 2, 3]);
+    let found = three.checkpoints.latest().unwrap();
+    assert_eq!(found.checkpoint.unwrap().step(), 3);
+    three.checkpoints.save(&three.snapshot(4), &Solo).unwrap();
+    assert_eq!(names(folder).len(), 4);
+    three.checkpoints.discard_all().unwrap();
+    assert!(!folder.exists());
+    assert!(three.checkpoints.latest().unwrap().checkpoint.is_none());
+}
+
+#[test]
+fn a_model_that_does_not_fit_is_refused_with_the_parameter() {
+    let three = Three::new();
+    let checkpoint = Checkpoint::open(three.folder(3)).unwrap();
+    let device = Device::flex().autodiff();
+    let start = Lean::new(&device);
+    let all = 0..SHARDS;
+    let refuse = |model: Lean| checkpoint.restore(model).unwrap_err().to_string();
+
+    let other_rank = config().with_rank(1);
+    let error = refuse(
+        start
+            .clone()
+            .apply_hd_pissa(&other_rank, all.clone())
+            .unwrap(),
+    );
+    let name = "`first.weight.hd_pissa.shard_0_of_4.a`";
+    for part in ["frames-0-of-4.bpk", name, "[13, 2]", "[13, 1]"] {
+        assert!(error.contains(part), "{error}");
+    }
+    let other_shards = config().with_shards(2);
+    let error = refuse(start.clone().apply_hd_pissa(&other_shards, 0..2).unwrap());
+    assert!(
+        error.contains("made with shards 4, this run has 2"),
+        "{error}"
+    );
+    let error = refuse(start.clone());
+    assert!(
+        error.contains("made with shards 4, this run has 0"),
+        "{error}"
+    );
+    let bias = Lean {
+        first: start.first.clone(),
+        second: start.first.clone(),
+    };
+    let error = refuse(bias.apply_hd_pissa(&config(), all.clone()).unwrap());
+    assert!(
+        error.contains("model.bpk") && error.contains("`second."),
+        "{error}"
+    );
+    let half = start.cast(DType::BF16);
+    let error = refuse(half.apply_hd_pissa(&config(), all).unwrap());
+    for part in ["`first.weight`", "F32", "BF16"] {
+        assert!(error.contains(part), "{error}");
+    }
+}
+
+#[test]
+fn another_version_is_told_from_damage() {
+    let three = Three::new();
+    let path = three.folder(3).join("manifest.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let other = text.replace("\"format_version\": 1", "\"format_version\": 99");
+    assert_ne!(other, text);
+    std::fs::write(&path, &other).unwrap();
+    update_digests(&three.folder(3));
+    let found = three.checkpoints.latest().unwrap();
+    match &found.damaged[..] {
+        [CheckpointError::UnsupportedVersion { found: 99, .. }] => {}
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Makes the digests fit the files again, as a forger would.
+fn update_digests(folder: &Path) {
+    use sha2::{Digest, Sha256};
+    let mut sums = String::new();
+    for name in names(folder) {
+        if name != "SHA256SUMS" {
+            let digest = Sha256::digest(std::fs::read(folder.join(&name)).unwrap());
+            let digits: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+            sums += &format!("{digits}  {name}\n");
+        }
+    }
+    std::fs::write(folder.join("SHA256SUMS"), sums).unwrap();
+}
+
+#[test]
+fn a_worker_that_cannot_write_leaves_no_checkpoint() {
+    let three = Three::new();
+    let layout = [vec![0, 1], vec![2, 3]];
+    let start = Lean::new(&Device::flex().autodiff());
+    let errors = on_workers(&layout, |communicator, hosted| {
+        let model = adapted(&start, hosted);
+        let mut snapshot = Snapshot::new(4, &model, adam().into_bytes().unwrap());
+        if communicator.worker_index() == 1 {
+            snapshot.optimizer = burn::tensor::Bytes::from_bytes_vec(vec![1, 2, 3]);
+        }
+        three.checkpoints.save(&snapshot, &communicator)
+    });
+    assert_eq!(errors[0], Err(CheckpointError::OtherWorker { worker: 1 }));
+    assert!(matches!(
+        errors[1],
+        Err(CheckpointError::InvalidState { .. })
+    ));
+    assert_eq!(names(three.checkpoints.folder()).len(), 3);
+
+    // A file where the folder should be.
+    let file = three.folder(1).join("model.bpk");
+    let error = Checkpoints::new(&file).save(&three.snapshot(5), &Solo);
+    match error {
+        Err(CheckpointError::Io { path, .. }) => assert_eq!(path, file),
+        other => panic!("{other:?}"),
+    }
+}
