@@ -74,13 +74,14 @@ impl Bench {
         }
         .map(|device| device.client());
         #[cfg(feature = "cubecl-kernels")]
-        let hardware = client
-            .as_ref()
-            .map(|client| client.properties().identity.name.clone());
+        let hardware = match &client {
+            Some(client) => client.properties().identity.name.clone(),
+            None => processor(),
+        };
         #[cfg(not(feature = "cubecl-kernels"))]
-        let hardware = None;
+        let hardware = processor();
         Self {
-            name: format!("{backend} on {}", hardware.unwrap_or_else(processor)),
+            name: format!("{backend} on {hardware}"),
             device,
             seconds,
             #[cfg(feature = "cubecl-kernels")]
