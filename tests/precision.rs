@@ -254,7 +254,7 @@ fn stochastic_rounding_is_unbiased_and_repeatable() {
         squares += error * error;
         count += 1.0;
     }
-    let deviation = (squares / count as f64).sqrt();
+    let deviation = f64::sqrt(squares / count);
     let standard_error = deviation / f64::sqrt(count);
     let bias = sum / count;
     assert!(deviation > 0.01, "nothing was rounded: {deviation}");
