@@ -1,5 +1,6 @@
 //! How a merged `f32` value becomes an element of the weight.
 
+#[cfg(feature = "flex")]
 use half::{bf16, f16};
 
 /// How the sum of a merge is rounded to a half-precision weight; an `f32` weight takes it as it is.
