@@ -41,8 +41,10 @@ pub(crate) const COMPANION: &str = "companion";
 
 /// Name under which an adapter announces stochastic rounding to traversals: `stochastic_42`.
 pub(crate) fn stochastic_name(seed: u64) -> String {
-    format!("stochastic_{seed}")
+    format!("{STOCHASTIC}{seed}")
 }
+
+const STOCHASTIC: &str = "stochastic_";
 
 fn parse_shard_name(name: &str) -> Option<(usize, usize)> {
     let (index, shards) = name.strip_prefix("shard_")?.split_once("_of_")?;
@@ -136,13 +138,11 @@ impl PathTracker {
             None => Place::Other(self.path()),
         }
     }
-}
 
-impl PathTracker {
     /// The weight and the seed, where the adapter announces stochastic rounding.
     pub(crate) fn stochastic(&self) -> Option<(String, u64)> {
         let depth = self.adapter?;
-        let seed = self.stack.get(depth + 1)?.strip_prefix("stochastic_")?;
+        let seed = self.stack.get(depth + 1)?.strip_prefix(STOCHASTIC)?;
         Some((self.stack[..depth].join("."), seed.parse().ok()?))
     }
 }
