@@ -2,7 +2,7 @@
 
 use burn::tensor::{DType, Device, Tensor};
 use hd_pissa::ops::{adapter_linear, adapter_weight};
-use hd_pissa_tests::{assert_close, normal, values};
+use hd_pissa_tests::{assert_close, bits, normal, values};
 use proptest::prelude::*;
 
 const SCALE: f64 = 1.75;
@@ -112,45 +112,70 @@ fn gradients_agree_with_finite_differences() {
             .collect()
     }
 
-    let device = Device::flex().autodiff();
-    let (tokens, d_input, d_output, rank) = (5, 7, 6, 3);
-    let mut case = Case::new([tokens, d_input, d_output, rank], &device);
-    case.x = case.x.require_grad();
-    case.a = case.a.require_grad();
-    case.b = case.b.require_grad();
-    let grads = loss(case.lean()).backward();
+    let [tokens, d_input, d_output, rank] = [5, 7, 6, 3];
+    let check = |device: &Device, dtype: DType, track_x: bool, tolerance: f32| {
+        let device = device.clone().autodiff();
+        let mut case = Case::new([tokens, d_input, d_output, rank], &device);
+        case.x = case.x.cast(dtype).detach().set_require_grad(track_x);
+        case.w = case.w.cast(dtype);
+        case.a = case.a.require_grad();
+        case.b = case.b.require_grad();
+        let grads = loss(case.lean().cast(DType::F32)).backward();
 
-    let host =
-        |t: &Tensor<2>| -> Vec<f64> { values(t.clone()).iter().map(|&v| v.into()).collect() };
-    let (x, w, a, b) = (host(&case.x), host(&case.w), host(&case.a), host(&case.b));
-    let frozen = product(&a, &b, [d_input, rank, d_output]);
-    let evaluate = |x: &[f64], a: &[f64], b: &[f64]| {
-        let ab = product(a, b, [d_input, rank, d_output]);
-        let shift: Vec<f64> = ab
-            .iter()
-            .zip(&frozen)
-            .map(|(p, q)| SCALE * (p - q))
-            .collect();
-        host_loss(x, &w, &shift, [tokens, d_input, d_output])
+        let host =
+            |t: &Tensor<2>| -> Vec<f64> { values(t.clone()).iter().map(|&v| v.into()).collect() };
+        let (x, w, a, b) = (host(&case.x), host(&case.w), host(&case.a), host(&case.b));
+        let frozen = product(&a, &b, [d_input, rank, d_output]);
+        let evaluate = |x: &[f64], a: &[f64], b: &[f64]| {
+            let ab = product(a, b, [d_input, rank, d_output]);
+            let shift: Vec<f64> = ab
+                .iter()
+                .zip(&frozen)
+                .map(|(p, q)| SCALE * (p - q))
+                .collect();
+            host_loss(x, &w, &shift, [tokens, d_input, d_output])
+        };
+        let differences = |leaf: &[f64], at: &dyn Fn(&[f64]) -> f64| -> Vec<f32> {
+            (0..leaf.len())
+                .map(|k| {
+                    let mut moved = leaf.to_vec();
+                    moved[k] = leaf[k] + 1e-5;
+                    let above = at(&moved);
+                    moved[k] = leaf[k] - 1e-5;
+                    ((above - at(&moved)) / 2e-5) as f32
+                })
+                .collect()
+        };
+        assert_eq!(case.x.grad(&grads).is_some(), track_x);
+        for (leaf, expected) in [
+            (&case.x, differences(&x, &|x| evaluate(x, &a, &b))),
+            (&case.a, differences(&a, &|a| evaluate(&x, a, &b))),
+            (&case.b, differences(&b, &|b| evaluate(&x, &a, b))),
+        ] {
+            if let Some(found) = leaf.grad(&grads) {
+                let expected = Tensor::<1>::from_floats(&expected[..], &Device::flex());
+                let found = bits(&found.cast(DType::F32));
+                let found = Tensor::<2>::from_data(found, &Device::flex());
+                assert_close(found.flatten(0, 1), expected, tolerance);
+            }
+        }
     };
-    let differences = |leaf: &[f64], at: &dyn Fn(&[f64]) -> f64| -> Vec<f32> {
-        (0..leaf.len())
-            .map(|k| {
-                let mut moved = leaf.to_vec();
-                moved[k] = leaf[k] + 1e-5;
-                let above = at(&moved);
-                moved[k] = leaf[k] - 1e-5;
-                ((above - at(&moved)) / 2e-5) as f32
-            })
-            .collect()
-    };
-    for (leaf, expected) in [
-        (&case.x, differences(&x, &|x| evaluate(x, &a, &b))),
-        (&case.a, differences(&a, &|a| evaluate(&x, a, &b))),
-        (&case.b, differences(&b, &|b| evaluate(&x, &a, b))),
-    ] {
-        let expected = Tensor::<1>::from_floats(&expected[..], &device.clone().inner());
-        assert_close(leaf.grad(&grads).unwrap().flatten(0, 1), expected, 1e-5);
+    for track_x in [false, true] {
+        check(&Device::flex(), DType::F32, track_x, 1e-5);
+        #[cfg(any(feature = "wgpu", feature = "cuda"))]
+        if let Some(gpu) = hd_pissa_tests::gpu() {
+            let f32_products = hd_pissa_tests::gpu_product_tolerance();
+            // A rounding step of f16 is 1e-3 of a value, and of bf16 8e-3.
+            for (dtype, tolerance) in [
+                (DType::F32, f32_products),
+                (DType::F16, 5e-3),
+                (DType::BF16, 4e-2),
+            ] {
+                if gpu.supports_dtype(dtype) {
+                    check(&gpu, dtype, track_x, tolerance);
+                }
+            }
+        }
     }
 }
 

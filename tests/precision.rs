@@ -270,20 +270,26 @@ fn stochastic_rounding_is_unbiased_and_repeatable() {
 }
 
 /// The kernel and Flex round each in its own code.
-#[cfg(feature = "wgpu")]
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
 #[test]
-fn wgpu_rounds_f16_as_flex_does() {
-    let Some(gpu) = hd_pissa_tests::wgpu() else {
+fn the_gpu_rounds_as_flex_does() {
+    let Some(gpu) = hd_pissa_tests::gpu() else {
         return;
     };
     let flex = Device::flex().autodiff();
-    let start = layer([13, 18], DType::F16);
-    for precision in [
-        MergePrecision::Split,
-        MergePrecision::Stochastic { seed: 5 },
-    ] {
+    for (dtype, precision) in [DType::F16, DType::BF16].into_iter().flat_map(|dtype| {
+        [
+            (dtype, MergePrecision::Split),
+            (dtype, MergePrecision::Stochastic { seed: 5 }),
+        ]
+    }) {
+        if !gpu.supports_dtype(dtype) {
+            println!("skipped: no {dtype:?} on this device");
+            continue;
+        }
+        let start = layer([13, 18], dtype);
         let run = |device: &Device| {
-            let model = adapted(&start, DType::F16, precision, device);
+            let model = adapted(&start, dtype, precision, device);
             train(model, &mut optimizer(), 0..1)
         };
         let (on_gpu, on_cpu) = (run(&gpu.clone().autodiff()), run(&flex));
@@ -298,11 +304,11 @@ fn wgpu_rounds_f16_as_flex_does() {
         let different = pairs.iter().filter(|(g, c)| (g - c).abs() > 1e-6).count();
         assert!(
             different <= pairs.len() / 50,
-            "{different} of {}",
+            "{dtype:?}, {precision:?}: {different} of {}",
             pairs.len()
         );
         let before = values(base(&start.weight));
         let moved = before.iter().zip(&pairs).filter(|(b, (g, _))| *b != g);
-        assert!(moved.count() > 10);
+        assert!(moved.count() > 10, "{dtype:?}, {precision:?}");
     }
 }

@@ -129,24 +129,34 @@ pub fn shared() -> Option<PathBuf> {
     folder.is_dir().then_some(folder)
 }
 
-/// The WGPU device, or `None` where there is no adapter and `HD_PISSA_REQUIRE_WGPU` is not 1.
-#[cfg(feature = "wgpu")]
-pub fn wgpu() -> Option<Device> {
+/// The CUDA device in a build with that feature, else the WGPU one; `None` where there is none, which
+/// is a failure if `HD_PISSA_REQUIRE_CUDA` or `HD_PISSA_REQUIRE_WGPU` is 1.
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+pub fn gpu() -> Option<Device> {
     let found = std::panic::catch_unwind(|| {
+        #[cfg(feature = "cuda")]
+        let device = Device::cuda(0);
+        #[cfg(not(feature = "cuda"))]
         let device = Device::wgpu(Default::default());
         Tensor::<1>::zeros([1], &device).into_data();
         device
     });
-    match found {
-        Ok(device) => Some(device),
-        Err(_) if std::env::var_os("HD_PISSA_REQUIRE_WGPU").is_some_and(|v| v == "1") => {
-            panic!("HD_PISSA_REQUIRE_WGPU=1, but no WGPU adapter was found")
+    let device = found.ok();
+    if device.is_none() {
+        for variable in ["HD_PISSA_REQUIRE_CUDA", "HD_PISSA_REQUIRE_WGPU"] {
+            let required = std::env::var_os(variable).is_some_and(|value| value == "1");
+            assert!(!required, "{variable}=1, but no device was found");
         }
-        Err(_) => {
-            println!("skipped: no WGPU adapter");
-            None
-        }
+        println!("skipped: no GPU and no software driver of one");
     }
+    device
+}
+
+/// How far `f32` products of the GPU backend may be from exact ones, relative to the largest: Burn's
+/// products on matrix units round their operands to the 11 bits of `tf32`.
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+pub fn gpu_product_tolerance() -> f32 {
+    if cfg!(feature = "cuda") { 4e-3 } else { 1e-5 }
 }
 
 /// The listings of the README, compiled and run as documentation tests.

@@ -158,9 +158,10 @@ pub fn low_rank_product(client: &Client, product: LowRankProduct) -> Result<(), 
 /// product for `y` and a small second one for `p`.
 ///
 /// Fusing saves one of two reads of the input and one launch. The kernel multiplies on the ordinary
-/// units, so where the device has matrix units for the type (for `f32`: in `tf32`) the backend's
-/// product does several times its flops per second, which a second read of the input does not
-/// outweigh: there the answer is no.
+/// units, so where the device has matrix units for the type (for `f32`: in `tf32`) the answer is no.
+/// For 4096 tokens, a 4096×4096 weight, rank 16 and 16-bit operands, by the data sheets of an A100
+/// and an H100: `x·W` takes 440 and 139 µs on matrix units, a second read of `x` 16 and 10 µs, which
+/// is all that fusing could gain, and `x·W` on ordinary units 7.0 and 2.1 ms.
 pub fn is_fusion_preferred(client: &Client, dtype: FloatType) -> bool {
     let operand = match dtype {
         FloatType::F32 => ElemType::Float(FloatKind::TF32),

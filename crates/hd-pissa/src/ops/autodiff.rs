@@ -1,6 +1,8 @@
+use std::cell::LazyCell;
+
 use burn::backend::{
-    Autodiff, AutodiffBackend, Backend,
-    tensor::{FloatTensor, IntTensor},
+    Autodiff, AutodiffBackend, Backend, TensorMetadata,
+    tensor::{Device, FloatTensor, IntTensor},
 };
 use burn::tensor::{BoolDType, DType};
 use burn_autodiff::{
@@ -10,8 +12,8 @@ use burn_autodiff::{
     ops::{Backward, Ops, OpsKind},
 };
 
-use super::contract::{cast, flatten, product};
-use super::{HdPissaOps, Rounding};
+use super::contract::{cast, dense_linear, flatten, product};
+use super::{FusedProduct, HdPissaOps, Rounding};
 
 /// Backward of [`HdPissaOps::hd_pissa_linear`], parents `x`, `a`, `b`.
 #[derive(Debug)]
@@ -45,21 +47,28 @@ impl<B: HdPissaOps> Backward<B, 3> for AdapterLinear {
             .x
             .map(|id| checkpointer.retrieve_node_output::<FloatTensor<B>>(id));
 
-        if node_a.is_some() || node_b.is_some() {
-            let g = cast::<B>(flatten::<B>(g.clone()), DType::F32);
-            if let (Some(node), Some(x), Some(b)) = (node_a, x, state.b) {
-                let q = product::<B>(g.clone(), B::float_transpose(b));
-                let q = scaled::<B>(q, state.scale);
-                let x = cast::<B>(flatten::<B>(x), DType::F32);
-                grads.register::<B>(node.id, product::<B>(B::float_transpose(x), q));
+        let wide = LazyCell::new(|| cast::<B>(flatten::<B>(g.clone()), DType::F32));
+        let (w, b) = (state.w, state.b.map(B::float_transpose));
+        let (dx, q) = match (w.map(B::float_transpose), b) {
+            (Some(w), Some(b)) if fuses::<B>(&g) => {
+                let (dx, q) = low_rank_product::<B>(g.clone(), w, b);
+                (Some(dx), Some(q))
             }
-            if let (Some(node), Some(p)) = (node_b, state.p) {
-                let p = scaled::<B>(p, state.scale);
-                grads.register::<B>(node.id, product::<B>(B::float_transpose(p), g));
-            }
+            (w, b) => (
+                w.map(|w| dense_linear::<B>(g.clone(), w)),
+                b.map(|b| product::<B>(wide.clone(), b)),
+            ),
+        };
+        if let (Some(node), Some(x), Some(q)) = (node_a, x, q) {
+            let q = scaled::<B>(q, state.scale);
+            let x = cast::<B>(flatten::<B>(x), DType::F32);
+            grads.register::<B>(node.id, product::<B>(B::float_transpose(x), q));
         }
-        if let (Some(node), Some(w)) = (node_x, state.w) {
-            let dx = super::contract::dense_linear::<B>(g, B::float_transpose(w));
+        if let (Some(node), Some(p)) = (node_b, state.p) {
+            let p = scaled::<B>(p, state.scale);
+            grads.register::<B>(node.id, product::<B>(B::float_transpose(p), wide.clone()));
+        }
+        if let (Some(node), Some(dx)) = (node_x, dx) {
             grads.register::<B>(node.id, dx);
         }
     }
@@ -94,11 +103,36 @@ impl<B: HdPissaOps> Backward<B, 2> for AdapterWeight {
     }
 }
 
+/// Whether the backend computes `x · w` and `x · f` better together.
+fn fuses<B: HdPissaOps>(x: &FloatTensor<B>) -> bool {
+    B::prefers_fused_product(&x.device(), x.dtype())
+}
+
+/// [`HdPissaOps::hd_pissa_low_rank_product`] for `x: [.., d]`; the first result has its leading
+/// dimensions, the second is `[tokens, rank]`.
+fn low_rank_product<B: HdPissaOps>(
+    x: FloatTensor<B>,
+    w: FloatTensor<B>,
+    f: FloatTensor<B>,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let mut shape = x.shape();
+    let last = shape.num_dims() - 1;
+    shape[last] = w.shape()[1];
+    let (y, p) = B::hd_pissa_low_rank_product(flatten::<B>(x), w, f);
+    (B::float_reshape(y, shape), p)
+}
+
 fn scaled<B: Backend>(x: FloatTensor<B>, scale: f64) -> FloatTensor<B> {
     if scale == 1.0 {
         x
     } else {
         B::float_mul_scalar(x, scale.into())
+    }
+}
+
+impl<B: FusedProduct, C: CheckpointStrategy> FusedProduct for Autodiff<B, C> {
+    fn prefers_fused_product(device: &Device<Self>, dtype: DType) -> bool {
+        B::prefers_fused_product(device, dtype)
     }
 }
 
@@ -120,17 +154,22 @@ impl<B: HdPissaOps, C: CheckpointStrategy> HdPissaOps for Autodiff<B, C> {
                 let saved_x = a_tracked.then(|| prep.checkpoint(&x));
                 let (x, w) = (x.into_primitive(), w.into_primitive());
                 let (a, b) = (a.into_primitive(), b.into_primitive());
-                let p = b_tracked.then(|| {
-                    let x = cast::<B>(flatten::<B>(x.clone()), DType::F32);
-                    product::<B>(x, a.clone())
-                });
-                let state = LinearState {
+                let mut state = LinearState {
                     x: saved_x,
                     w: x_tracked.then(|| w.clone()),
                     b: a_tracked.then(|| b.clone()),
-                    p,
+                    p: None,
                     scale,
                 };
+                if b_tracked && fuses::<B>(&x) {
+                    let (y, p) = low_rank_product::<B>(x, w, a);
+                    state.p = Some(p);
+                    return prep.finish(state, y);
+                }
+                state.p = b_tracked.then(|| {
+                    let x = cast::<B>(flatten::<B>(x.clone()), DType::F32);
+                    product::<B>(x, a.clone())
+                });
                 prep.finish(state, B::hd_pissa_linear(x, w, a, b, scale))
             }
             OpsKind::UnTracked(prep) => prep.finish(B::hd_pissa_linear(
@@ -164,6 +203,17 @@ impl<B: HdPissaOps, C: CheckpointStrategy> HdPissaOps for Autodiff<B, C> {
             }
             OpsKind::UnTracked(prep) => prep.finish(w.into_primitive()),
         }
+    }
+
+    // The linear operation calls this on the backend below, inside its own forward and backward.
+    fn hd_pissa_low_rank_product(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        f: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let (x, w, f) = (x.into_primitive(), w.into_primitive(), f.into_primitive());
+        let (y, p) = B::hd_pissa_low_rank_product(x, w, f);
+        (Self::from_inner(y), Self::from_inner(p))
     }
 
     // A step happens outside the graph, on tensors without autodiff; a tensor that has it

@@ -1,6 +1,8 @@
+#[cfg(feature = "fusion")]
+use burn::backend::fusion::custom::TensorSpec;
 use burn::backend::{
-    Backend, TensorMetadata, backend_extension,
-    tensor::{FloatTensor, IntTensor},
+    Backend, Dispatch, TensorMetadata, backend_extension,
+    tensor::{Device, FloatTensor, IntTensor},
 };
 use burn::tensor::{BoolDType, DType, FloatDType, Shape};
 
@@ -17,7 +19,7 @@ use super::Rounding;
     Cube: cfg(feature = "cubecl-backend"),
     Fusion: cfg(feature = "fusion"),
 )]
-pub trait HdPissaOps: Backend {
+pub trait HdPissaOps: Backend + FusedProduct {
     /// `x · w` for `x: [.., d_input]`, of rank 2 or more; shape `[.., d_output]`, dtype of `x`.
     ///
     /// The value does not depend on the factors. Its gradient is that of `x · (w + scale · a · b)`
@@ -32,6 +34,25 @@ pub trait HdPissaOps: Backend {
     ) -> FloatTensor<Self> {
         let _ = (a, b, scale);
         dense_linear::<Self>(x, w)
+    }
+
+    /// `x · w` in the dtype of `x: [tokens, d]`, and `x · f` in `f32`, for `w: [d, n]` of the same
+    /// dtype and an `f32` factor `f: [d, rank]`: what a forward pass computes of `x` with `a`, and a
+    /// backward pass of the output's gradient with the transposed `w` and `b`.
+    ///
+    /// Called where [`FusedProduct::prefers_fused_product`] says that reading `x` once is the better
+    /// way.
+    #[fusion(meta = |x, w, f| (
+        TensorSpec::new(Shape::new([x.shape[0], w.shape[1]]), x.dtype),
+        TensorSpec::new(Shape::new([x.shape[0], f.shape[1]]), f.dtype),
+    ))]
+    fn hd_pissa_low_rank_product(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        f: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let y = dense_linear::<Self>(x.clone(), w);
+        (y, product::<Self>(cast::<Self>(x, DType::F32), f))
     }
 
     /// `w` itself, with the gradient of `w + scale · a · b` with respect to `a` and `b`.
@@ -98,10 +119,31 @@ pub trait HdPissaOps: Backend {
 
 /// What Fusion knows of an `f32` tensor of shape `[1]`.
 #[cfg(feature = "fusion")]
-fn scalar(
-    like: &burn::backend::fusion::custom::TensorSpec,
-) -> burn::backend::fusion::custom::TensorSpec {
-    burn::backend::fusion::custom::TensorSpec::new(Shape::new([1]), like.dtype)
+fn scalar(like: &TensorSpec) -> TensorSpec {
+    TensorSpec::new(Shape::new([1]), like.dtype)
+}
+
+/// Which way of computing two products with the same left operand suits a backend. Apart from
+/// [`HdPissaOps`], because the answer is needed before anything is queued.
+pub trait FusedProduct: Backend {
+    /// Whether [`HdPissaOps::hd_pissa_low_rank_product`] is better than a product for each result
+    /// on `device`, for inputs and weights of `dtype`.
+    fn prefers_fused_product(device: &Device<Self>, dtype: DType) -> bool {
+        let _ = (device, dtype);
+        false
+    }
+}
+
+/// Only backends compute.
+impl FusedProduct for Dispatch {}
+
+#[cfg(feature = "fusion")]
+impl<B: burn::backend::fusion::FusionBackend + FusedProduct> FusedProduct
+    for burn::backend::fusion::Fusion<B>
+{
+    fn prefers_fused_product(device: &Device<Self>, dtype: DType) -> bool {
+        B::prefers_fused_product(device, dtype)
+    }
 }
 
 /// `x · w` for `x: [.., d_input]`; zero rows give a tensor with zero rows.

@@ -1,18 +1,62 @@
 use burn::backend::{
     TensorMetadata,
-    tensor::{FloatTensor, IntTensor},
+    tensor::{Device, FloatTensor, IntTensor},
 };
 use burn::tensor::{DType, Shape};
 use burn_cubecl::{
     CubeBackend,
     kernel::{into_contiguous, untile},
+    ops::numeric::empty_device_contiguous_dtype,
     tensor::CubeTensor,
 };
-use hd_pissa_kernels::{Buffer, FloatType, Matrix, Merge, MergePrecision, ShardedFactors, merge};
+use hd_pissa_kernels::{
+    Buffer, FloatType, LowRankProduct, Matrix, Merge, MergePrecision, ShardedFactors,
+    is_fusion_preferred, low_rank_product, merge,
+};
 
-use super::{HdPissaOps, Rounding};
+use super::{FusedProduct, HdPissaOps, Rounding};
+
+impl FusedProduct for CubeBackend {
+    fn prefers_fused_product(device: &Device<Self>, dtype: DType) -> bool {
+        let client = device.client();
+        let dtype = match dtype {
+            DType::F32 => FloatType::F32,
+            DType::F16 => FloatType::F16,
+            DType::BF16 => FloatType::BF16,
+            _ => return false,
+        };
+        dtype.is_supported(&client) && is_fusion_preferred(&client, dtype)
+    }
+}
 
 impl HdPissaOps for CubeBackend {
+    fn hd_pissa_low_rank_product(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        f: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let [x, w, f] = [x, w, f].map(untile);
+        let tokens = x.shape()[0];
+        let empty = |columns: usize, dtype: DType| {
+            let shape = Shape::new([tokens, columns]);
+            empty_device_contiguous_dtype(x.client.clone(), x.device.clone(), shape, dtype)
+        };
+        let (y, p) = (empty(w.shape()[1], x.dtype), empty(f.shape()[1], f.dtype));
+        let [input, weight, factor, output, projection] = [&x, &w, &f, &y, &p].map(matrix);
+        let arguments = LowRankProduct {
+            input,
+            weight,
+            factor,
+            bias: None,
+            output,
+            projection,
+        };
+        if let Err(error) = low_rank_product(&x.client, arguments) {
+            panic!("multiplying on {:?}: {error}", x.device);
+        }
+        (y, p)
+    }
+
     fn hd_pissa_merge(
         w: FloatTensor<Self>,
         frames: FloatTensor<Self>,
@@ -90,14 +134,8 @@ impl Update {
     /// Merges in place; the sum of the squares of the update, `[1]`.
     fn add_to(self, w: &CubeTensor, companion: Option<&CubeTensor>) -> CubeTensor {
         let client = w.client.clone();
-        let (shape, strides) = (w.shape(), w.meta.strides());
-        let [d_input, d_output] = [shape[0], shape[1]];
-        let weight = Matrix {
-            handle: w.handle.clone(),
-            shape: [d_input, d_output],
-            strides: [strides[0], strides[1]],
-            dtype: float_type(w.dtype),
-        };
+        let weight = matrix(w);
+        let [d_input, d_output] = weight.shape;
         let shards = self.frames.shape()[0];
         let row = self.rank * (d_input + d_output);
         let factors = |rows: CubeTensor| ShardedFactors {
@@ -134,6 +172,17 @@ impl Update {
             squares,
             DType::F32,
         )
+    }
+}
+
+/// What the kernels see of a tensor of two dimensions.
+fn matrix(tensor: &CubeTensor) -> Matrix {
+    let (shape, strides) = (tensor.shape(), tensor.meta.strides());
+    Matrix {
+        handle: tensor.handle.clone(),
+        shape: [shape[0], shape[1]],
+        strides: [strides[0], strides[1]],
+        dtype: float_type(tensor.dtype),
     }
 }
 

@@ -11,7 +11,10 @@ use rayon::prelude::*;
 
 use super::contract::cast;
 use super::rounding::Half;
-use super::{HdPissaOps, Rounding};
+use super::{FusedProduct, HdPissaOps, Rounding};
+
+/// Flex has no kernel that computes both.
+impl FusedProduct for Flex {}
 
 impl HdPissaOps for Flex {
     fn hd_pissa_merge(

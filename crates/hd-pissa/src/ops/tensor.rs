@@ -13,8 +13,9 @@ use super::{HdPissaOps, Rounding};
 /// - b: `[rank, d_output]`, `f32`
 /// - output: `[.., d_output]`
 ///
-/// The value is that of `input · weight`, bit for bit: the factors never enter it. The gradients
-/// are those of `input · (weight + scale · (a·b − stop_gradient(a·b)))`, with `G` the gradient of
+/// The value is that of `input · weight`: the factors never enter it. Where the backend computes
+/// `input · a` in the same launch, the sums may be ordered otherwise than in Burn's own product. The
+/// gradients are those of `input · (weight + scale · (a·b − stop_gradient(a·b)))`, with `G` the gradient of
 /// the output and leading dimensions flattened to tokens:
 ///
 /// - input: `G · weightᵀ`

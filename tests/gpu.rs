@@ -1,8 +1,8 @@
-//! WGPU against Flex: values, gradients, whole steps, and memory over many steps.
+//! A GPU against Flex: values, gradients, whole steps, and memory over many steps.
 //!
-//! Runs with the feature `wgpu` where a WGPU adapter is found; software drivers will do. With
-//! `HD_PISSA_REQUIRE_WGPU=1` a missing adapter fails the test.
-#![cfg(feature = "wgpu")]
+//! Runs with the feature `cuda`, or with `wgpu` where an adapter is found; software drivers will do.
+//! With `HD_PISSA_REQUIRE_CUDA=1` or `HD_PISSA_REQUIRE_WGPU=1` a missing device fails the tests.
+#![cfg(any(feature = "wgpu", feature = "cuda"))]
 
 use burn::module::Module;
 use burn::optim::{AdamConfig, GradientsParams};
@@ -13,7 +13,9 @@ use hd_pissa::{
     HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaLinearConfig, HdPissaModule,
     HdPissaOptimizer, OptimizerError, ShardGradients,
 };
-use hd_pissa_tests::{Dense, Lean, assert_close, base, bits, normal, values, wgpu};
+use hd_pissa_tests::{
+    Dense, Lean, assert_close, base, bits, gpu, gpu_product_tolerance, normal, values,
+};
 
 fn on<const D: usize>(tensor: &Tensor<D>, device: &Device) -> Tensor<D> {
     Tensor::from_data(bits(tensor), (device, tensor.dtype()))
@@ -21,15 +23,20 @@ fn on<const D: usize>(tensor: &Tensor<D>, device: &Device) -> Tensor<D> {
 
 #[test]
 fn values_and_gradients() {
-    let Some(gpu) = wgpu() else { return };
+    let Some(gpu) = gpu() else { return };
     let cpu = Device::flex();
     for ([tokens, d_input, d_output, rank], dtype, tolerance) in [
-        ([5, 13, 7, 1], DType::F32, 1e-5),
-        ([64, 96, 33, 8], DType::F32, 1e-5),
-        ([1, 31, 64, 16], DType::F32, 1e-5),
+        ([5, 13, 7, 1], DType::F32, gpu_product_tolerance()),
+        ([64, 96, 33, 8], DType::F32, gpu_product_tolerance()),
+        ([1, 31, 64, 16], DType::F32, gpu_product_tolerance()),
         ([24, 64, 48, 4], DType::F16, 5e-3),
         ([7, 19, 23, 3], DType::F16, 5e-3),
+        ([24, 64, 48, 4], DType::BF16, 4e-2),
     ] {
+        if !gpu.supports_dtype(dtype) {
+            println!("skipped: no {dtype:?} on this device");
+            continue;
+        }
         // The leaves of one run on each device; which inputs are tracked varies.
         for track_x in [false, true] {
             let x = normal([tokens, d_input], &cpu).cast(dtype);
@@ -67,7 +74,7 @@ fn values_and_gradients() {
 
 #[test]
 fn empty_batches() {
-    let Some(gpu) = wgpu() else { return };
+    let Some(gpu) = gpu() else { return };
     let device = gpu.autodiff();
     let (a, b) = (
         normal([5, 2], &device).require_grad(),
@@ -81,7 +88,7 @@ fn empty_batches() {
 /// One model on both devices, the same batches: the weights after a few steps.
 #[test]
 fn steps() {
-    let Some(gpu) = wgpu() else { return };
+    let Some(gpu) = gpu() else { return };
     let config = HdPissaConfig::new().with_rank(2).with_shards(3);
     let start = Dense::new(&Device::flex())
         .into_record()
@@ -109,13 +116,15 @@ fn steps() {
         let tensor = |data| Tensor::<2>::from_data(data, &Device::flex());
         tensor(after) - tensor(before)
     };
-    // Of the change, not of the weight.
-    assert_close(train(&gpu), train(&Device::flex()), 1e-3);
+    // Of the change, not of the weight. Adam divides by the gradient's own size, which magnifies the
+    // error of small ones.
+    let tolerance = 100.0 * gpu_product_tolerance();
+    assert_close(train(&gpu), train(&Device::flex()), tolerance);
 }
 
 #[test]
 fn a_clone_is_unchanged_and_bad_steps_are_refused() {
-    let Some(gpu) = wgpu() else { return };
+    let Some(gpu) = gpu() else { return };
     let device = gpu.autodiff();
     let layer = HdPissaLinearConfig::new(13, 17).init(&device);
     let config = HdPissaConfig::new().with_rank(2).with_shards(1);
@@ -150,7 +159,7 @@ fn a_clone_is_unchanged_and_bad_steps_are_refused() {
 /// Memory in use on the device stays where it is after the first steps.
 #[test]
 fn five_hundred_steps_without_growth() {
-    let Some(gpu) = wgpu() else { return };
+    let Some(gpu) = gpu() else { return };
     let device = gpu.clone().autodiff();
     let config = HdPissaConfig::new().with_rank(2).with_shards(2);
     let mut model = Lean::new(&device).apply_hd_pissa(&config, 0..2).unwrap();
@@ -167,7 +176,10 @@ fn five_hundred_steps_without_growth() {
         model = optim.step(1e-3, model, gradients).unwrap();
         if step % 100 == 99 {
             gpu.sync().unwrap();
-            used.push(gpu.memory_pool_usage().expect("WGPU reports its memory"));
+            used.push(
+                gpu.memory_pool_usage()
+                    .expect("the device reports its memory"),
+            );
         }
     }
     let adapter = model
