@@ -155,7 +155,7 @@ mod tests {
 
     #[test]
     fn the_distance_of_factors_is_that_of_their_products() {
-        let device = burn::tensor::Device::default();
+        let device = burn::tensor::Device::flex();
         let draw = |shape: [usize; 2]| {
             Tensor::<2>::random(shape, burn::tensor::Distribution::Default, &device)
         };

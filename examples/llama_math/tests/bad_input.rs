@@ -83,7 +83,12 @@ impl Case {
             }
         }
         all.extend(["--output".into(), path("out")]);
-        for default in [["--rank", "2"], ["--shards", "2"], ["--steps", "1"]] {
+        for default in [
+            ["--device", "flex"],
+            ["--rank", "2"],
+            ["--shards", "2"],
+            ["--steps", "1"],
+        ] {
             if !arguments.contains(&default[0]) {
                 all.extend(default.map(String::from));
             }

@@ -84,7 +84,12 @@ impl HdPissaOptimizer {
             return Err(OptimizerError::ClipsPerTensor);
         }
         let anywhere = [(String::from("weight"), ParamId::new())];
-        let probe = Probe::new(&Device::default(), anywhere);
+        // Where there is a choice, not a GPU, which may be missing.
+        #[cfg(feature = "flex")]
+        let device = Device::flex();
+        #[cfg(not(feature = "flex"))]
+        let device = Device::default();
+        let probe = Probe::new(&device, anywhere);
         if probe.reads_parameter(&inner).is_some() {
             return Err(OptimizerError::ReadsParameter { path: None });
         }
@@ -275,7 +280,8 @@ impl HdPissaOptimizer {
             let shard = shard_path(&weight.path, shard, factors.num_shards);
             (format!("{shard}.{}", side.name()), factor.id)
         });
-        match Probe::new(&Device::default(), params).reads_parameter(&self.inner) {
+        let device = factors.weights[0].shards[0].a.value.device().inner();
+        match Probe::new(&device, params).reads_parameter(&self.inner) {
             Some(path) => Err(OptimizerError::ReadsParameter { path: Some(path) }),
             None => Ok(()),
         }
