@@ -50,6 +50,7 @@ pub mod checkpoint;
 mod config;
 mod error;
 mod linear;
+mod message;
 pub mod ops;
 mod optim;
 mod pissa;

@@ -91,7 +91,7 @@ impl Trainer {
         let share = adaptation.shards / communicator.num_workers();
         let first = share * communicator.worker_index();
         let hosted = first..first + share;
-        let model = adaptation.apply_hosted(model, hosted.clone())?;
+        let model = adaptation.apply_hosted(model, hosted.clone(), &communicator)?;
         let optimizer = match adaptation.method {
             Method::HdPissa => {
                 let adam = AdamConfig::new().with_epsilon(EPSILON).init();

@@ -5,6 +5,7 @@ use hd_pissa_comm::Communicator;
 
 use super::OptimizerError;
 use super::factors::Factors;
+use crate::message::Messages;
 
 /// The factors, or their deltas, of one shard of one weight.
 #[derive(Clone, Debug)]
@@ -38,8 +39,8 @@ impl Roster {
         communicator: &dyn Communicator,
         model_hash: impl FnOnce() -> u64,
     ) -> Result<Self, OptimizerError> {
-        let device = factors.weights[0].shards[0].a.value.device().inner();
         let workers = communicator.num_workers();
+        let messages = Messages::new(communicator, factors.device());
         let order = if workers == 1 {
             factors.hosted.clone()
         } else {
@@ -60,12 +61,9 @@ impl Roster {
                 ),
                 ("a fingerprint of the model's parameters", model_hash()),
             ];
-            let header: Vec<f32> = settings.iter().flat_map(|&(_, v)| to_floats(v)).collect();
-            let gathered =
-                read(communicator.all_gather(Tensor::from_floats(&header[..], &device))?);
-            for (worker, theirs) in gathered.chunks(header.len()).enumerate() {
-                for (&(setting, ours), theirs) in settings.iter().zip(theirs.chunks(4)) {
-                    let theirs = from_floats(theirs);
+            let own = settings.map(|(_, value)| value);
+            for (worker, theirs) in messages.gather(&own)?.into_iter().enumerate() {
+                for (&(setting, ours), theirs) in settings.iter().zip(theirs) {
                     if theirs != ours {
                         return Err(OptimizerError::WorkerMismatch {
                             worker,
@@ -76,11 +74,9 @@ impl Roster {
                     }
                 }
             }
-            let hosted: Vec<f32> = factors.hosted.iter().map(|&shard| shard as f32).collect();
-            read(communicator.all_gather(Tensor::from_floats(&hosted[..], &device))?)
-                .into_iter()
-                .map(|shard| shard as usize)
-                .collect()
+            let hosted: Vec<u64> = factors.hosted.iter().map(|&shard| shard as u64).collect();
+            let gathered = messages.gather(&hosted)?.into_iter().flatten();
+            gathered.map(|shard| shard as usize).collect()
         };
         let mut sorted = order.clone();
         sorted.sort_unstable();
@@ -212,15 +208,10 @@ pub(super) fn compare(
     factors: &Factors,
     communicator: &dyn Communicator,
 ) -> Result<(), OptimizerError> {
-    let device = factors.weights[0].shards[0].a.value.device().inner();
-    let own: Vec<f32> = fingerprints
-        .iter()
-        .flat_map(|&(_, v)| to_floats(v))
-        .collect();
-    let gathered = read(communicator.all_gather(Tensor::from_floats(&own[..], &device))?);
-    for (worker, theirs) in gathered.chunks(own.len()).enumerate() {
-        for ((path, ours), theirs) in fingerprints.iter().zip(theirs.chunks(4)) {
-            let theirs = from_floats(theirs);
+    let own: Vec<u64> = fingerprints.iter().map(|&(_, value)| value).collect();
+    let gathered = Messages::new(communicator, factors.device()).gather(&own)?;
+    for (worker, theirs) in gathered.into_iter().enumerate() {
+        for ((path, ours), theirs) in fingerprints.iter().zip(theirs) {
             if theirs != *ours {
                 return Err(OptimizerError::Drift {
                     path: path.clone(),
@@ -254,33 +245,4 @@ fn fingerprint(factors: &Factors) -> u64 {
         })
         .collect();
     crate::adapter::path::hash(&text.join("\n"))
-}
-
-/// An integer as `f32` values that hold it exactly, 16 bits each.
-fn to_floats(value: u64) -> [f32; 4] {
-    [0, 16, 32, 48].map(|shift| f32::from((value >> shift) as u16))
-}
-
-fn from_floats(floats: &[f32]) -> u64 {
-    floats
-        .iter()
-        .rev()
-        .fold(0, |value, &part| value << 16 | part as u64)
-}
-
-fn read(tensor: Tensor<1>) -> Vec<f32> {
-    tensor.into_data().iter::<f32>().collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    proptest! {
-        #[test]
-        fn integers_survive_as_floats(value: u64) {
-            prop_assert_eq!(from_floats(&to_floats(value)), value);
-        }
-    }
 }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{Device, Int, Tensor};
 
 use super::OptimizerError;
 use crate::adapter::path::{PathTracker, Place, Side, hash, track_path};
@@ -103,6 +103,11 @@ impl Factors {
             num_shards: first.num_shards,
             weights,
         })
+    }
+
+    /// The device of the factors, without autodiff.
+    pub(super) fn device(&self) -> Device {
+        self.weights[0].shards[0].a.value.device().inner()
     }
 
     /// Every factor, with the weight, the shard and the side it belongs to.
