@@ -1,10 +1,10 @@
 //! What workers tell each other: who hosts which shard, the frames once, the deltas every step.
 
 use burn::tensor::Tensor;
-use hd_pissa_comm::Communicator;
+use hd_pissa_comm::{Communicator, PendingGather};
 
-use super::OptimizerError;
-use super::factors::Factors;
+use super::factors::{Factors, WeightFactors};
+use super::{OptimizerError, WireDtype};
 use crate::message::Messages;
 
 /// The factors, or their deltas, of one shard of one weight.
@@ -16,11 +16,23 @@ pub(super) struct Pair {
     pub(super) b: Tensor<2>,
 }
 
-/// One shard's share of a gather: a pair and a count of bad values for each weight.
+/// The deltas of one shard: a pair and a count of bad values for each weight.
 pub(super) struct ShardDeltas {
     pub(super) pairs: Vec<Pair>,
-    /// Number of NaN and infinite values in the gradients and deltas of each weight, `[1]`.
+    /// Number of NaN and infinite values in the gradients and deltas of each weight, `[n]` in
+    /// pieces.
     pub(super) non_finite: Vec<Tensor<1>>,
+}
+
+/// The deltas of some weights, on their way to every worker.
+pub(super) enum PendingDeltas<'a> {
+    /// A single worker has them all.
+    Here(Vec<ShardDeltas>),
+    UnderWay {
+        gather: Box<dyn PendingGather + 'a>,
+        weights: &'a [WeightFactors],
+        wire: WireDtype,
+    },
 }
 
 /// Who hosts what, agreed on at the first step.
@@ -36,9 +48,12 @@ impl Roster {
     /// Compares the workers' layouts and shares the frames.
     pub(super) fn agree(
         factors: &Factors,
+        wire: WireDtype,
+        groups: usize,
         communicator: &dyn Communicator,
         model_hash: impl FnOnce() -> u64,
     ) -> Result<Self, OptimizerError> {
+        wire.check(&factors.device())?;
         let workers = communicator.num_workers();
         let messages = Messages::new(communicator, factors.device());
         let order = if workers == 1 {
@@ -60,6 +75,8 @@ impl Roster {
                     fingerprint(factors),
                 ),
                 ("a fingerprint of the model's parameters", model_hash()),
+                ("the number of bits of a delta on the wire", wire.bits()),
+                ("the number of gathers per step", groups as u64),
             ];
             let own = settings.map(|(_, value)| value);
             for (worker, theirs) in messages.gather(&own)?.into_iter().enumerate() {
@@ -102,11 +119,11 @@ impl Roster {
                         .collect::<Vec<_>>()
                 })
                 .collect::<Vec<_>>();
-            let rows = own.iter().map(|pairs| flatten(pairs, &[])).collect();
+            let rows = own.iter().map(|pairs| flatten(pairs)).collect();
             let gathered = roster.gather_rows(rows, communicator)?;
             roster.frames = gathered
                 .into_iter()
-                .map(|row| unflatten(row, factors, 0).pairs)
+                .map(|row| unflatten(row, &factors.weights))
                 .collect();
         }
         Ok(roster)
@@ -131,25 +148,55 @@ impl Roster {
         })
     }
 
-    /// The deltas of every shard by index, from those of the hosted ones.
-    pub(super) fn gather_deltas(
+    /// Sends the deltas of the hosted shards of `weights` on their way.
+    pub(super) fn start_deltas<'a>(
         &self,
         hosted: Vec<ShardDeltas>,
-        factors: &Factors,
-        communicator: &dyn Communicator,
-    ) -> Result<Vec<ShardDeltas>, OptimizerError> {
+        weights: &'a [WeightFactors],
+        wire: WireDtype,
+        communicator: &'a dyn Communicator,
+    ) -> Result<PendingDeltas<'a>, OptimizerError> {
         if communicator.num_workers() == 1 {
-            return Ok(hosted);
+            return Ok(PendingDeltas::Here(hosted));
         }
-        let rows = hosted
-            .iter()
-            .map(|shard| flatten(&shard.pairs, &shard.non_finite))
-            .collect();
-        let gathered = self.gather_rows(rows, communicator)?;
-        Ok(gathered
-            .into_iter()
-            .map(|row| unflatten(row, factors, factors.weights.len()))
-            .collect())
+        let rows = hosted.into_iter().map(|shard| shard.encode(wire)).collect();
+        Ok(PendingDeltas::UnderWay {
+            gather: communicator.start_all_gather(Tensor::cat(rows, 0))?,
+            weights,
+            wire,
+        })
+    }
+
+    /// The deltas of every shard by index, once all are there; of all weights, which come in
+    /// groups.
+    pub(super) fn finish_deltas(
+        &self,
+        groups: Vec<PendingDeltas>,
+    ) -> Result<Vec<ShardDeltas>, OptimizerError> {
+        let mut all: Vec<ShardDeltas> = Vec::new();
+        for group in groups {
+            let group = match group {
+                PendingDeltas::Here(shards) => shards,
+                PendingDeltas::UnderWay {
+                    gather,
+                    weights,
+                    wire,
+                } => self
+                    .by_shard(gather.wait()?)
+                    .into_iter()
+                    .map(|row| ShardDeltas::decode(row, weights, wire))
+                    .collect(),
+            };
+            if all.is_empty() {
+                all = group;
+                continue;
+            }
+            for (all, group) in all.iter_mut().zip(group) {
+                all.pairs.extend(group.pairs);
+                all.non_finite.extend(group.non_finite);
+            }
+        }
+        Ok(all)
     }
 
     /// One row of equal length per hosted shard becomes one row per shard, by index.
@@ -161,34 +208,51 @@ impl Roster {
         if communicator.num_workers() == 1 {
             return Ok(rows);
         }
-        let len = rows[0].dims()[0];
-        let gathered = communicator.all_gather(Tensor::cat(rows, 0))?;
-        Ok((0..self.order.len())
+        Ok(self.by_shard(communicator.all_gather(Tensor::cat(rows, 0))?))
+    }
+
+    /// Cuts what was gathered into the rows of the shards, by index.
+    fn by_shard(&self, gathered: Tensor<1>) -> Vec<Tensor<1>> {
+        let len = gathered.dims()[0] / self.order.len();
+        (0..self.order.len())
             .map(|shard| {
                 let position = self.order.iter().position(|&s| s == shard);
                 let start = len * position.expect("the roster holds every shard");
                 gathered.clone().narrow(0, start, len)
             })
-            .collect())
+            .collect()
     }
 }
 
-fn flatten(pairs: &[Pair], counts: &[Tensor<1>]) -> Tensor<1> {
-    let pairs = pairs
-        .iter()
-        .flat_map(|pair| [pair.a.clone().flatten(0, 1), pair.b.clone().flatten(0, 1)]);
-    Tensor::cat(pairs.chain(counts.iter().cloned()).collect(), 0)
+impl ShardDeltas {
+    fn encode(self, wire: WireDtype) -> Tensor<1> {
+        wire.encode(flatten(&self.pairs), Tensor::cat(self.non_finite, 0))
+    }
+
+    fn decode(row: Tensor<1>, weights: &[WeightFactors], wire: WireDtype) -> Self {
+        let (deltas, counts) = wire.decode(row, weights.len());
+        Self {
+            pairs: unflatten(deltas, weights),
+            non_finite: vec![counts],
+        }
+    }
 }
 
-fn unflatten(row: Tensor<1>, factors: &Factors, counts: usize) -> ShardDeltas {
+fn flatten(pairs: &[Pair]) -> Tensor<1> {
+    let parts = pairs
+        .iter()
+        .flat_map(|pair| [pair.a.clone().flatten(0, 1), pair.b.clone().flatten(0, 1)]);
+    Tensor::cat(parts.collect(), 0)
+}
+
+fn unflatten(row: Tensor<1>, weights: &[WeightFactors]) -> Vec<Pair> {
     let mut start = 0;
     let mut take = |len: usize| {
         let part = row.clone().narrow(0, start, len);
         start += len;
         part
     };
-    let pairs = factors
-        .weights
+    weights
         .iter()
         .map(|weight| {
             let (rank, d_input, d_output) = (weight.rank(), weight.d_input(), weight.d_output());
@@ -197,9 +261,7 @@ fn unflatten(row: Tensor<1>, factors: &Factors, counts: usize) -> ShardDeltas {
                 b: take(rank * d_output).reshape([rank, d_output]),
             }
         })
-        .collect();
-    let non_finite = (0..counts).map(|_| take(1)).collect();
-    ShardDeltas { pairs, non_finite }
+        .collect()
 }
 
 /// Compares what workers say of the same parameters.
