@@ -106,10 +106,10 @@ fn started_gathers(communicator: &impl Communicator, round: usize, len: usize) {
     let first = start(0);
     communicator.barrier().unwrap();
     let mut pending = vec![(0, first), (1, start(1)), (2, start(2))];
-    if round % 5 == 0 {
+    if round.is_multiple_of(5) {
         drop(start(1));
     }
-    if round % 2 == 0 {
+    if round.is_multiple_of(2) {
         pending.rotate_left(1 + round % 3);
     }
     for (kind, gather) in pending {

@@ -407,7 +407,7 @@ mod tests {
             num_shards: 1,
         };
         let even = factors(&[2, 6, 2, 6, 2, 6]);
-        assert_eq!(even.groups(1), [0..6]);
+        assert_eq!(even.groups(1).len(), 1);
         assert_eq!(even.groups(3), [0..2, 2..4, 4..6]);
         assert_eq!(even.groups(9).len(), 6);
         let uneven = factors(&[2, 90, 2, 2, 4]);
