@@ -219,7 +219,7 @@ fn workers() -> Result {
                 let mut model = model
                     .fork(&device)
                     .train()
-                    .apply_hd_pissa(&config, hosted)
+                    .apply_hd_pissa_shared(&config, hosted, &communicator)
                     .unwrap();
                 let adam = AdamConfig::new().with_epsilon(1e-8).init();
                 let mut optim = HdPissaOptimizer::new(adam, communicator).unwrap();

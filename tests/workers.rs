@@ -1,12 +1,15 @@
 //! Shards are one thing, workers another: any layout of the same shards gives the same weights.
 
+use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use burn::module::{Module, ModuleMapper, Param, ParamGroup};
 use burn::optim::{AdamConfig, GradientsParams};
 use burn::tensor::{Device, Tensor, TensorData};
 use hd_pissa::comm::{Communicator, Solo, thread_group};
-use hd_pissa::{HdPissaConfig, HdPissaModule, HdPissaOptimizer, OptimizerError, ShardGradients};
+use hd_pissa::{
+    HdPissaConfig, HdPissaModule, HdPissaOptimizer, OptimizerError, ShardGradients, WireDtype,
+};
 use hd_pissa_tests::{Lean, base, bits, normal};
 
 const SHARDS: usize = 4;
@@ -22,13 +25,18 @@ fn train(
     hosted: Vec<usize>,
     data: &[Vec<Tensor<2>>],
     communicator: impl Communicator + 'static,
+    wire: WireDtype,
+    gathers: usize,
 ) -> Vec<TensorData> {
     let mut model = start
         .apply_hd_pissa(&config(), hosted.clone())
         .unwrap()
         .set_require_grad_group(ParamGroup::from_path("first.bias"), true);
     let adam = AdamConfig::new().with_epsilon(1e-8).init();
-    let mut optim = HdPissaOptimizer::new(adam, communicator).unwrap();
+    let mut optim = HdPissaOptimizer::new(adam, communicator)
+        .unwrap()
+        .with_wire_dtype(wire)
+        .with_gathers(NonZeroUsize::new(gathers).unwrap());
     for batches in data {
         let mut gradients = ShardGradients::new(&model);
         for &shard in &hosted {
@@ -52,28 +60,42 @@ fn every_layout_of_shards_on_workers_gives_the_same_bits() {
     let data: Vec<Vec<Tensor<2>>> = (0..STEPS)
         .map(|_| (0..SHARDS).map(|_| normal([5, 13], &device)).collect())
         .collect();
-    let solo = train(start.clone(), (0..SHARDS).collect(), &data, Solo);
-    // Contiguous blocks, and shards dealt out in another order.
-    for layout in [
-        vec![vec![0, 1], vec![2, 3]],
-        vec![vec![3, 0], vec![1, 2]],
-        vec![vec![2], vec![0], vec![3], vec![1]],
+    let alone = |wire| {
+        let all = (0..SHARDS).collect();
+        train(start.clone(), all, &data, Solo, wire, 1)
+    };
+    let solo = [WireDtype::F32, WireDtype::Bf16].map(|wire| (wire, alone(wire)));
+    assert_ne!(solo[0].1, solo[1].1);
+    // Contiguous blocks, and shards dealt out in another order; one gather per step, as many as
+    // there are weights, and more.
+    for (gathers, layout) in [
+        (1, vec![vec![0, 1], vec![2, 3]]),
+        (2, vec![vec![3, 0], vec![1, 2]]),
+        (3, vec![vec![2], vec![0], vec![3], vec![1]]),
     ] {
-        let group = thread_group(layout.len(), Duration::from_secs(60));
-        std::thread::scope(|scope| {
-            let workers: Vec<_> = layout
-                .into_iter()
-                .zip(group)
-                .map(|(hosted, communicator)| {
-                    let (start, data) = (start.clone(), &data);
-                    scope.spawn(move || train(start, hosted, data, communicator))
-                })
-                .collect();
-            for worker in workers {
-                assert_eq!(worker.join().unwrap(), solo);
-            }
-        });
+        for (wire, solo) in &solo {
+            let group = thread_group(layout.len(), Duration::from_secs(60));
+            std::thread::scope(|scope| {
+                let workers: Vec<_> = layout
+                    .iter()
+                    .zip(group)
+                    .map(|(hosted, communicator)| {
+                        let (start, hosted, data) = (start.clone(), hosted.clone(), &data);
+                        scope
+                            .spawn(move || train(start, hosted, data, communicator, *wire, gathers))
+                    })
+                    .collect();
+                for worker in workers {
+                    assert_eq!(worker.join().unwrap(), *solo);
+                }
+            });
+        }
     }
+}
+
+/// No setting but the defaults.
+fn plain(optim: HdPissaOptimizer, _index: usize) -> HdPissaOptimizer {
+    optim
 }
 
 /// The step's result on each of two workers that host the shards given.
@@ -81,6 +103,7 @@ fn first_steps(
     models: [Lean; 2],
     hosted: [usize; 2],
     spoil: f32,
+    setup: fn(HdPissaOptimizer, usize) -> HdPissaOptimizer,
 ) -> Vec<Result<(), OptimizerError>> {
     let group = thread_group(2, Duration::from_secs(60));
     std::thread::scope(|scope| {
@@ -93,7 +116,8 @@ fn first_steps(
                     let device = Device::flex().autodiff();
                     let index = communicator.worker_index();
                     let adam = AdamConfig::new().init();
-                    let mut optim = HdPissaOptimizer::new(adam, communicator).unwrap();
+                    let optim = HdPissaOptimizer::new(adam, communicator).unwrap();
+                    let mut optim = setup(optim, index);
                     let model = model.select_shard(shard);
                     let factor = if index == 1 { spoil } else { 1.0 };
                     let x = normal([5, 13], &device) * factor;
@@ -121,16 +145,23 @@ fn a_bad_gradient_on_one_worker_refuses_the_step_on_all() {
     let config = config().with_shards(2);
     let model = |shard| start.clone().apply_hd_pissa(&config, [shard]).unwrap();
     assert_eq!(
-        first_steps([model(0), model(1)], [0, 1], 1.0),
+        first_steps([model(0), model(1)], [0, 1], 1.0, plain),
         vec![Ok(()); 2]
     );
-    let errors = first_steps([model(0), model(1)], [0, 1], f32::NAN);
-    assert_eq!(errors[0], errors[1]);
-    match &errors[0] {
-        Err(OptimizerError::NonFinite { path, .. }) => {
-            assert_eq!(path, "first.weight.hd_pissa.shard_1_of_2");
-        }
-        other => panic!("{other:?}"),
+    let bf16_in_two = |optim: HdPissaOptimizer, _| {
+        optim
+            .with_wire_dtype(WireDtype::Bf16)
+            .with_gathers(NonZeroUsize::new(2).unwrap())
+    };
+    let setups: [fn(HdPissaOptimizer, usize) -> HdPissaOptimizer; 2] = [plain, bf16_in_two];
+    for setup in setups {
+        let errors = first_steps([model(0), model(1)], [0, 1], f32::NAN, setup);
+        let expected = OptimizerError::NonFinite {
+            path: "first.weight.hd_pissa.shard_1_of_2".into(),
+            // Both gradients and both deltas.
+            count: 2 * 2 * (13 + 17),
+        };
+        assert_eq!(errors, vec![Err(expected); 2]);
     }
 }
 
@@ -142,7 +173,7 @@ fn workers_that_disagree_are_refused() {
     let model =
         |config: &HdPissaConfig, shard| start.clone().apply_hd_pissa(config, [shard]).unwrap();
 
-    let errors = first_steps([model(&config, 1), model(&config, 1)], [1, 1], 1.0);
+    let errors = first_steps([model(&config, 1), model(&config, 1)], [1, 1], 1.0, plain);
     let hosted = vec![1, 1];
     assert_eq!(
         errors,
@@ -150,7 +181,7 @@ fn workers_that_disagree_are_refused() {
     );
 
     let other = config.clone().with_rank(3);
-    let errors = first_steps([model(&config, 0), model(&other, 1)], [0, 1], 1.0);
+    let errors = first_steps([model(&config, 0), model(&other, 1)], [0, 1], 1.0, plain);
     for (worker, error) in [1, 0].into_iter().zip(errors) {
         match error {
             Err(OptimizerError::WorkerMismatch {
@@ -164,6 +195,29 @@ fn workers_that_disagree_are_refused() {
             other => panic!("{other:?}"),
         }
     }
+
+    let models = || [model(&config, 0), model(&config, 1)];
+    let mismatch = |worker, setting, ours: &str, theirs: &str| {
+        Err(OptimizerError::WorkerMismatch {
+            worker,
+            setting,
+            ours: ours.into(),
+            theirs: theirs.into(),
+        })
+    };
+    let errors = first_steps(models(), [0, 1], 1.0, |optim, index| match index {
+        0 => optim,
+        _ => optim.with_wire_dtype(WireDtype::Bf16),
+    });
+    let setting = "the number of bits of a delta on the wire";
+    assert_eq!(errors[0], mismatch(1, setting, "32", "16"));
+    assert_eq!(errors[1], mismatch(0, setting, "16", "32"));
+    let errors = first_steps(models(), [0, 1], 1.0, |optim, index| {
+        optim.with_gathers(NonZeroUsize::new(1 + index).unwrap())
+    });
+    let setting = "the number of gathers per step";
+    assert_eq!(errors[0], mismatch(1, setting, "1", "2"));
+    assert_eq!(errors[1], mismatch(0, setting, "2", "1"));
 }
 
 /// Flips the lowest bit of the first value of the first layer's weight.
@@ -247,42 +301,53 @@ fn one_flipped_bit_on_one_worker_is_caught() {
 #[test]
 fn a_step_sends_half_of_what_the_published_script_does() {
     // Its processes gather both factors and both deltas of every weight in every step.
-    let ours = |values: usize, weights: usize| 4 * (values + weights) as u64;
+    let ours = |wire, values: usize, weights: usize| match wire {
+        WireDtype::F32 => 4 * (values + weights) as u64,
+        WireDtype::Bf16 => 2 * (values + 3 * weights) as u64,
+    };
     let theirs = |values: usize| 4 * 2 * values as u64;
     let device = Device::flex().autodiff();
     let start = Lean::new(&device);
     let config = config().with_shards(2);
-    std::thread::scope(|scope| {
-        for communicator in thread_group(2, Duration::from_secs(60)) {
-            let (start, config) = (start.clone(), &config);
-            scope.spawn(move || {
-                let device = Device::flex().autodiff();
-                let index = communicator.worker_index();
-                let mut model = start.apply_hd_pissa(config, [index]).unwrap();
-                let adam = AdamConfig::new().init();
-                let mut optim = HdPissaOptimizer::new(adam, communicator).unwrap();
-                let mut before = optim.traffic();
-                for step in 0..3 {
-                    let loss = model.forward(normal([5, 13], &device)).square().mean();
-                    let grads = GradientsParams::from_grads(loss.backward(), &model);
-                    model = optim.step(1e-3, model, grads).unwrap();
-                    let after = optim.traffic();
-                    if step > 0 {
-                        let bytes = ours(2 * (13 + 17 + 17 + 11), 2);
-                        assert_eq!(after.sent - before.sent, bytes);
-                        assert_eq!(after.received - before.received, bytes);
+    for wire in [WireDtype::F32, WireDtype::Bf16] {
+        std::thread::scope(|scope| {
+            for communicator in thread_group(2, Duration::from_secs(60)) {
+                let (start, config) = (start.clone(), &config);
+                scope.spawn(move || {
+                    let device = Device::flex().autodiff();
+                    let index = communicator.worker_index();
+                    let mut model = start.apply_hd_pissa(config, [index]).unwrap();
+                    let adam = AdamConfig::new().init();
+                    let mut optim = HdPissaOptimizer::new(adam, communicator)
+                        .unwrap()
+                        .with_wire_dtype(wire);
+                    let mut before = optim.traffic();
+                    for step in 0..3 {
+                        let loss = model.forward(normal([5, 13], &device)).square().mean();
+                        let grads = GradientsParams::from_grads(loss.backward(), &model);
+                        model = optim.step(1e-3, model, grads).unwrap();
+                        let after = optim.traffic();
+                        if step > 0 {
+                            let bytes = ours(wire, 2 * (13 + 17 + 17 + 11), 2);
+                            assert_eq!(after.sent - before.sent, bytes);
+                            assert_eq!(after.received - before.received, bytes);
+                        }
+                        before = after;
                     }
-                    before = after;
-                }
-            });
-        }
-    });
+                });
+            }
+        });
+    }
     // SmolLM2-135M: q and o, k and v, gate and up and down, in each of 30 layers.
     let sums = 2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536);
     let (values, weights) = (16 * 30 * sums, 30 * 7);
-    let (ours, theirs) = (7 * ours(values, weights), 7 * theirs(values));
-    println!(
-        "SmolLM2-135M, K = 8, r = 16: {ours} bytes per step and worker, the script's {theirs}"
-    );
-    assert!(ours as f64 <= 0.51 * theirs as f64);
+    let theirs = 7 * theirs(values);
+    for (wire, share) in [(WireDtype::F32, 0.51), (WireDtype::Bf16, 0.255)] {
+        let ours = 7 * ours(wire, values, weights);
+        println!(
+            "SmolLM2-135M, K = 8, r = 16: {ours} bytes of {wire} per step and worker, the script's \
+             {theirs}"
+        );
+        assert!(ours as f64 <= share * theirs as f64);
+    }
 }

@@ -84,6 +84,9 @@ impl Traffic {
 /// any float dtype that the device holds, and arrive with the bits they were sent with.
 ///
 /// A worker that learns of a failure after its own call has succeeded fails at its next one.
+///
+/// A gather can be [started](Self::start_all_gather) and waited for later, with any other calls in
+/// between; what counts as the order of calls is the order in which they start.
 pub trait Communicator: Send {
     /// Index of this worker, below [`num_workers`](Self::num_workers).
     fn worker_index(&self) -> usize;
@@ -100,6 +103,22 @@ pub trait Communicator: Send {
     ///
     /// See [`CommError`].
     fn all_gather(&self, buffer: Tensor<1>) -> Result<Tensor<1>, CommError>;
+
+    /// Starts [`all_gather`](Self::all_gather), so that the buffers travel while this worker does
+    /// something else, as far as the transport allows; by default all of it happens here.
+    ///
+    /// The time limit runs while this worker waits. Dropped without
+    /// [`wait`](PendingGather::wait), the gather still counts as a call that this worker made.
+    ///
+    /// # Errors
+    ///
+    /// See [`CommError`].
+    fn start_all_gather(
+        &self,
+        buffer: Tensor<1>,
+    ) -> Result<Box<dyn PendingGather + '_>, CommError> {
+        Ok(Box::new(Gathered(self.all_gather(buffer)?)))
+    }
 
     /// The buffer of worker `root`, on the device of this worker's `buffer`.
     ///
@@ -124,6 +143,25 @@ pub trait Communicator: Send {
 
     /// What this worker has sent and received so far; differences give the cost of a step.
     fn traffic(&self) -> Traffic;
+}
+
+/// A gather under way; see [`Communicator::start_all_gather`].
+pub trait PendingGather {
+    /// What [`Communicator::all_gather`] returns, once it is there.
+    ///
+    /// # Errors
+    ///
+    /// See [`CommError`].
+    fn wait(self: Box<Self>) -> Result<Tensor<1>, CommError>;
+}
+
+/// A gather that is over already.
+struct Gathered(Tensor<1>);
+
+impl PendingGather for Gathered {
+    fn wait(self: Box<Self>) -> Result<Tensor<1>, CommError> {
+        Ok(self.0)
+    }
 }
 
 /// What a worker calls, for the comparison with the others.

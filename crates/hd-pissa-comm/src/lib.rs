@@ -27,7 +27,7 @@ mod threads;
 
 #[cfg(feature = "collectives")]
 pub use collectives::{CollectiveCommunicator, collective_group};
-pub use communicator::{CommError, Communicator, Traffic};
+pub use communicator::{CommError, Communicator, PendingGather, Traffic};
 #[cfg(feature = "mpi")]
 pub use mpi::MpiCommunicator;
 pub use solo::Solo;

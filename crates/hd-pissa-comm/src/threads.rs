@@ -1,10 +1,11 @@
+use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 
 use crate::communicator::{Call, agree, check_root};
-use crate::{CommError, Communicator, Traffic};
+use crate::{CommError, Communicator, PendingGather, Traffic};
 
 /// One communicator for each of `workers` threads of this process.
 ///
@@ -18,11 +19,11 @@ pub fn thread_group(workers: usize, timeout: Duration) -> Vec<ThreadCommunicator
     assert!(workers > 0, "a group needs at least one worker");
     let group = Arc::new(Group {
         state: Mutex::new(State {
-            handed_in: vec![None; workers],
+            rounds: VecDeque::new(),
+            first: 0,
+            next: vec![0; workers],
             gone: vec![false; workers],
             traffic: vec![Traffic::default(); workers],
-            result: None,
-            to_collect: 0,
             failure: None,
         }),
         changed: Condvar::new(),
@@ -55,23 +56,51 @@ struct Group {
     timeout: Duration,
 }
 
-/// A round has two phases: workers hand in their buffers until all are there, then collect the
-/// result until all have it.
 #[derive(Debug)]
 struct State {
-    handed_in: Vec<Option<HandedIn>>,
+    /// The calls that some worker has made and some worker has not collected yet, in order.
+    rounds: VecDeque<Round>,
+    /// Number of the first of them.
+    first: usize,
+    /// Number of each worker's next call.
+    next: Vec<usize>,
     gone: Vec<bool>,
     traffic: Vec<Traffic>,
-    result: Option<Arc<Vec<HandedIn>>>,
-    /// Workers that have yet to collect `result`.
-    to_collect: usize,
     failure: Option<CommError>,
+}
+
+#[derive(Debug)]
+struct Round {
+    handed_in: Vec<Option<HandedIn>>,
+    /// Workers that have yet to collect what all handed in.
+    to_collect: usize,
 }
 
 /// What a worker hands in: its call, and the buffer that goes with it.
 type HandedIn = (Call, Tensor<1>);
 
 impl State {
+    fn round(&mut self, number: usize) -> &mut Round {
+        &mut self.rounds[number - self.first]
+    }
+
+    /// One worker is done with a round.
+    fn collect(&mut self, number: usize) {
+        self.round(number).to_collect -= 1;
+        while self.rounds.front().is_some_and(|r| r.to_collect == 0) {
+            self.rounds.pop_front();
+            self.first += 1;
+        }
+    }
+
+    /// Workers that have not handed in.
+    fn missing(&mut self, number: usize) -> Vec<usize> {
+        let handed_in = &self.round(number).handed_in;
+        let missing = handed_in.iter().enumerate();
+        let missing = missing.filter(|(_, handed_in)| handed_in.is_none());
+        missing.map(|(worker, _)| worker).collect()
+    }
+
     fn fail(&mut self, error: CommError) -> CommError {
         self.failure.get_or_insert(error).clone()
     }
@@ -84,85 +113,88 @@ impl Group {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until `done`, for a failure, or for the deadline.
-    fn wait<'a>(
-        &self,
-        mut state: MutexGuard<'a, State>,
-        deadline: Instant,
-        done: impl Fn(&State) -> bool,
-    ) -> Result<MutexGuard<'a, State>, CommError> {
+    /// Waits until every worker has handed in, for a failure, or for the time limit.
+    fn wait(&self, number: usize) -> Result<MutexGuard<'_, State>, CommError> {
+        let deadline = Instant::now() + self.timeout;
+        let mut state = self.lock();
         loop {
+            let missing = state.missing(number);
+            // A call that all have made succeeds, whatever has failed since.
+            if missing.is_empty() {
+                return Ok(state);
+            }
             if let Some(error) = &state.failure {
                 return Err(error.clone());
             }
-            if done(&state) {
-                return Ok(state);
-            }
-            if state.result.is_none()
-                && let Some(worker) = (0..state.gone.len())
-                    .find(|&worker| state.gone[worker] && state.handed_in[worker].is_none())
-            {
-                let error = state.fail(CommError::WorkerGone { worker });
-                self.changed.notify_all();
-                return Err(error);
-            }
             let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                let missing = (0..state.handed_in.len())
-                    .filter(|&worker| state.handed_in[worker].is_none())
-                    .collect();
-                let error = state.fail(CommError::TimedOut {
+            let gone = missing.iter().find(|&&worker| state.gone[worker]);
+            let error = match gone {
+                Some(&worker) => CommError::WorkerGone { worker },
+                None if left.is_zero() => CommError::TimedOut {
                     missing,
                     after: self.timeout,
-                });
-                self.changed.notify_all();
-                return Err(error);
-            }
-            state = self
-                .changed
-                .wait_timeout(state, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+                },
+                None => {
+                    state = self
+                        .changed
+                        .wait_timeout(state, left)
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .0;
+                    continue;
+                }
+            };
+            let error = state.fail(error);
+            self.changed.notify_all();
+            return Err(error);
         }
     }
 }
 
 impl ThreadCommunicator {
-    /// Hands in this worker's call and buffer; the buffers of all workers, once all made the same
-    /// call with buffers of equal length.
+    /// The buffers of all workers, once all made the same call with buffers of equal length.
     fn exchange(&self, call: Call, buffer: Tensor<1>) -> Result<Vec<Tensor<1>>, CommError> {
-        let all = self.collect(call, buffer)?;
-        let calls: Vec<_> = all
-            .iter()
-            .map(|(c, buffer)| (*c, buffer.dims()[0]))
-            .collect();
-        agree(&calls).map_err(|error| self.group.lock().fail(error))?;
-        Ok(all.iter().map(|(_, buffer)| buffer.clone()).collect())
+        let round = self.hand_in(call, buffer)?;
+        self.collect(round)
     }
 
-    fn collect(&self, call: Call, buffer: Tensor<1>) -> Result<Arc<Vec<HandedIn>>, CommError> {
-        let deadline = Instant::now() + self.group.timeout;
-        // The round before must be over for everyone.
-        let mut state = self
-            .group
-            .wait(self.group.lock(), deadline, |state| state.result.is_none())?;
-        state.handed_in[self.worker] = Some((call, buffer));
-        if state.handed_in.iter().all(Option::is_some) {
-            let all = state.handed_in.iter_mut().filter_map(Option::take);
-            state.result = Some(Arc::new(all.collect()));
-            state.to_collect = self.workers;
-            self.group.changed.notify_all();
+    /// Hands in this worker's call and buffer; the number of the round.
+    fn hand_in(&self, call: Call, buffer: Tensor<1>) -> Result<usize, CommError> {
+        let mut state = self.group.lock();
+        if let Some(error) = &state.failure {
+            return Err(error.clone());
         }
-        let mut state = self
-            .group
-            .wait(state, deadline, |state| state.result.is_some())?;
-        let result = state.result.clone().expect("waited for it");
-        state.to_collect -= 1;
-        if state.to_collect == 0 {
-            state.result = None;
-            self.group.changed.notify_all();
+        let number = state.next[self.worker];
+        state.next[self.worker] += 1;
+        if number == state.first + state.rounds.len() {
+            state.rounds.push_back(Round {
+                handed_in: vec![None; self.workers],
+                to_collect: self.workers,
+            });
         }
-        Ok(result)
+        state.round(number).handed_in[self.worker] = Some((call, buffer));
+        self.group.changed.notify_all();
+        Ok(number)
+    }
+
+    fn collect(&self, round: usize) -> Result<Vec<Tensor<1>>, CommError> {
+        let mut state = self.group.wait(round)?;
+        let all: Vec<HandedIn> = state
+            .round(round)
+            .handed_in
+            .iter()
+            .flatten()
+            .cloned()
+            .collect();
+        state.collect(round);
+        let calls: Vec<_> = all
+            .iter()
+            .map(|(call, buffer)| (*call, buffer.dims()[0]))
+            .collect();
+        if let Err(error) = agree(&calls) {
+            self.group.changed.notify_all();
+            return Err(state.fail(error));
+        }
+        Ok(all.into_iter().map(|(_, buffer)| buffer).collect())
     }
 
     /// The part of a gather before the transfer: all workers call it with buffers alike.
@@ -198,14 +230,21 @@ impl Communicator for ThreadCommunicator {
     }
 
     fn all_gather(&self, buffer: Tensor<1>) -> Result<Tensor<1>, CommError> {
+        self.start_all_gather(buffer)?.wait()
+    }
+
+    fn start_all_gather(
+        &self,
+        buffer: Tensor<1>,
+    ) -> Result<Box<dyn PendingGather + '_>, CommError> {
         let (device, bytes) = (buffer.device(), byte_len(&buffer));
-        let buffers = self.exchange(Call::AllGather(buffer.dtype()), buffer)?;
-        self.count(bytes, bytes, self.workers - 1);
-        let buffers = buffers
-            .into_iter()
-            .map(|buffer| buffer.to_device(&device))
-            .collect();
-        Ok(Tensor::cat(buffers, 0))
+        let round = self.hand_in(Call::AllGather(buffer.dtype()), buffer)?;
+        Ok(Box::new(Pending {
+            communicator: self,
+            round: Some(round),
+            device,
+            bytes,
+        }))
     }
 
     fn broadcast(&self, buffer: Tensor<1>, root: usize) -> Result<Tensor<1>, CommError> {
@@ -229,6 +268,37 @@ impl Communicator for ThreadCommunicator {
 
     fn traffic(&self) -> Traffic {
         self.group.lock().traffic[self.worker]
+    }
+}
+
+/// A gather whose buffer is handed in.
+struct Pending<'a> {
+    communicator: &'a ThreadCommunicator,
+    /// `None` once collected.
+    round: Option<usize>,
+    device: Device,
+    bytes: usize,
+}
+
+impl PendingGather for Pending<'_> {
+    fn wait(mut self: Box<Self>) -> Result<Tensor<1>, CommError> {
+        let round = self.round.take().expect("waited for once");
+        let buffers = self.communicator.collect(round)?;
+        let others = self.communicator.workers - 1;
+        self.communicator.count(self.bytes, self.bytes, others);
+        let buffers = buffers
+            .into_iter()
+            .map(|buffer| buffer.to_device(&self.device))
+            .collect();
+        Ok(Tensor::cat(buffers, 0))
+    }
+}
+
+impl Drop for Pending<'_> {
+    fn drop(&mut self) {
+        if let Some(round) = self.round {
+            self.communicator.group.lock().collect(round);
+        }
     }
 }
 

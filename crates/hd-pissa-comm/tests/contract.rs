@@ -34,12 +34,14 @@ fn threads() {
 /// Runs a fault in the last worker of a group of threads and checks what the others report.
 #[test]
 fn every_thread_learns_of_a_fault_in_one() {
-    for workers in [2, 4] {
+    for (workers, under_way) in [(2, false), (4, false), (3, true)] {
         for fault in FAULTS.into_iter().filter(|fault| !fault.ends_process()) {
             let results: Vec<_> = thread::scope(|scope| {
                 let threads: Vec<_> = thread_group(workers, SHORT_TIMEOUT)
                     .into_iter()
-                    .map(|communicator| scope.spawn(move || common::fault(&communicator, fault)))
+                    .map(|communicator| {
+                        scope.spawn(move || common::fault(&communicator, fault, under_way))
+                    })
                     .collect();
                 threads
                     .into_iter()
@@ -112,6 +114,9 @@ mod mpi {
     use common::mpirun;
     use hd_pissa_comm::MpiCommunicator;
 
+    /// Of a job with a gather under way.
+    const UNDER_WAY: &str = "+gather";
+
     /// What each process does that [`mpirun`] starts: the job that the environment names.
     #[test]
     #[ignore = "started by the other tests under mpirun"]
@@ -131,8 +136,12 @@ mod mpi {
             contract(&communicator);
             return println!("worker {worker}: passed");
         }
-        let fault_kind = *FAULTS.iter().find(|f| format!("{f:?}") == job).unwrap();
-        let (error, elapsed) = fault(&communicator, fault_kind);
+        let (kind, under_way) = match job.strip_suffix(UNDER_WAY) {
+            Some(kind) => (kind, true),
+            None => (&job[..], false),
+        };
+        let fault_kind = *FAULTS.iter().find(|f| format!("{f:?}") == kind).unwrap();
+        let (error, elapsed) = fault(&communicator, fault_kind, under_way);
         fault_kind.check(&error, elapsed, communicator.num_workers());
         let start = Instant::now();
         drop(communicator);
@@ -166,10 +175,10 @@ mod mpi {
     /// ends with an exit code of its own: mpirun's is 0 then whatever theirs are.
     #[test]
     fn every_process_learns_of_a_fault_in_one() {
-        for workers in [2, 4] {
+        for (workers, suffix) in [(2, ""), (4, ""), (3, UNDER_WAY)] {
             for fault in FAULTS {
-                let Some(run) = mpirun::run(workers, &format!("{fault:?}"), mpirun::RECOVERY)
-                else {
+                let job = format!("{fault:?}{suffix}");
+                let Some(run) = mpirun::run(workers, &job, mpirun::RECOVERY) else {
                     return;
                 };
                 let reports: Vec<&str> = run
@@ -177,10 +186,7 @@ mod mpi {
                     .lines()
                     .filter(|line| line.contains(", after "))
                     .collect();
-                println!(
-                    "{workers} processes, {fault:?}, {:.2?} in all:",
-                    run.elapsed
-                );
+                println!("{workers} processes, {job}, {:.2?} in all:", run.elapsed);
                 for report in &reports {
                     println!("  {report}");
                 }

@@ -1,4 +1,5 @@
 use burn::tensor::DType;
+use hd_pissa_comm::CommError;
 
 /// Why a model could not be prepared for HD-PiSSA or PiSSA.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -104,6 +105,27 @@ pub enum HdPissaError {
         /// Number of shards of the configuration.
         shards: usize,
     },
+    /// Another worker could not prepare its share.
+    #[error("worker {worker}: {reason}")]
+    OtherWorker {
+        /// Index of the worker.
+        worker: usize,
+        /// Its error, which names the weight if it concerns one.
+        reason: String,
+    },
+    /// Workers are about to prepare different adapters.
+    #[error("worker {worker} prepares {theirs}, this worker {ours}")]
+    WorkerMismatch {
+        /// Index of the other worker.
+        worker: usize,
+        /// The first thing that differs, as this worker has it.
+        ours: String,
+        /// The same as the other worker has it.
+        theirs: String,
+    },
+    /// The exchange between workers failed.
+    #[error(transparent)]
+    Comm(#[from] CommError),
 }
 
 fn list(paths: &[String]) -> String {

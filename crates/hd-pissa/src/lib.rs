@@ -50,6 +50,7 @@ pub mod checkpoint;
 mod config;
 mod error;
 mod linear;
+mod message;
 pub mod ops;
 mod optim;
 mod pissa;
@@ -62,6 +63,6 @@ pub use adapter::{HdPissa, HdPissaAdapter, HdPissaModule, HdPissaShard, LayerPro
 pub use config::{HdPissaConfig, MergePrecision, SvdMethod, SvdPrecision, TargetRank};
 pub use error::HdPissaError;
 pub use linear::{HdPissaLinear, HdPissaLinearConfig};
-pub use optim::{HdPissaOptimizer, OptimizerError, ShardGradients, StepError};
+pub use optim::{HdPissaOptimizer, OptimizerError, ShardGradients, StepError, WireDtype};
 pub use pissa::{Pissa, PissaConfig, PissaModule};
 pub use plan::{HdPissaPlan, PlannedWeight};

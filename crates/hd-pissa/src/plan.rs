@@ -203,7 +203,7 @@ impl HdPissaConfig {
                     rank: target.rank,
                 })
             })
-            .collect::<Result<_, _>>()?;
+            .collect::<Result<_, HdPissaError>>()?;
         Ok(HdPissaPlan {
             weights,
             shards: self.shards,

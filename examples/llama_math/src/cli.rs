@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::builder::RangedU64ValueParser;
+use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
+use hd_pissa::WireDtype;
 
 use crate::batch::FeedConfig;
 use crate::compare::Comparison;
@@ -114,6 +115,10 @@ struct Options {
     /// How long workers wait for one that does not answer, in seconds
     #[arg(long, value_name = "SECONDS", requires = "model", default_value_t = 60.0, value_parser = positive)]
     timeout: f64,
+    /// In what precision deltas of HD-PiSSA travel between workers; bf16 halves the traffic and
+    /// rounds them, also where one worker has them all
+    #[arg(long, requires = "model", default_value = "f32", value_parser = wire())]
+    wire: WireDtype,
     /// Backend, such as flex, wgpu or cuda:0, as far as built in; with several workers and no index
     /// each takes a CUDA or ROCm device of its own
     #[arg(long)]
@@ -232,6 +237,14 @@ fn share(text: &str) -> Result<f64, OutOfRange> {
     number(text, |value| (0.0..=1.0).contains(&value), "from 0 to 1")
 }
 
+fn wire() -> impl TypedValueParser<Value = WireDtype> {
+    let all = [WireDtype::F32, WireDtype::Bf16];
+    PossibleValuesParser::new(["f32", "bf16"]).map(move |name| {
+        let named = all.into_iter().find(|wire| wire.to_string() == name);
+        named.expect("one of the possible values")
+    })
+}
+
 impl Cli {
     /// Does what the command line says.
     ///
@@ -312,6 +325,12 @@ impl Options {
                     .into(),
             });
         }
+        if self.method != Method::HdPissa && self.wire != WireDtype::F32 {
+            return Err(Error::Usage {
+                option: "wire",
+                reason: format!("{} has no deltas that workers exchange", self.method),
+            });
+        }
         self.check_workers()?;
         let length = match (self.steps, self.epochs, self.quick) {
             (Some(steps), ..) => Length::Steps(steps),
@@ -342,6 +361,7 @@ impl Options {
                 optimizer: OptimizerSettings {
                     clip: self.clip,
                     weight_decay: self.weight_decay.unwrap_or(0.0),
+                    wire: self.wire,
                 },
                 feed: FeedConfig {
                     shards: self.shards,

@@ -133,6 +133,7 @@ impl Error {
         matches!(
             self,
             Self::Comm(_)
+                | Self::Adapter(HdPissaError::Comm(_) | HdPissaError::OtherWorker { .. })
                 | Self::Optimizer(OptimizerError::Comm(_))
                 | Self::Step {
                     source: OptimizerError::Comm(_),

@@ -271,7 +271,7 @@ impl FineTuning {
         let order = feed
             .shuffle
             .map_or("of the file".into(), |_| "shuffled".into());
-        let settings: [(&str, String); 17] = [
+        let settings: [(&str, String); 18] = [
             ("--model (SHA-256)", checkpoint.digest()?),
             ("--data, as tokens (SHA-256)", tokens),
             ("--max-length", max_length.to_string()),
@@ -282,6 +282,7 @@ impl FineTuning {
             ("--targets", targets.into()),
             ("--clip", optional(optimizer.clip)),
             ("--weight-decay", optimizer.weight_decay.to_string()),
+            ("--wire", optimizer.wire.to_string()),
             ("--accumulation", feed.accumulation.to_string()),
             ("--batch-size", feed.batch_size.to_string()),
             ("order of the data", order),

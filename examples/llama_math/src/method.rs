@@ -6,6 +6,7 @@ use std::ops::Range;
 use burn::module::{Lora, Module, ModuleVisitor, Param, ParamGroup};
 use burn::tensor::Tensor;
 use clap::ValueEnum;
+use hd_pissa::comm::{Communicator, Solo};
 use hd_pissa::{HdPissaConfig, HdPissaModule, PissaConfig, PissaModule};
 use serde::{Deserialize, Serialize};
 
@@ -67,15 +68,21 @@ impl Adaptation {
     /// [`Error::Option`] for a pattern that is no regular expression or matches no matrix and a
     /// LoRA rank that is too large, and [`Error::Adapter`].
     pub fn apply(&self, model: Llama) -> Result<Llama, Error> {
-        self.apply_hosted(model, 0..self.shards)
+        self.apply_hosted(model, 0..self.shards, &Solo)
     }
 
-    /// As [`apply`](Self::apply), on a worker that hosts only some of HD-PiSSA's shards.
+    /// As [`apply`](Self::apply), on a worker that hosts only some of HD-PiSSA's shards. Workers
+    /// share the decompositions.
     ///
     /// # Errors
     ///
     /// Those of [`apply`](Self::apply).
-    pub fn apply_hosted(&self, model: Llama, hosted: Range<usize>) -> Result<Llama, Error> {
+    pub fn apply_hosted(
+        &self,
+        model: Llama,
+        hosted: Range<usize>,
+        communicator: &dyn Communicator,
+    ) -> Result<Llama, Error> {
         let pattern = self.targets.as_deref().unwrap_or(DEFAULT_TARGETS);
         let invalid = |reason| Error::Option {
             option: "targets",
@@ -112,7 +119,7 @@ impl Adaptation {
                     .with_shards(self.shards)
                     .with_alpha(self.alpha)
                     .with_targets(Some(targets));
-                Ok(model.apply_hd_pissa(&config, hosted)?)
+                Ok(model.apply_hd_pissa_shared(&config, hosted, communicator)?)
             }
             Method::Pissa => {
                 let config = PissaConfig::new()

@@ -79,7 +79,7 @@ impl Pretraining {
         };
         let settings = OptimizerSettings {
             clip: Some(1.0),
-            weight_decay: 0.0,
+            ..OptimizerSettings::default()
         };
         let mut trainer = Trainer::new(model, &everything, settings)?;
         let schedule = Schedule::new(self.lr, Decay::Cosine, 0.05, self.steps);

@@ -9,7 +9,7 @@ use burn::optim::{
 use burn::tensor::{Bytes, Device, Tensor};
 use hd_pissa::checkpoint::Checkpoint;
 use hd_pissa::comm::{Communicator, Solo};
-use hd_pissa::{HdPissaModule, HdPissaOptimizer, OptimizerError, ShardGradients};
+use hd_pissa::{HdPissaModule, HdPissaOptimizer, OptimizerError, ShardGradients, WireDtype};
 
 use crate::batch::MicroBatch;
 use crate::method::{Adaptation, Method};
@@ -26,6 +26,8 @@ pub struct OptimizerSettings {
     pub clip: Option<f64>,
     /// Decoupled weight decay; not with HD-PiSSA.
     pub weight_decay: f64,
+    /// In what precision deltas travel between workers, with HD-PiSSA.
+    pub wire: WireDtype,
 }
 
 /// A model in training.
@@ -91,11 +93,13 @@ impl Trainer {
         let share = adaptation.shards / communicator.num_workers();
         let first = share * communicator.worker_index();
         let hosted = first..first + share;
-        let model = adaptation.apply_hosted(model, hosted.clone())?;
+        let model = adaptation.apply_hosted(model, hosted.clone(), &communicator)?;
         let optimizer = match adaptation.method {
             Method::HdPissa => {
                 let adam = AdamConfig::new().with_epsilon(EPSILON).init();
-                let optimizer = HdPissaOptimizer::new(adam, communicator)?.with_update_norm();
+                let optimizer = HdPissaOptimizer::new(adam, communicator)?
+                    .with_update_norm()
+                    .with_wire_dtype(settings.wire);
                 Optimizer::HdPissa(match settings.clip {
                     Some(clip) => optimizer.with_max_grad_norm(clip)?,
                     None => optimizer,

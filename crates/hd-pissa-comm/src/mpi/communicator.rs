@@ -2,11 +2,11 @@ use std::cell::{Cell, RefCell};
 use std::fmt::{self, Debug, Formatter};
 use std::time::Duration;
 
-use burn::tensor::{DType, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 
 use super::group::Group;
 use crate::communicator::{Call, check_root};
-use crate::{CommError, Communicator, Traffic};
+use crate::{CommError, Communicator, PendingGather, Traffic};
 
 /// One worker per process, under any launcher of MPI programs (`mpirun`, `srun`, …).
 ///
@@ -14,6 +14,9 @@ use crate::{CommError, Communicator, Traffic};
 /// do not block and are polled until a time limit: a worker that is killed or stalls ends them
 /// with [`CommError::TimedOut`], which names it, and one that panics or leaves early at once with
 /// [`CommError::WorkerGone`]. Whoever notices first tells the others, so that all report the same.
+///
+/// The messages of a gather that was started move while its worker is in any call; most MPI
+/// libraries move large ones only then.
 ///
 /// Dropping it waits until all workers drop theirs, up to the time limit, and shuts MPI down.
 /// After a failure, or if not all come, the process ends without that, which launchers report:
@@ -42,7 +45,8 @@ pub struct MpiCommunicator {
 impl MpiCommunicator {
     /// Initializes MPI and meets the other processes.
     ///
-    /// `timeout` limits every call, this one included, from the moment a worker makes it (one that
+    /// `timeout` limits every call, this one included, from the moment a worker makes it, and a
+    /// started gather from the moment a worker waits for it (one that
     /// fails takes up to 0.2 s more to tell the others): choose
     /// it longer than anything that keeps one worker from its next call while others wait, such as
     /// an evaluation or a checkpoint. [`DEFAULT_TIMEOUT`](Self::DEFAULT_TIMEOUT) is 60 s.
@@ -78,15 +82,13 @@ impl MpiCommunicator {
         self.local_index
     }
 
-    fn call(
-        &self,
-        call: Call,
-        payload: Vec<u8>,
-        value_size: usize,
-    ) -> Result<Vec<Vec<u8>>, CommError> {
-        let mut group = self.group.borrow_mut();
-        let group = group.as_mut().expect("present until dropped");
-        group.call(call, payload, value_size)
+    fn with_group<T>(&self, work: impl FnOnce(&mut Group) -> T) -> T {
+        work(
+            self.group
+                .borrow_mut()
+                .as_mut()
+                .expect("present until dropped"),
+        )
     }
 
     fn count(&self, own: usize, theirs: usize, others: usize) {
@@ -106,12 +108,24 @@ impl Communicator for MpiCommunicator {
     }
 
     fn all_gather(&self, buffer: Tensor<1>) -> Result<Tensor<1>, CommError> {
+        self.start_all_gather(buffer)?.wait()
+    }
+
+    fn start_all_gather(
+        &self,
+        buffer: Tensor<1>,
+    ) -> Result<Box<dyn PendingGather + '_>, CommError> {
         let (device, dtype) = (buffer.device(), buffer.dtype());
         let own = buffer.into_data().as_bytes().to_vec();
         let bytes = own.len();
-        let all = self.call(Call::AllGather(dtype), own, dtype.size())?;
-        self.count(bytes, bytes, self.size - 1);
-        Ok(tensor(all.concat(), dtype, &device))
+        let call = self.with_group(|group| group.begin(Call::AllGather(dtype), own, dtype.size()));
+        Ok(Box::new(Pending {
+            communicator: self,
+            call: Some(call?),
+            device,
+            dtype,
+            bytes,
+        }))
     }
 
     fn broadcast(&self, buffer: Tensor<1>, root: usize) -> Result<Tensor<1>, CommError> {
@@ -123,7 +137,9 @@ impl Communicator for MpiCommunicator {
             Vec::new()
         };
         let call = Call::Broadcast(dtype, root);
-        let received = self.call(call, own, 1)?.swap_remove(root);
+        let received = self
+            .with_group(|group| group.call(call, own, 1))?
+            .swap_remove(root);
         if root == self.index {
             self.count(received.len(), 0, self.size - 1);
         } else {
@@ -133,7 +149,8 @@ impl Communicator for MpiCommunicator {
     }
 
     fn barrier(&self) -> Result<(), CommError> {
-        self.call(Call::Barrier, Vec::new(), 1).map(|_| ())
+        self.with_group(|group| group.call(Call::Barrier, Vec::new(), 1))
+            .map(|_| ())
     }
 
     fn traffic(&self) -> Traffic {
@@ -141,7 +158,35 @@ impl Communicator for MpiCommunicator {
     }
 }
 
-fn tensor(bytes: Vec<u8>, dtype: DType, device: &burn::tensor::Device) -> Tensor<1> {
+/// A gather whose messages are under way.
+struct Pending<'a> {
+    communicator: &'a MpiCommunicator,
+    /// `None` once waited for.
+    call: Option<u64>,
+    device: Device,
+    dtype: DType,
+    bytes: usize,
+}
+
+impl PendingGather for Pending<'_> {
+    fn wait(mut self: Box<Self>) -> Result<Tensor<1>, CommError> {
+        let call = self.call.take().expect("waited for once");
+        let all = self.communicator.with_group(|group| group.complete(call))?;
+        let others = self.communicator.size - 1;
+        self.communicator.count(self.bytes, self.bytes, others);
+        Ok(tensor(all.concat(), self.dtype, &self.device))
+    }
+}
+
+impl Drop for Pending<'_> {
+    fn drop(&mut self) {
+        if let Some(call) = self.call {
+            self.communicator.with_group(|group| group.abandon(call));
+        }
+    }
+}
+
+fn tensor(bytes: Vec<u8>, dtype: DType, device: &Device) -> Tensor<1> {
     let len = bytes.len() / dtype.size();
     Tensor::from_data(
         TensorData::from_bytes_vec(bytes, [len], dtype),

@@ -1,6 +1,7 @@
 //! The exchange among processes: every message is sent to and received from each peer, and all
 //! are polled against one deadline.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,10 @@ pub(super) struct Group {
     world: World,
     timeout: Duration,
     peers: Vec<Peer>,
+    /// The calls under way, in the order in which they started.
+    calls: VecDeque<InFlight>,
+    /// Number of the next call.
+    next: u64,
     failure: Option<CommError>,
 }
 
@@ -30,6 +35,24 @@ struct Peer {
     farewell: Option<Transfer>,
     /// What its farewell said, and when it came.
     left: Option<(Farewell, Instant)>,
+}
+
+/// A call under way.
+struct InFlight {
+    number: u64,
+    own: Header,
+    value_size: usize,
+    payload: Arc<Vec<u8>>,
+    /// One with each peer, in the order of peers.
+    exchanges: Vec<Exchange>,
+    /// Whether nobody waits for it any more.
+    abandoned: bool,
+}
+
+impl InFlight {
+    fn done(&self) -> bool {
+        self.exchanges.iter().all(Exchange::done)
+    }
 }
 
 /// The messages of one call to and from one peer.
@@ -44,8 +67,7 @@ struct Exchange {
 }
 
 impl Exchange {
-    /// Whether nothing of it is left to do.
-    fn poll(&mut self, world: &World) -> Result<bool, CommError> {
+    fn poll(&mut self, world: &World) -> Result<(), CommError> {
         if let Some(mut header) = self.header.take() {
             if header.poll()? {
                 let announced =
@@ -71,9 +93,10 @@ impl Exchange {
         for send in &mut self.sends {
             self.sent &= send.poll()?;
         }
-        Ok(self.done())
+        Ok(())
     }
 
+    /// Whether nothing of it is left to do.
     fn done(&self) -> bool {
         self.header.is_none() && self.payload.is_none() && self.sent
     }
@@ -95,6 +118,8 @@ impl Group {
             world,
             timeout,
             peers,
+            calls: VecDeque::new(),
+            next: 0,
             failure: None,
         })
     }
@@ -111,17 +136,48 @@ impl Group {
         self.world.machine()
     }
 
-    /// What each worker sent in this call, by index: nothing from those that had nothing to send.
+    /// Makes a call and waits for the others'; see [`complete`](Self::complete).
     pub(super) fn call(
         &mut self,
         call: Call,
         payload: Vec<u8>,
         value_size: usize,
     ) -> Result<Vec<Vec<u8>>, CommError> {
+        let number = self.begin(call, payload, value_size)?;
+        self.complete(number)
+    }
+
+    /// Makes a call, whose messages are then under way. They move whenever a call starts or is
+    /// waited for.
+    pub(super) fn begin(
+        &mut self,
+        call: Call,
+        payload: Vec<u8>,
+        value_size: usize,
+    ) -> Result<u64, CommError> {
+        self.or_fail(|group| group.try_begin(call, payload, value_size))
+    }
+
+    /// What each worker sent in a call, by index: nothing from those that had nothing to send.
+    pub(super) fn complete(&mut self, number: u64) -> Result<Vec<Vec<u8>>, CommError> {
+        self.or_fail(|group| group.try_complete(number))
+    }
+
+    /// Nobody will wait for this call.
+    pub(super) fn abandon(&mut self, number: u64) {
+        for call in &mut self.calls {
+            call.abandoned |= call.number == number;
+        }
+    }
+
+    fn or_fail<T>(
+        &mut self,
+        work: impl FnOnce(&mut Self) -> Result<T, CommError>,
+    ) -> Result<T, CommError> {
         if let Some(error) = &self.failure {
             return Err(error.clone());
         }
-        let result = self.exchange(call, payload, value_size);
+        let result = work(self);
         if let Err(error) = &result {
             self.failure = Some(error.clone());
             self.part(&Farewell::Failed(error.clone()));
@@ -129,13 +185,12 @@ impl Group {
         result
     }
 
-    fn exchange(
+    fn try_begin(
         &mut self,
         call: Call,
         payload: Vec<u8>,
         value_size: usize,
-    ) -> Result<Vec<Vec<u8>>, CommError> {
-        let start = Instant::now();
+    ) -> Result<u64, CommError> {
         let own = Header {
             call,
             bytes: payload.len(),
@@ -143,7 +198,7 @@ impl Group {
         let (header, payload) = (Arc::new(own.encode()), Arc::new(payload));
         self.poll_farewells()?;
         let world = &self.world;
-        let mut exchanges: Vec<Exchange> = self
+        let exchanges = self
             .peers
             .iter()
             .map(|&Peer { index: peer, .. }| {
@@ -162,36 +217,70 @@ impl Group {
                 }
             })
             .collect();
-        loop {
-            let mut done = true;
-            for exchange in &mut exchanges {
-                done &= exchange.poll(&self.world)?;
-            }
-            if done {
-                break;
+        let number = self.next;
+        self.next += 1;
+        self.calls.push_back(InFlight {
+            number,
+            own,
+            value_size,
+            payload,
+            exchanges,
+            abandoned: false,
+        });
+        self.poll_calls()?;
+        Ok(number)
+    }
+
+    fn try_complete(&mut self, number: u64) -> Result<Vec<Vec<u8>>, CommError> {
+        let start = Instant::now();
+        let position = loop {
+            self.poll_calls()?;
+            let position = self.calls.iter().position(|call| call.number == number);
+            let position = position.expect("a call is waited for once");
+            if self.calls[position].done() {
+                break position;
             }
             self.poll_farewells()?;
-            self.refuse_departed(&exchanges)?;
+            let exchanges = &self.calls[position].exchanges;
+            self.refuse_departed(exchanges)?;
             if start.elapsed() > self.timeout {
-                return Err(self.timed_out(&exchanges));
+                return Err(self.timed_out(exchanges));
             }
             let waiting = exchanges.iter().any(|exchange| exchange.header.is_some());
             pause(waiting && start.elapsed() > PATIENCE);
-        }
-        let mut headers = vec![own; self.world.size];
+        };
+        let call = self.calls.remove(position).expect("found above");
+        let mut headers = vec![call.own; self.world.size];
         let mut payloads = vec![Vec::new(); self.world.size];
-        for exchange in exchanges {
+        for exchange in call.exchanges {
             headers[exchange.peer] = exchange.announced.expect("all headers arrived");
             payloads[exchange.peer] = exchange.received.unwrap_or_default();
         }
         let calls: Vec<_> = headers
             .iter()
-            .map(|header| (header.call, header.bytes / value_size))
+            .map(|header| (header.call, header.bytes / call.value_size))
             .collect();
         agree(&calls)?;
         // Every send is complete, so that nothing shares the buffer.
-        payloads[self.world.index] = Arc::unwrap_or_clone(payload);
+        payloads[self.world.index] = Arc::unwrap_or_clone(call.payload);
         Ok(payloads)
+    }
+
+    /// Moves the messages of the calls under way.
+    fn poll_calls(&mut self) -> Result<(), CommError> {
+        // A peer's payload must be asked for before its next header is read: MPI gives messages
+        // with the same tag to whoever asks first.
+        let mut blocked = vec![false; self.peers.len()];
+        for call in &mut self.calls {
+            for (exchange, blocked) in call.exchanges.iter_mut().zip(&mut blocked) {
+                if !*blocked {
+                    exchange.poll(&self.world)?;
+                    *blocked = exchange.header.is_some();
+                }
+            }
+        }
+        self.calls.retain(|call| !(call.abandoned && call.done()));
+        Ok(())
     }
 
     /// Learns which workers left, and fails if one of them did because of a failure.
@@ -274,10 +363,15 @@ impl Group {
         }
         let start = Instant::now();
         self.part(&Farewell::Done);
-        while self.poll_farewells().is_ok() && start.elapsed() < self.timeout {
+        while self
+            .poll_farewells()
+            .and_then(|()| self.poll_calls())
+            .is_ok()
+            && start.elapsed() < self.timeout
+        {
             if self.peers.iter().all(|peer| peer.left.is_some()) {
                 let done = |peer: &Peer| matches!(peer.left, Some((Farewell::Done, _)));
-                if self.peers.iter().all(done) {
+                if self.peers.iter().all(done) && self.calls.is_empty() {
                     self.world.finalize();
                 }
                 return;

@@ -6,7 +6,7 @@ pub mod mpirun;
 use std::time::{Duration, Instant};
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use hd_pissa_comm::{CommError, Communicator, Traffic};
+use hd_pissa_comm::{CommError, Communicator, PendingGather, Traffic};
 
 /// Generous: nobody fails.
 pub const CONTRACT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -84,7 +84,47 @@ pub fn contract(communicator: &impl Communicator) {
         }
         communicator.barrier().unwrap();
         assert_eq!(communicator.traffic(), expected);
+        started_gathers(communicator, round, len / dtype.size());
+        expected = communicator.traffic();
     }
+}
+
+/// Several gathers under way, with another call between them, waited for in another order than
+/// that in which they started, or not at all.
+fn started_gathers(communicator: &impl Communicator, round: usize, len: usize) {
+    let (worker, workers) = (communicator.worker_index(), communicator.num_workers());
+    let before = communicator.traffic();
+    let kinds = [(len, DType::F32), (7, DType::BF16), (0, DType::F32)];
+    let own = |kind: usize| {
+        let (len, dtype) = kinds[kind];
+        tensor(
+            &noise(len * dtype.size(), worker, 1000 * kind + round),
+            dtype,
+        )
+    };
+    let start = |kind: usize| communicator.start_all_gather(own(kind)).unwrap();
+    let first = start(0);
+    communicator.barrier().unwrap();
+    let mut pending = vec![(0, first), (1, start(1)), (2, start(2))];
+    if round.is_multiple_of(5) {
+        drop(start(1));
+    }
+    if round.is_multiple_of(2) {
+        pending.rotate_left(1 + round % 3);
+    }
+    for (kind, gather) in pending {
+        let (len, dtype) = kinds[kind];
+        let gathered = gather.wait().unwrap();
+        assert_eq!(gathered.dtype(), dtype);
+        let all: Vec<u8> = (0..workers)
+            .flat_map(|w| noise(len * dtype.size(), w, 1000 * kind + round))
+            .collect();
+        assert!(bytes(gathered) == all, "gather {kind} of round {round}");
+    }
+    let bytes = ((workers - 1) * (4 * len + 2 * 7)) as u64;
+    let after = communicator.traffic();
+    assert_eq!(after.sent - before.sent, bytes);
+    assert_eq!(after.received - before.received, bytes);
 }
 
 /// How the last worker of a group fails.
@@ -109,26 +149,46 @@ pub const FAULTS: [Fault; 7] = [
     Fault::Call,
 ];
 
-/// A gather that fails; a large one, whose buffer takes more than one message.
-fn gather(communicator: &impl Communicator, len: usize) -> (CommError, Duration) {
+/// A gather that fails, after the one that is under way already: large ones, whose buffers take
+/// more than one message.
+fn gather<'a, C: Communicator>(
+    communicator: &'a C,
+    len: usize,
+    started: Option<Box<dyn PendingGather + 'a>>,
+) -> (CommError, Duration) {
     let start = Instant::now();
     let buffer = Tensor::zeros([len], &Device::flex());
-    let error = communicator.all_gather(buffer).unwrap_err();
+    let error = match started {
+        None => communicator.all_gather(buffer).unwrap_err(),
+        // Whether the first still succeeds depends on how far it has come.
+        Some(first) => match (communicator.start_all_gather(buffer), first.wait()) {
+            (Ok(second), Ok(_)) => second.wait().unwrap_err(),
+            (_, Err(error)) | (Err(error), _) => error,
+        },
+    };
     let elapsed = start.elapsed();
     let again = communicator.barrier().unwrap_err();
     assert_eq!(again, error, "a communicator that failed stays so");
     (error, elapsed)
 }
 
-/// Three calls that succeed, then one in which the last worker fails in the way given: the error
-/// that this worker gets, and the time it took.
-pub fn fault(communicator: &impl Communicator, fault: Fault) -> (CommError, Duration) {
+/// Three calls that succeed, then one in which the last worker fails in the way given, with a
+/// gather `under_way` or not: the error that this worker gets, and the time it took.
+pub fn fault<C: Communicator>(
+    communicator: &C,
+    fault: Fault,
+    under_way: bool,
+) -> (CommError, Duration) {
     const LEN: usize = 100_003;
     for _ in 0..3 {
         communicator.barrier().unwrap();
     }
+    let started = under_way.then(|| {
+        let buffer = Tensor::zeros([LEN], &Device::flex());
+        communicator.start_all_gather(buffer).unwrap()
+    });
     if communicator.worker_index() + 1 < communicator.num_workers() {
-        return gather(communicator, LEN);
+        return gather(communicator, LEN, started);
     }
     match fault {
         Fault::Panic => panic!("this worker dies on purpose"),
@@ -142,7 +202,7 @@ pub fn fault(communicator: &impl Communicator, fault: Fault) -> (CommError, Dura
         }
         Fault::Stall => std::thread::sleep(SHORT_TIMEOUT * 2),
         Fault::Leave => {}
-        Fault::Length => return gather(communicator, LEN + 1),
+        Fault::Length => return gather(communicator, LEN + 1, started),
         Fault::Call => {
             let error = communicator.barrier().unwrap_err();
             return (error, Duration::ZERO);

@@ -3,6 +3,7 @@ use std::time::{Duration, Instant};
 
 use burn::module::{Flag, Module, Param, Reparameterizer};
 use burn::tensor::{DType, Int, Tensor, TensorData};
+use hd_pissa_comm::Communicator;
 
 use super::module::{HdPissaAdapter, HdPissaShard};
 use super::path::{Side, companion_id, factor_id};
@@ -37,7 +38,7 @@ pub struct LayerProgress {
 /// float parameter, which cannot. [`HdPissaModule::apply_hd_pissa`] does both.
 #[derive(Debug)]
 pub struct HdPissa {
-    adapters: HashMap<String, HdPissaAdapter>,
+    pub(super) adapters: HashMap<String, HdPissaAdapter>,
 }
 
 impl HdPissa {
@@ -56,9 +57,35 @@ impl HdPissa {
         hosted_shards: impl IntoIterator<Item = usize>,
         mut progress: impl FnMut(LayerProgress),
     ) -> Result<Self, HdPissaError> {
+        let Selected { hosted, targets } = Selected::of(model, config, hosted_shards)?;
+        let mut adapters = HashMap::with_capacity(targets.len());
+        for (index, target) in targets.iter().enumerate() {
+            let (svd, layer) = decompose(&targets, index, config)?;
+            progress(layer);
+            let window = |shard: usize| svd.window(shard * target.rank, target.rank, 1.0);
+            let adapter = adapter(target, window, config, &hosted);
+            adapters.insert(target.path.clone(), adapter);
+        }
+        Ok(Self { adapters })
+    }
+}
+
+/// What a worker is to prepare, checked as far as that is possible without decompositions.
+pub(super) struct Selected {
+    /// Ascending.
+    pub(super) hosted: Vec<usize>,
+    /// In traversal order.
+    pub(super) targets: Vec<Target>,
+}
+
+impl Selected {
+    pub(super) fn of<M: Module>(
+        model: &M,
+        config: &HdPissaConfig,
+        hosted_shards: impl IntoIterator<Item = usize>,
+    ) -> Result<Self, HdPissaError> {
         let hosted = check_hosted(hosted_shards.into_iter().collect(), config.shards)?;
         let (targets, _) = config.targets_of(model)?;
-        let total = targets.len();
         if config.precision == MergePrecision::Plain {
             let half = targets.iter().filter(|target| is_half(&target.weight));
             if let Some(target) = half.clone().next() {
@@ -70,26 +97,30 @@ impl HdPissa {
                 );
             }
         }
-        let mut adapters = HashMap::with_capacity(total);
-        for (index, target) in targets.into_iter().enumerate() {
-            let start = Instant::now();
-            let count = config.shards * target.rank;
-            let svd = TruncatedSvd::compute(&target.path, &target.weight, config.svd, count)?;
-            let shape = target.weight.dims();
-            progress(LayerProgress {
-                index,
-                total,
-                path: target.path.clone(),
-                shape,
-                energy: window_energy(&svd.values, target.rank, config.shards),
-                overlap: svd.overlap_of_windows(target.rank),
-                elapsed: start.elapsed(),
-            });
-            let adapter = adapter(&target, &svd, config, &hosted);
-            adapters.insert(target.path, adapter);
-        }
-        Ok(Self { adapters })
+        Ok(Self { hosted, targets })
     }
+}
+
+/// Decomposes the target at position `index`.
+pub(super) fn decompose(
+    targets: &[Target],
+    index: usize,
+    config: &HdPissaConfig,
+) -> Result<(TruncatedSvd, LayerProgress), HdPissaError> {
+    let start = Instant::now();
+    let target = &targets[index];
+    let count = config.shards * target.rank;
+    let svd = TruncatedSvd::compute(&target.path, &target.weight, config.svd, count)?;
+    let layer = LayerProgress {
+        index,
+        total: targets.len(),
+        path: target.path.clone(),
+        shape: target.weight.dims(),
+        energy: window_energy(&svd.values, target.rank, config.shards),
+        overlap: svd.overlap_of_windows(target.rank),
+        elapsed: start.elapsed(),
+    };
+    Ok((svd, layer))
 }
 
 fn check_hosted(mut hosted: Vec<usize>, shards: usize) -> Result<Vec<usize>, HdPissaError> {
@@ -104,9 +135,10 @@ fn check_hosted(mut hosted: Vec<usize>, shards: usize) -> Result<Vec<usize>, HdP
     }
 }
 
-fn adapter(
+/// The adapter of a target, given the factors of each shard, `a` and `b` row by row.
+pub(super) fn adapter(
     target: &Target,
-    svd: &TruncatedSvd,
+    window: impl Fn(usize) -> (Vec<f32>, Vec<f32>) + Sync,
     config: &HdPissaConfig,
     hosted: &[usize],
 ) -> HdPissaAdapter {
@@ -124,7 +156,7 @@ fn adapter(
         hosted
             .iter()
             .map(|&index| {
-                let (a, b) = svd.window(index * rank, rank, 1.0);
+                let (a, b) = window(index);
                 HdPissaShard {
                     a: factor(a, [d_input, rank], index, Side::A),
                     b: factor(b, [rank, d_output], index, Side::B),
@@ -196,6 +228,22 @@ pub trait HdPissaModule: Module {
         hosted_shards: impl IntoIterator<Item = usize>,
     ) -> Result<Self, HdPissaError> {
         let hd_pissa = HdPissa::prepare(&self, config, hosted_shards, |_| ())?;
+        Ok(self.apply_reparameterization(hd_pissa))
+    }
+
+    /// As [`apply_hd_pissa`](Self::apply_hd_pissa), by several workers that compute the principal
+    /// components of different weights; see [`HdPissa::prepare_shared`].
+    ///
+    /// # Errors
+    ///
+    /// See [`HdPissaError`].
+    fn apply_hd_pissa_shared(
+        self,
+        config: &HdPissaConfig,
+        hosted_shards: impl IntoIterator<Item = usize>,
+        communicator: &dyn Communicator,
+    ) -> Result<Self, HdPissaError> {
+        let hd_pissa = HdPissa::prepare_shared(&self, config, hosted_shards, communicator, |_| ())?;
         Ok(self.apply_reparameterization(hd_pissa))
     }
 

@@ -4,6 +4,7 @@ mod apply;
 mod module;
 pub(crate) mod path;
 mod select;
+mod shared;
 
 pub use apply::{HdPissa, HdPissaModule, LayerProgress};
 pub use module::{HdPissaAdapter, HdPissaShard};

@@ -3,6 +3,8 @@ use std::fmt::{self, Debug, Display, Formatter};
 use burn::store::RecordError;
 use hd_pissa_comm::CommError;
 
+use super::WireDtype;
+
 /// Why the optimizer refused to be built, to step or to load.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
@@ -82,6 +84,14 @@ pub enum OptimizerError {
         path: String,
         /// How many values, in gradients and deltas of one parameter or of one shard of a weight.
         count: usize,
+    },
+    /// The device cannot hold deltas as they are to travel.
+    #[error("{device} has no {wire}, in which deltas are to travel; use WireDtype::F32")]
+    UnsupportedWireDtype {
+        /// The precision asked for.
+        wire: WireDtype,
+        /// The device, as Burn prints it.
+        device: String,
     },
     /// The workers together do not host every shard exactly once.
     #[error("the workers host the shards {hosted:?}; together they must host each of 0..{shards}")]

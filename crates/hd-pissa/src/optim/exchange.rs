@@ -1,10 +1,11 @@
 //! What workers tell each other: who hosts which shard, the frames once, the deltas every step.
 
 use burn::tensor::Tensor;
-use hd_pissa_comm::Communicator;
+use hd_pissa_comm::{Communicator, PendingGather};
 
-use super::OptimizerError;
-use super::factors::Factors;
+use super::factors::{Factors, WeightFactors};
+use super::{OptimizerError, WireDtype};
+use crate::message::Messages;
 
 /// The factors, or their deltas, of one shard of one weight.
 #[derive(Clone, Debug)]
@@ -15,11 +16,23 @@ pub(super) struct Pair {
     pub(super) b: Tensor<2>,
 }
 
-/// One shard's share of a gather: a pair and a count of bad values for each weight.
+/// The deltas of one shard: a pair and a count of bad values for each weight.
 pub(super) struct ShardDeltas {
     pub(super) pairs: Vec<Pair>,
-    /// Number of NaN and infinite values in the gradients and deltas of each weight, `[1]`.
+    /// Number of NaN and infinite values in the gradients and deltas of each weight, `[n]` in
+    /// pieces.
     pub(super) non_finite: Vec<Tensor<1>>,
+}
+
+/// The deltas of some weights, on their way to every worker.
+pub(super) enum PendingDeltas<'a> {
+    /// A single worker has them all.
+    Here(Vec<ShardDeltas>),
+    UnderWay {
+        gather: Box<dyn PendingGather + 'a>,
+        weights: &'a [WeightFactors],
+        wire: WireDtype,
+    },
 }
 
 /// Who hosts what, agreed on at the first step.
@@ -35,11 +48,14 @@ impl Roster {
     /// Compares the workers' layouts and shares the frames.
     pub(super) fn agree(
         factors: &Factors,
+        wire: WireDtype,
+        groups: usize,
         communicator: &dyn Communicator,
         model_hash: impl FnOnce() -> u64,
     ) -> Result<Self, OptimizerError> {
-        let device = factors.weights[0].shards[0].a.value.device().inner();
+        wire.check(&factors.device())?;
         let workers = communicator.num_workers();
+        let messages = Messages::new(communicator, factors.device());
         let order = if workers == 1 {
             factors.hosted.clone()
         } else {
@@ -59,13 +75,12 @@ impl Roster {
                     fingerprint(factors),
                 ),
                 ("a fingerprint of the model's parameters", model_hash()),
+                ("the number of bits of a delta on the wire", wire.bits()),
+                ("the number of gathers per step", groups as u64),
             ];
-            let header: Vec<f32> = settings.iter().flat_map(|&(_, v)| to_floats(v)).collect();
-            let gathered =
-                read(communicator.all_gather(Tensor::from_floats(&header[..], &device))?);
-            for (worker, theirs) in gathered.chunks(header.len()).enumerate() {
-                for (&(setting, ours), theirs) in settings.iter().zip(theirs.chunks(4)) {
-                    let theirs = from_floats(theirs);
+            let own = settings.map(|(_, value)| value);
+            for (worker, theirs) in messages.gather(&own)?.into_iter().enumerate() {
+                for (&(setting, ours), theirs) in settings.iter().zip(theirs) {
                     if theirs != ours {
                         return Err(OptimizerError::WorkerMismatch {
                             worker,
@@ -76,11 +91,9 @@ impl Roster {
                     }
                 }
             }
-            let hosted: Vec<f32> = factors.hosted.iter().map(|&shard| shard as f32).collect();
-            read(communicator.all_gather(Tensor::from_floats(&hosted[..], &device))?)
-                .into_iter()
-                .map(|shard| shard as usize)
-                .collect()
+            let hosted: Vec<u64> = factors.hosted.iter().map(|&shard| shard as u64).collect();
+            let gathered = messages.gather(&hosted)?.into_iter().flatten();
+            gathered.map(|shard| shard as usize).collect()
         };
         let mut sorted = order.clone();
         sorted.sort_unstable();
@@ -106,11 +119,11 @@ impl Roster {
                         .collect::<Vec<_>>()
                 })
                 .collect::<Vec<_>>();
-            let rows = own.iter().map(|pairs| flatten(pairs, &[])).collect();
+            let rows = own.iter().map(|pairs| flatten(pairs)).collect();
             let gathered = roster.gather_rows(rows, communicator)?;
             roster.frames = gathered
                 .into_iter()
-                .map(|row| unflatten(row, factors, 0).pairs)
+                .map(|row| unflatten(row, &factors.weights))
                 .collect();
         }
         Ok(roster)
@@ -135,25 +148,55 @@ impl Roster {
         })
     }
 
-    /// The deltas of every shard by index, from those of the hosted ones.
-    pub(super) fn gather_deltas(
+    /// Sends the deltas of the hosted shards of `weights` on their way.
+    pub(super) fn start_deltas<'a>(
         &self,
         hosted: Vec<ShardDeltas>,
-        factors: &Factors,
-        communicator: &dyn Communicator,
-    ) -> Result<Vec<ShardDeltas>, OptimizerError> {
+        weights: &'a [WeightFactors],
+        wire: WireDtype,
+        communicator: &'a dyn Communicator,
+    ) -> Result<PendingDeltas<'a>, OptimizerError> {
         if communicator.num_workers() == 1 {
-            return Ok(hosted);
+            return Ok(PendingDeltas::Here(hosted));
         }
-        let rows = hosted
-            .iter()
-            .map(|shard| flatten(&shard.pairs, &shard.non_finite))
-            .collect();
-        let gathered = self.gather_rows(rows, communicator)?;
-        Ok(gathered
-            .into_iter()
-            .map(|row| unflatten(row, factors, factors.weights.len()))
-            .collect())
+        let rows = hosted.into_iter().map(|shard| shard.encode(wire)).collect();
+        Ok(PendingDeltas::UnderWay {
+            gather: communicator.start_all_gather(Tensor::cat(rows, 0))?,
+            weights,
+            wire,
+        })
+    }
+
+    /// The deltas of every shard by index, once all are there; of all weights, which come in
+    /// groups.
+    pub(super) fn finish_deltas(
+        &self,
+        groups: Vec<PendingDeltas>,
+    ) -> Result<Vec<ShardDeltas>, OptimizerError> {
+        let mut all: Vec<ShardDeltas> = Vec::new();
+        for group in groups {
+            let group = match group {
+                PendingDeltas::Here(shards) => shards,
+                PendingDeltas::UnderWay {
+                    gather,
+                    weights,
+                    wire,
+                } => self
+                    .by_shard(gather.wait()?)
+                    .into_iter()
+                    .map(|row| ShardDeltas::decode(row, weights, wire))
+                    .collect(),
+            };
+            if all.is_empty() {
+                all = group;
+                continue;
+            }
+            for (all, group) in all.iter_mut().zip(group) {
+                all.pairs.extend(group.pairs);
+                all.non_finite.extend(group.non_finite);
+            }
+        }
+        Ok(all)
     }
 
     /// One row of equal length per hosted shard becomes one row per shard, by index.
@@ -165,34 +208,51 @@ impl Roster {
         if communicator.num_workers() == 1 {
             return Ok(rows);
         }
-        let len = rows[0].dims()[0];
-        let gathered = communicator.all_gather(Tensor::cat(rows, 0))?;
-        Ok((0..self.order.len())
+        Ok(self.by_shard(communicator.all_gather(Tensor::cat(rows, 0))?))
+    }
+
+    /// Cuts what was gathered into the rows of the shards, by index.
+    fn by_shard(&self, gathered: Tensor<1>) -> Vec<Tensor<1>> {
+        let len = gathered.dims()[0] / self.order.len();
+        (0..self.order.len())
             .map(|shard| {
                 let position = self.order.iter().position(|&s| s == shard);
                 let start = len * position.expect("the roster holds every shard");
                 gathered.clone().narrow(0, start, len)
             })
-            .collect())
+            .collect()
     }
 }
 
-fn flatten(pairs: &[Pair], counts: &[Tensor<1>]) -> Tensor<1> {
-    let pairs = pairs
-        .iter()
-        .flat_map(|pair| [pair.a.clone().flatten(0, 1), pair.b.clone().flatten(0, 1)]);
-    Tensor::cat(pairs.chain(counts.iter().cloned()).collect(), 0)
+impl ShardDeltas {
+    fn encode(self, wire: WireDtype) -> Tensor<1> {
+        wire.encode(flatten(&self.pairs), Tensor::cat(self.non_finite, 0))
+    }
+
+    fn decode(row: Tensor<1>, weights: &[WeightFactors], wire: WireDtype) -> Self {
+        let (deltas, counts) = wire.decode(row, weights.len());
+        Self {
+            pairs: unflatten(deltas, weights),
+            non_finite: vec![counts],
+        }
+    }
 }
 
-fn unflatten(row: Tensor<1>, factors: &Factors, counts: usize) -> ShardDeltas {
+fn flatten(pairs: &[Pair]) -> Tensor<1> {
+    let parts = pairs
+        .iter()
+        .flat_map(|pair| [pair.a.clone().flatten(0, 1), pair.b.clone().flatten(0, 1)]);
+    Tensor::cat(parts.collect(), 0)
+}
+
+fn unflatten(row: Tensor<1>, weights: &[WeightFactors]) -> Vec<Pair> {
     let mut start = 0;
     let mut take = |len: usize| {
         let part = row.clone().narrow(0, start, len);
         start += len;
         part
     };
-    let pairs = factors
-        .weights
+    weights
         .iter()
         .map(|weight| {
             let (rank, d_input, d_output) = (weight.rank(), weight.d_input(), weight.d_output());
@@ -201,9 +261,7 @@ fn unflatten(row: Tensor<1>, factors: &Factors, counts: usize) -> ShardDeltas {
                 b: take(rank * d_output).reshape([rank, d_output]),
             }
         })
-        .collect();
-    let non_finite = (0..counts).map(|_| take(1)).collect();
-    ShardDeltas { pairs, non_finite }
+        .collect()
 }
 
 /// Compares what workers say of the same parameters.
@@ -212,15 +270,10 @@ pub(super) fn compare(
     factors: &Factors,
     communicator: &dyn Communicator,
 ) -> Result<(), OptimizerError> {
-    let device = factors.weights[0].shards[0].a.value.device().inner();
-    let own: Vec<f32> = fingerprints
-        .iter()
-        .flat_map(|&(_, v)| to_floats(v))
-        .collect();
-    let gathered = read(communicator.all_gather(Tensor::from_floats(&own[..], &device))?);
-    for (worker, theirs) in gathered.chunks(own.len()).enumerate() {
-        for ((path, ours), theirs) in fingerprints.iter().zip(theirs.chunks(4)) {
-            let theirs = from_floats(theirs);
+    let own: Vec<u64> = fingerprints.iter().map(|&(_, value)| value).collect();
+    let gathered = Messages::new(communicator, factors.device()).gather(&own)?;
+    for (worker, theirs) in gathered.into_iter().enumerate() {
+        for ((path, ours), theirs) in fingerprints.iter().zip(theirs) {
             if theirs != *ours {
                 return Err(OptimizerError::Drift {
                     path: path.clone(),
@@ -254,33 +307,4 @@ fn fingerprint(factors: &Factors) -> u64 {
         })
         .collect();
     crate::adapter::path::hash(&text.join("\n"))
-}
-
-/// An integer as `f32` values that hold it exactly, 16 bits each.
-fn to_floats(value: u64) -> [f32; 4] {
-    [0, 16, 32, 48].map(|shift| f32::from((value >> shift) as u16))
-}
-
-fn from_floats(floats: &[f32]) -> u64 {
-    floats
-        .iter()
-        .rev()
-        .fold(0, |value, &part| value << 16 | part as u64)
-}
-
-fn read(tensor: Tensor<1>) -> Vec<f32> {
-    tensor.into_data().iter::<f32>().collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    proptest! {
-        #[test]
-        fn integers_survive_as_floats(value: u64) {
-            prop_assert_eq!(from_floats(&to_floats(value)), value);
-        }
-    }
 }

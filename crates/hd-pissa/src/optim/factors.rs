@@ -1,9 +1,10 @@
 //! The factors of a model: read, replaced by zeros, and put back.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{Device, Int, Tensor};
 
 use super::OptimizerError;
 use crate::adapter::path::{PathTracker, Place, Side, hash, track_path};
@@ -103,6 +104,27 @@ impl Factors {
             num_shards: first.num_shards,
             weights,
         })
+    }
+
+    /// The device of the factors, without autodiff.
+    pub(super) fn device(&self) -> Device {
+        self.weights[0].shards[0].a.value.device().inner()
+    }
+
+    /// The weights in at most `count` groups of neighbours, of about the same size.
+    pub(super) fn groups(&self, count: usize) -> Vec<Range<usize>> {
+        let size = |weight: &WeightFactors| weight.rank() * (weight.d_input() + weight.d_output());
+        let total: usize = self.weights.iter().map(size).sum();
+        let (mut groups, mut start, mut sum) = (Vec::with_capacity(count), 0, 0);
+        for (position, weight) in self.weights.iter().enumerate() {
+            sum += size(weight);
+            // The last weight completes the last group.
+            if sum * count >= total * (groups.len() + 1) {
+                groups.push(start..position + 1);
+                start = position + 1;
+            }
+        }
+        groups
     }
 
     /// Every factor, with the weight, the shard and the side it belongs to.
@@ -353,5 +375,44 @@ impl Settings {
             None => value,
         };
         value.set_require_grad(self.require_grad)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_are_of_about_the_same_size() {
+        let device = Device::flex();
+        let weight = |size: usize| {
+            let factor = |shape| Factor {
+                id: ParamId::new(),
+                value: Tensor::zeros(shape, &device),
+            };
+            WeightFactors {
+                path: String::new(),
+                shards: vec![ShardFactors {
+                    index: 0,
+                    a: factor([size - 1, 1]),
+                    b: factor([1, 1]),
+                }],
+                num_shards: 1,
+                rounding_seed: None,
+            }
+        };
+        let factors = |sizes: &[usize]| Factors {
+            weights: sizes.iter().map(|&size| weight(size)).collect(),
+            hosted: vec![0],
+            num_shards: 1,
+        };
+        let even = factors(&[2, 6, 2, 6, 2, 6]);
+        assert_eq!(even.groups(1).len(), 1);
+        assert_eq!(even.groups(3), [0..2, 2..4, 4..6]);
+        // A small weight does not fill a group of its own.
+        assert_eq!(even.groups(9), [0..2, 2..3, 3..4, 4..5, 5..6]);
+        let uneven = factors(&[2, 90, 2, 2, 4]);
+        assert_eq!(uneven.groups(2), [0..2, 2..5]);
+        assert_eq!(uneven.groups(4), [0..2, 2..3, 3..4, 4..5]);
     }
 }

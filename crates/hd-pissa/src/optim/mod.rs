@@ -9,7 +9,9 @@ mod gradients;
 mod optimizer;
 mod others;
 mod probe;
+mod wire;
 
 pub use error::{OptimizerError, StepError};
 pub use gradients::ShardGradients;
 pub use optimizer::HdPissaOptimizer;
+pub use wire::WireDtype;

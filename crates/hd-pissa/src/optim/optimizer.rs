@@ -1,4 +1,4 @@
-use std::num::NonZeroU64;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::Path;
 
 use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
@@ -9,12 +9,12 @@ use burn_pack::{Reader, Scalar, Writer};
 use hd_pissa_comm::{Communicator, Traffic};
 
 use super::exchange::{Pair, Roster, ShardDeltas, compare};
-use super::factors::{Commit, Companions, Factors, ZeroFactors};
+use super::factors::{Commit, Companions, Factors, WeightFactors, ZeroFactors};
 use super::fingerprint;
 use super::gradients::ShardGradients;
 use super::others::{OthersBefore, mean_gradients};
 use super::probe::Probe;
-use super::{OptimizerError, StepError};
+use super::{OptimizerError, StepError, WireDtype};
 use crate::adapter::path::shard_path;
 use crate::checkpoint::check_record;
 use crate::ops::{self, MergeInputs};
@@ -59,6 +59,9 @@ pub struct HdPissaOptimizer {
     communicator: Box<dyn Communicator>,
     max_grad_norm: Option<f64>,
     fingerprint_every: Option<NonZeroU64>,
+    wire: WireDtype,
+    /// Gathers of a step, with several workers.
+    gathers: NonZeroUsize,
     roster: Option<Roster>,
     /// Whether to measure updates, and the norm of the last one.
     measure: bool,
@@ -98,6 +101,8 @@ impl HdPissaOptimizer {
             communicator: Box::new(communicator),
             max_grad_norm: None,
             fingerprint_every: NonZeroU64::new(50),
+            wire: WireDtype::default(),
+            gathers: NonZeroUsize::MIN,
             roster: None,
             measure: false,
             update_norm: None,
@@ -126,6 +131,25 @@ impl HdPissaOptimizer {
     /// nothing. Reads all these parameters back from the device.
     pub fn with_fingerprint_every(mut self, steps: Option<NonZeroU64>) -> Self {
         self.fingerprint_every = steps;
+        self
+    }
+
+    /// In what precision deltas travel; [`WireDtype::F32`] by default. Every worker alike, from the
+    /// first step on.
+    ///
+    /// A worker's own deltas are rounded as those that it receives, also where it is the only one:
+    /// any layout of workers gives the same weights. Frames, and gradients of parameters outside
+    /// the adapters, travel in `f32`.
+    pub fn with_wire_dtype(mut self, wire: WireDtype) -> Self {
+        self.wire = wire;
+        self
+    }
+
+    /// Gathers the deltas in up to so many groups of weights, of about the same size: while one
+    /// group is on its way, the inner optimizer steps the next. One by default. The weights come
+    /// out the same. Every worker alike; a single worker gathers nothing.
+    pub fn with_gathers(mut self, gathers: NonZeroUsize) -> Self {
+        self.gathers = gathers;
         self
     }
 
@@ -231,7 +255,8 @@ impl HdPissaOptimizer {
             Some(roster) => roster,
             None => {
                 self.refuse_groups_that_read(&factors)?;
-                Roster::agree(&factors, communicator, || {
+                let (wire, gathers) = (self.wire, self.gathers.get());
+                Roster::agree(&factors, wire, gathers, communicator, || {
                     fingerprint::join(&fingerprint::of_all(model))
                 })?
             }
@@ -255,12 +280,24 @@ impl HdPissaOptimizer {
         }
         let others = mean_gradients(model, &mut shards, roster, communicator)?;
 
-        let (gradients, bad_gradients) = join(shards, others.gradients, &factors);
         let mut inner = self.inner.clone();
-        let (zeroed, companions) = ZeroFactors::apply(model.clone());
-        let stepped = inner.step(lr, zeroed, gradients);
-        let hosted = deltas_of(&Factors::of(&stepped)?, bad_gradients);
-        let deltas = roster.gather_deltas(hosted, &factors, communicator)?;
+        let (mut stepped, companions) = ZeroFactors::apply(model.clone());
+        let mut gradients = others.gradients;
+        let mut gathers = Vec::new();
+        let groups = match communicator.num_workers() {
+            1 => 1,
+            _ => self.gathers.get(),
+        };
+        for group in factors.groups(groups) {
+            let weights = &factors.weights[group.clone()];
+            let bad_gradients = take_gradients(&mut shards, weights, &mut gradients);
+            stepped = inner.step(lr.clone(), stepped, std::mem::take(&mut gradients));
+            let moved = Factors::of(&stepped)?;
+            let hosted = deltas_of(&moved.weights[group], bad_gradients, self.wire);
+            gathers.push(roster.start_deltas(hosted, weights, self.wire, communicator)?);
+        }
+        // All of them before the first merge: a step that fails has changed nothing.
+        let deltas = roster.finish_deltas(gathers)?;
         let bad_values = BadValues::of(&deltas, others.non_finite);
 
         Ok(Prepared {
@@ -434,24 +471,22 @@ fn clip(shards: &mut [GradientsParams], factors: &Factors, max_norm: f64) {
     }
 }
 
-/// One set of gradients for the inner optimizer, whose parameters have different ids in each
-/// shard; and for each hosted shard and weight the number of bad values.
-fn join(
-    shards: Vec<GradientsParams>,
-    others: GradientsParams,
-    factors: &Factors,
-) -> (GradientsParams, Vec<Vec<Option<Tensor<1>>>>) {
-    let mut joined = others;
-    let counts = shards
-        .into_iter()
+/// Moves the gradients of some weights from the hosted shards to those for the inner optimizer,
+/// whose parameters have different ids in each shard; for each shard and weight the number of bad
+/// values.
+fn take_gradients(
+    shards: &mut [GradientsParams],
+    weights: &[WeightFactors],
+    joined: &mut GradientsParams,
+) -> Vec<Vec<Option<Tensor<1>>>> {
+    shards
+        .iter_mut()
         .enumerate()
-        .map(|(position, mut gradients)| {
-            let weights = factors
-                .weights
-                .iter()
-                .map(|weight| &weight.shards[position]);
+        .map(|(position, gradients)| {
             weights
-                .map(|shard| {
+                .iter()
+                .map(|weight| {
+                    let shard = &weight.shards[position];
                     [shard.a.id, shard.b.id]
                         .into_iter()
                         .filter_map(|id| {
@@ -464,24 +499,29 @@ fn join(
                 })
                 .collect()
         })
-        .collect();
-    (joined, counts)
+        .collect()
 }
 
-/// Reads the deltas out of the factors' places, shard by shard.
-fn deltas_of(stepped: &Factors, bad_gradients: Vec<Vec<Option<Tensor<1>>>>) -> Vec<ShardDeltas> {
+/// Reads the deltas of some weights out of the factors' places, shard by shard, as they arrive
+/// after the exchange.
+fn deltas_of(
+    stepped: &[WeightFactors],
+    bad_gradients: Vec<Vec<Option<Tensor<1>>>>,
+    wire: WireDtype,
+) -> Vec<ShardDeltas> {
     bad_gradients
         .into_iter()
         .enumerate()
         .map(|(position, bad_gradients)| {
-            let mut pairs = Vec::with_capacity(stepped.weights.len());
-            let mut non_finite = Vec::with_capacity(stepped.weights.len());
-            for (weight, bad_gradients) in stepped.weights.iter().zip(bad_gradients) {
+            let mut pairs = Vec::with_capacity(stepped.len());
+            let mut non_finite = Vec::with_capacity(stepped.len());
+            for (weight, bad_gradients) in stepped.iter().zip(bad_gradients) {
                 let shard = &weight.shards[position];
                 let pair = Pair {
-                    a: shard.a.value.clone().inner(),
-                    b: shard.b.value.clone().inner(),
+                    a: wire.round(shard.a.value.clone().inner()),
+                    b: wire.round(shard.b.value.clone().inner()),
                 };
+                // Rounding can carry a value to infinity.
                 let bad =
                     ops::count_non_finite(pair.a.clone()) + ops::count_non_finite(pair.b.clone());
                 non_finite.push(match bad_gradients {
