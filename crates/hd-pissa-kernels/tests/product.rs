@@ -145,12 +145,14 @@ fn product_is_within_the_rounding_bound() {
         }
         for (seed, sizes) in SHAPES.into_iter().enumerate() {
             let case = Case::random(sizes, dtype, seed as u64);
-            for (which, weight) in Layout::ALL.into_iter().enumerate() {
+            // Each shape in two of the layouts, and rows without gaps; a software driver takes
+            // seconds to compile each combination.
+            for which in [seed % 4, (seed + 1) % 4] {
                 // Every layout meets the bias in every other shape.
                 let with_bias = (which + seed).is_multiple_of(2);
                 let layouts = [
                     Layout::ALL[(which + seed) % 4],
-                    weight,
+                    Layout::ALL[which],
                     Layout::ALL[3 - which],
                 ];
                 Case {

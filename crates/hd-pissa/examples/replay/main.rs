@@ -1,7 +1,7 @@
 //! Replays recorded single-layer runs of HD-PiSSA and compares the weights step by step.
 //!
 //! ```text
-//! cargo run --release -p hd-pissa --example replay -- tests/data/*.safetensors
+//! cargo run --release --example replay -- tests/data/*.safetensors
 //! ```
 
 mod run;
