@@ -15,7 +15,7 @@ use crate::pretrain::Pretraining;
 use crate::run::{Length, RunConfig};
 use crate::schedule::Decay;
 use crate::train::OptimizerSettings;
-use crate::{Error, device};
+use crate::{Error, device, mpi};
 
 /// Where the comparison writes unless told otherwise; replaced by the next run.
 const COMPARISON_OUTPUT: &str = "target/llama_math";
@@ -111,6 +111,11 @@ struct Options {
     /// Threads that share the shards of HD-PiSSA; must divide their number. The result is the same
     #[arg(long, value_name = "N", requires = "model", default_value_t = 1, value_parser = at_least(1))]
     workers: usize,
+    /// One worker in each of the processes that an MPI launcher starts, as in `mpirun -np 4
+    /// llama_math --mpi ...`; their number must divide that of shards. Takes a build with the
+    /// feature `mpi`
+    #[arg(long, requires = "model", conflicts_with = "workers")]
+    mpi: bool,
     /// How long workers wait for one that does not answer, in seconds
     #[arg(long, value_name = "SECONDS", requires = "model", default_value_t = 60.0, value_parser = positive)]
     timeout: f64,
@@ -271,6 +276,11 @@ impl Cli {
                 (Some(model), Some(data), Some(output)) => {
                     let fine_tuning = self.options.fine_tuning(model, data, output)?;
                     let device = self.options.device.as_deref();
+                    if self.options.mpi {
+                        return mpi::run(&fine_tuning, device);
+                    }
+                    let adaptation = &fine_tuning.run.adaptation;
+                    adaptation.check_workers("workers", self.options.workers)?;
                     fine_tuning.run(&device::of_workers(device, self.options.workers)?)
                 }
                 _ => self.options.compare(),
@@ -312,7 +322,6 @@ impl Options {
                     .into(),
             });
         }
-        self.check_workers()?;
         let length = match (self.steps, self.epochs, self.quick) {
             (Some(steps), ..) => Length::Steps(steps),
             (None, _, true) => Length::Steps(2),
@@ -369,27 +378,6 @@ impl Options {
             },
             timeout: seconds(self.timeout),
         })
-    }
-
-    fn check_workers(&self) -> Result<(), Error> {
-        let invalid = |reason: String| Error::Usage {
-            option: "workers",
-            reason,
-        };
-        let Self {
-            workers,
-            shards,
-            method,
-            ..
-        } = self;
-        if *workers > 1 && *method != Method::HdPissa {
-            return Err(invalid(format!("{method} has no shards to share out")));
-        }
-        if !shards.is_multiple_of(*workers) {
-            let reason = format!("{workers} does not divide the number of shards, {shards}");
-            return Err(invalid(reason));
-        }
-        Ok(())
     }
 }
 
