@@ -232,6 +232,6 @@ mod tests {
             let own = format!("{} is the text of worker {worker} – ü", "x".repeat(worker));
             team.text_of_first(&own).unwrap()
         });
-        assert_eq!(results, vec![" is the text of worker 0 – ü"; 3]);
+        assert_eq!(results, [" is the text of worker 0 – ü"; 3]);
     }
 }

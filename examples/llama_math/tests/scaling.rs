@@ -51,6 +51,16 @@ fn more_shards_reach_more_directions() {
         );
     }
 
+    // What the constants were not fitted to.
+    assert_eq!(
+        numbers(&report["llama_fit"]["checks"], "shards"),
+        [2.0, 8.0]
+    );
+    assert_eq!(
+        numbers(&report["layer_fit"]["checks"], "shards"),
+        [4.0, 64.0]
+    );
+
     let predictions = report["predictions"].as_array().unwrap();
     assert_eq!(predictions.len(), 5);
     for row in predictions {

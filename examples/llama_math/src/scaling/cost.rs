@@ -115,7 +115,12 @@ pub struct StepTime {
 impl StepTime {
     /// Seconds of the whole step: nothing overlaps.
     pub fn total(&self) -> f64 {
-        self.forward_backward + self.optimizer + self.exchange + self.merge
+        self.forward_backward + self.update()
+    }
+
+    /// Seconds of everything after the backward passes.
+    pub fn update(&self) -> f64 {
+        self.optimizer + self.exchange + self.merge
     }
 }
 
@@ -155,32 +160,41 @@ impl Rates {
         }
     }
 
-    /// The constants that fit measured steps of virtual shards best, in the sense of the least sum
-    /// of squared relative errors.
+    /// The constants that fit measured steps of virtual shards best: with the least sum of squares
+    /// of errors, relative to the update for its parts and to the time itself for the others.
     ///
     /// # Panics
     ///
     /// Without samples.
     pub fn fit(work: &Work, samples: &[Sample]) -> Self {
         assert!(!samples.is_empty(), "constants come from measurements");
-        let fit = |size: &dyn Fn(usize) -> f64, time: &dyn Fn(&Sample) -> f64| {
-            let points: Vec<[f64; 2]> = samples
+        // What the optimizer or the merge takes counts as a part of the update: alone it may
+        // be next to nothing.
+        let fit = |size: &dyn Fn(usize) -> f64, time: &dyn Fn(&StepTime) -> f64| {
+            let points: Vec<Point> = samples
                 .iter()
-                .map(|sample| [size(sample.shards), time(sample)])
+                .map(|sample| Point {
+                    x: size(sample.shards),
+                    y: time(&sample.time),
+                    scale: sample.time.update(),
+                })
                 .collect();
             line(&points)
         };
-        let (_, token) = through_origin(samples.iter().map(|sample| {
+        let alone = |x: f64, y: f64| Point { x, y, scale: y };
+        let passes = samples.iter().map(|sample| {
             let tokens = sample.shards as f64 * work.tokens;
-            [tokens, sample.time.forward_backward]
-        }));
-        let (optimizer, value) = fit(&|shards| shards as f64 * work.factor_values(), &|sample| {
-            sample.time.optimizer
+            alone(tokens, sample.time.forward_backward)
         });
-        let (merge, flop) = fit(&|shards| work.merge_flops(shards), &|sample| {
-            sample.time.merge
+        let token = through_origin(passes);
+        let (optimizer, value) = fit(&|shards| shards as f64 * work.factor_values(), &|time| {
+            time.optimizer
         });
-        let (_, svd) = through_origin(samples.iter().map(|sample| [work.svd_size(), sample.start]));
+        let (merge, flop) = fit(&|shards| work.merge_flops(shards), &|time| time.merge);
+        let starts = samples
+            .iter()
+            .map(|sample| alone(work.svd_size(), sample.start));
+        let svd = through_origin(starts);
         Self {
             token,
             optimizer_weight: optimizer / work.weights(),
@@ -203,29 +217,41 @@ pub struct Sample {
     pub start: f64,
 }
 
-/// Intercept and slope of a line that is nowhere negative, weighted so that relative errors count.
-fn line(points: &[[f64; 2]]) -> (f64, f64) {
-    let weighted =
-        |of: fn(f64, f64) -> f64| -> f64 { points.iter().map(|&[x, y]| of(x, y) / (y * y)).sum() };
-    let (one, x, y) = (weighted(|_, _| 1.0), weighted(|x, _| x), weighted(|_, y| y));
-    let (xx, xy) = (weighted(|x, _| x * x), weighted(|x, y| x * y));
+/// A size and the time it took, whose error counts in relation to `scale`.
+#[derive(Clone, Copy)]
+struct Point {
+    x: f64,
+    y: f64,
+    scale: f64,
+}
+
+/// Intercept and slope of a line that is nowhere negative.
+fn line(points: &[Point]) -> (f64, f64) {
+    let weighted = |of: fn(&Point) -> f64| -> f64 {
+        points
+            .iter()
+            .map(|point| of(point) / point.scale.powi(2))
+            .sum()
+    };
+    let (one, x, y) = (weighted(|_| 1.0), weighted(|p| p.x), weighted(|p| p.y));
+    let (xx, xy) = (weighted(|p| p.x * p.x), weighted(|p| p.x * p.y));
     let determinant = one * xx - x * x;
     let slope = (one * xy - x * y) / determinant;
     let intercept = (y * xx - x * xy) / determinant;
     if points.len() < 2 || !(slope > 0.0 && intercept >= 0.0) {
-        return through_origin(points.iter().copied());
+        return (0.0, through_origin(points.iter().copied()));
     }
     (intercept, slope)
 }
 
-/// The same for a line through the origin.
-fn through_origin(points: impl Iterator<Item = [f64; 2]>) -> (f64, f64) {
+/// Slope of a line through the origin.
+fn through_origin(points: impl Iterator<Item = Point>) -> f64 {
     let (mut numerator, mut denominator) = (0.0, 0.0);
-    for [x, y] in points {
-        numerator += x / y;
-        denominator += (x / y).powi(2);
+    for Point { x, y, scale } in points {
+        numerator += x * y / scale.powi(2);
+        denominator += (x / scale).powi(2);
     }
-    (0.0, numerator / denominator)
+    numerator / denominator
 }
 
 #[cfg(test)]
@@ -302,9 +328,13 @@ mod tests {
 
     #[test]
     fn a_fit_is_never_negative() {
+        let points = |points: &[[f64; 2]]| -> Vec<Point> {
+            let point = |&[x, y]: &[f64; 2]| Point { x, y, scale: y };
+            points.iter().map(point).collect()
+        };
         // Falls with size: noise.
-        let (intercept, slope) = line(&[[1.0, 2.0], [2.0, 1.9], [3.0, 1.7]]);
+        let (intercept, slope) = line(&points(&[[1.0, 2.0], [2.0, 1.9], [3.0, 1.7]]));
         assert!(intercept >= 0.0 && slope > 0.0);
-        assert_eq!(line(&[[2.0, 3.0]]), (0.0, 1.5));
+        assert_eq!(line(&points(&[[2.0, 3.0]])), (0.0, 1.5));
     }
 }

@@ -56,7 +56,7 @@ pub struct LayerRow {
     pub numeric_rank: usize,
     /// Effective rank of the update.
     pub effective_rank: f64,
-    /// Median times; forward and backward are those of [`TOKENS`] tokens for each shard.
+    /// Median times; forward and backward are `K` times one pass of the work's tokens.
     pub measured: Sample,
 }
 
@@ -168,7 +168,7 @@ impl LayerScaling {
                 shards,
                 time: StepTime {
                     forward_backward: shards as f64 * pass,
-                    optimizer: (median(steps) - merge).max(1e-9),
+                    optimizer: (median(steps) - merge).max(0.0),
                     exchange: 0.0,
                     merge,
                 },
@@ -212,7 +212,7 @@ fn gradients(layer: &Linear, gradient: Tensor<2>, rank: usize) -> ShardGradients
     gradients
 }
 
-/// Seconds of forward and backward of [`TOKENS`] tokens, with the gradient of the input.
+/// Seconds of forward and backward of `TOKENS` tokens, with the gradient of the input.
 fn time_of_pass(weight: &Tensor<2>, rank: usize, device: &Device) -> Result<f64, Error> {
     let config = HdPissaConfig::new().with_rank(rank).with_shards(1);
     let layer = layer(weight, device).apply_hd_pissa(&config, 0..1)?;

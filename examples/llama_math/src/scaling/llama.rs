@@ -177,7 +177,7 @@ impl LlamaScaling {
                 shards,
                 time: StepTime {
                     forward_backward: median(passes),
-                    optimizer: (median(steps) - merge).max(1e-9),
+                    optimizer: (median(steps) - merge).max(0.0),
                     exchange: 0.0,
                     merge,
                 },

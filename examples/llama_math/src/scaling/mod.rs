@@ -47,7 +47,7 @@ pub struct Question {
     pub tokens_per_second: Option<f64>,
 }
 
-/// A step that was measured and played no part in the fit.
+/// A step, or its update, that was measured and played no part in the fit.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Check {
     /// Number of shards.
@@ -146,9 +146,10 @@ impl Scaling {
         let llama = self.llama.run(device)?;
         let layer = self.layer.run(device)?;
         let samples = llama.rows.iter().map(|row| row.measured).collect();
-        let llama_fit = Fit::of(&llama.work, samples);
+        let llama_fit = Fit::of(&llama.work, samples, StepTime::total);
         let samples = layer.rows.iter().map(|row| row.measured).collect();
-        let layer_fit = Fit::of(&layer.work, samples);
+        // Its forward and backward passes are measured once and not with every number of shards.
+        let layer_fit = Fit::of(&layer.work, samples, StepTime::update);
         let rates = self.question.rates(&layer.work, &layer_fit.rates);
         let report = Report {
             predictions: self.question.predict(&rates),
@@ -269,8 +270,8 @@ impl Question {
 }
 
 impl Fit {
-    /// Fits every other sample, and checks against those between.
-    fn of(work: &Work, samples: Vec<Sample>) -> Self {
+    /// Fits every other sample, and checks that part of a step against those between.
+    fn of(work: &Work, samples: Vec<Sample>, part: fn(&StepTime) -> f64) -> Self {
         let (fitted, checked): (Vec<_>, Vec<_>) = samples
             .into_iter()
             .enumerate()
@@ -279,8 +280,8 @@ impl Fit {
         let rates = Rates::fit(work, &fitted);
         let check = |(_, sample): (usize, Sample)| {
             let layout = Layout::virtual_shards(sample.shards);
-            let measured = sample.time.total();
-            let predicted = rates.step(work, &layout, f64::INFINITY).total();
+            let measured = part(&sample.time);
+            let predicted = part(&rates.step(work, &layout, f64::INFINITY));
             Check {
                 shards: sample.shards,
                 measured,

@@ -9,12 +9,17 @@ use super::Report;
 use crate::Error;
 use crate::picture::COLORS;
 
+/// Label of the share of the change that the shards cannot learn.
+const OUT_OF_REACH: &str = "out of reach, (1 − K·r/d)²";
+
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 type Failure = Box<dyn std::error::Error>;
 
 /// A line with its label, by number of shards.
 struct Curve {
     label: &'static str,
+    /// What others are compared with: a broad line behind them.
+    is_reference: bool,
     points: Vec<(usize, f64)>,
 }
 
@@ -36,10 +41,12 @@ fn panels(report: &Report) -> [Panel; 4] {
     let size = layer.settings.size;
     let of_llama = |label, of: fn(&super::llama::LlamaRow) -> f64| Curve {
         label,
+        is_reference: false,
         points: llama.rows.iter().map(|row| (row.shards, of(row))).collect(),
     };
     let of_layer = |label, of: fn(&super::layer::LayerRow) -> f64| Curve {
         label,
+        is_reference: label == OUT_OF_REACH,
         points: layer.rows.iter().map(|row| (row.shards, of(row))).collect(),
     };
     [
@@ -52,8 +59,8 @@ fn panels(report: &Report) -> [Panel; 4] {
             title: format!("{size} × {size} layer, r = {}", layer.settings.rank),
             vertical: "share of the change missing",
             curves: vec![
+                of_layer(OUT_OF_REACH, |row| row.out_of_reach),
                 of_layer("after training", |row| row.loss),
-                of_layer("out of reach", |row| row.out_of_reach),
             ],
         },
         Panel {
@@ -66,7 +73,7 @@ fn panels(report: &Report) -> [Panel; 4] {
         },
         Panel {
             title: "Rank of the update".into(),
-            vertical: "singular values",
+            vertical: "of the weight",
             curves: vec![
                 of_layer("numeric", |row| row.numeric_rank as f64),
                 of_layer("effective", |row| row.effective_rank),
@@ -110,19 +117,27 @@ fn draw_panel(area: &Area<'_>, panel: &Panel) -> Result<(), Failure> {
         })
         .light_line_style(TRANSPARENT)
         .draw()?;
-    for (curve, color) in panel.curves.iter().zip(COLORS) {
+    let mut colors = COLORS.iter();
+    for curve in &panel.curves {
         let points = || curve.points.iter().map(|&(x, y)| (place(x), y));
-        let style = color.stroke_width(2);
+        let style = match curve.is_reference {
+            true => RGBColor(0xd0, 0xd0, 0xd0).stroke_width(9),
+            false => colors.next().unwrap_or(&BLACK).stroke_width(2),
+        };
         chart
             .draw_series(LineSeries::new(points(), style))?
             .label(curve.label)
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], style));
-        chart.draw_series(points().map(|point| Circle::new(point, 3, color.filled())))?;
+        if !curve.is_reference {
+            let dots = points().map(|point| Circle::new(point, 3, style.filled()));
+            chart.draw_series(dots)?;
+        }
     }
     if panel.curves.len() > 1 {
-        let place = match panel.vertical {
-            "share of the change missing" => SeriesLabelPosition::LowerLeft,
-            _ => SeriesLabelPosition::UpperLeft,
+        // Where the curves are not.
+        let place = match panel.curves.iter().any(|curve| curve.is_reference) {
+            true => SeriesLabelPosition::LowerLeft,
+            false => SeriesLabelPosition::UpperLeft,
         };
         chart
             .configure_series_labels()

@@ -1,5 +1,6 @@
 //! The report as text.
 
+use super::cost::Sample;
 use super::{Fit, Report};
 
 pub fn of(report: &Report) -> String {
@@ -8,7 +9,7 @@ pub fn of(report: &Report) -> String {
     let settings = &llama.settings;
     text += &format!(
         "Tiny Llama: rank {}, {} steps of {} problems for each shard; {} held-out problems, loss \
-         {:.4} before\n{:>5} {:>9} {:>9} {:>9}  {}\n",
+         {:.4} before\n{:>5} {:>9} {:>9} {:>9} {:>9} {}\n",
         settings.rank,
         settings.steps,
         settings.batch_size,
@@ -18,16 +19,18 @@ pub fn of(report: &Report) -> String {
         "loss",
         "rank",
         "eff. rank",
-        times_header()
+        "fwd+bwd",
+        update_header("step")
     );
     for row in &llama.rows {
         text += &format!(
-            "{:>5} {:>9.4} {:>9.1} {:>9.1}  {}\n",
+            "{:>5} {:>9.4} {:>9.1} {:>9.1} {} {}\n",
             row.shards,
             row.test_loss,
             row.numeric_rank,
             row.effective_rank,
-            times(&row.measured, &report.llama_fit)
+            milliseconds(row.measured.time.forward_backward),
+            update(&row.measured, row.measured.time.total(), &report.llama_fit)
         );
     }
     text += &fit(&report.llama_fit);
@@ -36,7 +39,7 @@ pub fn of(report: &Report) -> String {
     let settings = &layer.settings;
     text += &format!(
         "\nLayer of {size} x {size}: rank {}, {} steps towards a planted change of rank {}\n\
-         {:>5} {:>9} {:>9} {:>9} {:>9}  {}\n",
+         {:>5} {:>9} {:>9} {:>9} {:>9} {}\n",
         settings.rank,
         settings.steps,
         settings.size / 2,
@@ -45,24 +48,24 @@ pub fn of(report: &Report) -> String {
         "floor",
         "rank",
         "eff. rank",
-        times_header(),
+        update_header("update"),
         size = settings.size
     );
     for row in &layer.rows {
         text += &format!(
-            "{:>5} {:>9.4} {:>9.4} {:>9} {:>9.1}  {}\n",
+            "{:>5} {:>9.4} {:>9.4} {:>9} {:>9.1} {}\n",
             row.shards,
             row.loss,
             row.out_of_reach,
             row.numeric_rank,
             row.effective_rank,
-            times(&row.measured, &report.layer_fit)
+            update(&row.measured, row.measured.time.update(), &report.layer_fit)
         );
     }
     text += &fit(&report.layer_fit);
     text += "loss: squared norm of what is missing, relative to the change; floor: (1 - K·r/d)², \
              the share\nthat the shards cannot reach; rank and eff. rank: of the update; times in \
-             ms per step\n";
+             ms per step;\npredicted: from constants fitted to the rows marked so\n";
 
     let question = &report.question;
     text += &format!(
@@ -102,33 +105,35 @@ pub fn of(report: &Report) -> String {
     text
 }
 
-fn times_header() -> String {
+fn update_header(whole: &str) -> String {
     format!(
-        "{:>9} {:>9} {:>9} {:>9} {:>10}",
-        "fwd+bwd", "optim.", "merge", "step", "predicted"
+        "{:>9} {:>9} {whole:>9} {:>10}",
+        "optim.", "merge", "predicted"
     )
 }
 
-fn times(sample: &super::Sample, fit: &Fit) -> String {
-    let milliseconds = |seconds: f64| format!("{:>9.2}", 1e3 * seconds);
+fn milliseconds(seconds: f64) -> String {
+    format!("{:>9.2}", 1e3 * seconds)
+}
+
+/// The parts after the backward passes, then `whole`, and what was predicted for it.
+fn update(sample: &Sample, whole: f64, fit: &Fit) -> String {
     let check = fit
         .checks
         .iter()
         .find(|check| check.shards == sample.shards);
     let predicted = match check {
-        Some(check) => format!(
-            "{:>10.2} ({:+.0} %)",
-            1e3 * check.predicted,
-            1e2 * check.error
-        ),
+        Some(check) => {
+            let error = 1e2 * check.error;
+            format!("{:>10.2} ({error:+.0} %)", 1e3 * check.predicted)
+        }
         None => format!("{:>10}", "fitted"),
     };
     format!(
-        "{} {} {} {} {predicted}",
-        milliseconds(sample.time.forward_backward),
+        "{} {} {} {predicted}",
         milliseconds(sample.time.optimizer),
         milliseconds(sample.time.merge),
-        milliseconds(sample.time.total())
+        milliseconds(whole)
     )
 }
 
