@@ -8,9 +8,6 @@ use llama_math::cli::Cli;
 fn main() -> ExitCode {
     match Cli::parse().run() {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::from(error.exit_code())
-        }
+        Err(error) => ExitCode::from(error.report()),
     }
 }

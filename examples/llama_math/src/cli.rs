@@ -14,12 +14,19 @@ use crate::finetune::{FineTuning, Resume, SaveOptions};
 use crate::method::{Adaptation, Method};
 use crate::pretrain::Pretraining;
 use crate::run::{Length, RunConfig};
+use crate::scaling::cost::{Layout, Work};
+use crate::scaling::{Question, Scaling};
 use crate::schedule::Decay;
 use crate::train::OptimizerSettings;
-use crate::{Error, device};
+use crate::{Error, device, mpi};
 
 /// Where the comparison writes unless told otherwise; replaced by the next run.
 const COMPARISON_OUTPUT: &str = "target/llama_math";
+
+/// The same for the simulations.
+const SCALING_OUTPUT: &str = "target/scaling";
+/// Queries, keys, values and outputs; gates and ups; downs.
+const LLAMA_2_7B: &str = "4096x4096x128,4096x11008x64,11008x4096x32";
 
 /// Fine-tunes Llama-family models on word problems with HD-PiSSA and its baselines.
 ///
@@ -38,6 +45,12 @@ pub struct Cli {
 enum Task {
     /// Pre-trains the tiny model whose weights are part of this example.
     Pretrain(PretrainOptions),
+    /// Shows what more shards do to loss, rank and time, and predicts a run on many devices.
+    ///
+    /// Trains the tiny model and a synthetic layer with ever more virtual shards on this device,
+    /// fits the constants of a cost model to the times, and predicts the time of a step on many
+    /// such devices.
+    Scaling(ScalingOptions),
     /// One method of the comparison, in a process of its own.
     #[command(hide = true)]
     CompareMethod(MethodOptions),
@@ -112,6 +125,11 @@ struct Options {
     /// Threads that share the shards of HD-PiSSA; must divide their number. The result is the same
     #[arg(long, value_name = "N", requires = "model", default_value_t = 1, value_parser = at_least(1))]
     workers: usize,
+    /// One worker in each of the processes that an MPI launcher starts, as in `mpirun -np 4
+    /// llama_math --mpi ...`; their number must divide that of shards. Takes a build with the
+    /// feature `mpi`
+    #[arg(long, requires = "model", conflicts_with = "workers")]
+    mpi: bool,
     /// How long workers wait for one that does not answer, in seconds
     #[arg(long, value_name = "SECONDS", requires = "model", default_value_t = 60.0, value_parser = positive)]
     timeout: f64,
@@ -176,6 +194,80 @@ struct PretrainOptions {
     /// Replace an existing folder
     #[arg(long)]
     overwrite: bool,
+}
+
+#[derive(Args, Debug)]
+struct ScalingOptions {
+    /// Workers of the run that is predicted
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = at_least(1))]
+    workers: usize,
+    /// Its shards [default: as many as workers]
+    #[arg(long, value_parser = at_least(1))]
+    shards: Option<usize>,
+    /// Rank of each shard
+    #[arg(long, default_value_t = 16, value_parser = at_least(1))]
+    rank: usize,
+    /// Tokens of each shard in each step
+    #[arg(long, default_value_t = 4096, value_parser = at_least(1))]
+    tokens: usize,
+    /// What reaches each worker, in GB/s
+    #[arg(long, value_name = "GB/S", default_value_t = 25.0, value_parser = positive)]
+    bandwidth: f64,
+    /// Folder of the model that is predicted [default: the shapes of Llama 2 7B]
+    #[arg(long, value_name = "DIR", conflicts_with = "shapes")]
+    model: Option<PathBuf>,
+    /// The adapted weights of another model, as ROWSxCOLUMNSxCOUNT,...
+    #[arg(long)]
+    shapes: Option<String>,
+    /// Tokens per second of one worker, if known from a run of the model on such a device
+    #[arg(long, value_name = "T", value_parser = positive)]
+    tokens_per_second: Option<f64>,
+    /// Seed of problems and weights
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Backend
+    #[arg(long)]
+    device: Option<String>,
+    /// Folder of tables and picture [default: target/scaling, which is replaced]
+    #[arg(long, value_name = "DIR")]
+    output: Option<PathBuf>,
+    /// Replace an existing folder
+    #[arg(long)]
+    overwrite: bool,
+    /// Few shards and steps
+    #[arg(long)]
+    quick: bool,
+}
+
+impl ScalingOptions {
+    fn run(self) -> Result<(), Error> {
+        let device = device::parse(self.device.as_deref())?;
+        let (model, shapes) = match (&self.model, &self.shapes) {
+            (Some(folder), _) => (folder.display().to_string(), Question::shapes_of(folder)?),
+            (None, Some(shapes)) => ("these weights".into(), Question::parse_shapes(shapes)?),
+            (None, None) => ("Llama 2 7B".into(), Question::parse_shapes(LLAMA_2_7B)?),
+        };
+        let question = Question {
+            model,
+            work: Work {
+                shapes,
+                rank: self.rank,
+                tokens: self.tokens as f64,
+            },
+            layout: Layout {
+                shards: self.shards.unwrap_or(self.workers),
+                workers: self.workers,
+            },
+            bandwidth: 1e9 * self.bandwidth,
+            tokens_per_second: self.tokens_per_second,
+        };
+        let scaling = Scaling::new(self.quick, self.seed, question);
+        let report = match self.output {
+            Some(output) => scaling.run(&device, &output, self.overwrite),
+            None => scaling.run(&device, SCALING_OUTPUT.as_ref(), true),
+        };
+        report.map(drop)
+    }
 }
 
 #[derive(Args, Debug)]
@@ -263,6 +355,7 @@ impl Cli {
                 };
                 pretraining.run(&device, &options.output, options.overwrite)
             }
+            Some(Task::Scaling(options)) => options.run(),
             Some(Task::CompareMethod(options)) => {
                 let device = device::parse(options.device.as_deref())?;
                 let comparison = Comparison {
@@ -284,6 +377,11 @@ impl Cli {
                 (Some(model), Some(data), Some(output)) => {
                     let fine_tuning = self.options.fine_tuning(model, data, output)?;
                     let device = self.options.device.as_deref();
+                    if self.options.mpi {
+                        return mpi::run(&fine_tuning, device);
+                    }
+                    let adaptation = &fine_tuning.run.adaptation;
+                    adaptation.check_workers("workers", self.options.workers)?;
                     fine_tuning.run(&device::of_workers(device, self.options.workers)?)
                 }
                 _ => self.options.compare(),
@@ -331,7 +429,6 @@ impl Options {
                 reason: format!("{} has no deltas that workers exchange", self.method),
             });
         }
-        self.check_workers()?;
         let length = match (self.steps, self.epochs, self.quick) {
             (Some(steps), ..) => Length::Steps(steps),
             (None, _, true) => Length::Steps(2),
@@ -389,27 +486,6 @@ impl Options {
             },
             timeout: seconds(self.timeout),
         })
-    }
-
-    fn check_workers(&self) -> Result<(), Error> {
-        let invalid = |reason: String| Error::Usage {
-            option: "workers",
-            reason,
-        };
-        let Self {
-            workers,
-            shards,
-            method,
-            ..
-        } = self;
-        if *workers > 1 && *method != Method::HdPissa {
-            return Err(invalid(format!("{method} has no shards to share out")));
-        }
-        if !shards.is_multiple_of(*workers) {
-            let reason = format!("{workers} does not divide the number of shards, {shards}");
-            return Err(invalid(reason));
-        }
-        Ok(())
     }
 }
 

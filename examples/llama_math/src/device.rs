@@ -32,13 +32,56 @@ pub fn parse(name: Option<&str>) -> Result<Device, Error> {
 ///
 /// Those of [`parse`].
 pub fn of_workers(name: Option<&str>, workers: usize) -> Result<Vec<Device>, Error> {
-    let own = |backend: &str, worker: usize| parse(Some(&format!("{backend}:{worker}")));
     (0..workers)
-        .map(|worker| match name {
-            Some(backend @ ("cuda" | "rocm")) => own(backend, worker),
-            name => parse(name),
-        })
+        .map(|worker| numbered(name, |_| worker))
         .collect()
+}
+
+/// The device of a process that has number `local_index` on its machine, as
+/// [`of_workers`] deals them. A launcher that shows each process a GPU of its own leaves it no
+/// choice.
+///
+/// # Errors
+///
+/// Those of [`parse`].
+pub fn of_process(name: Option<&str>, local_index: usize) -> Result<Device, Error> {
+    numbered(name, |variables| {
+        let shown = variables.iter().find_map(|name| std::env::var(name).ok());
+        index_among(shown.as_deref(), local_index)
+    })
+}
+
+/// A CUDA or ROCm device that `name` gives no index gets one; `index` is told which environment
+/// variables hide devices of that kind.
+fn numbered(name: Option<&str>, index: impl Fn(&[&str]) -> usize) -> Result<Device, Error> {
+    let index = match name.or(default_of_many()) {
+        Some("cuda") => index(&["CUDA_VISIBLE_DEVICES"]),
+        Some("rocm") => index(&["ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"]),
+        _ => return parse(name),
+    };
+    let backend = name.or(default_of_many()).unwrap_or_default();
+    parse(Some(&format!("{backend}:{index}")))
+}
+
+/// Burn's default backend in this build, if it numbers its devices.
+fn default_of_many() -> Option<&'static str> {
+    if std::env::var_os("BURN_DEVICE").is_some() {
+        None
+    } else if cfg!(feature = "cuda") {
+        Some("cuda")
+    } else if cfg!(feature = "rocm") && !cfg!(feature = "metal") {
+        Some("rocm")
+    } else {
+        None
+    }
+}
+
+/// `shown` lists devices as `CUDA_VISIBLE_DEVICES` does: a single one has index 0.
+fn index_among(shown: Option<&str>, local_index: usize) -> usize {
+    match shown {
+        Some(list) if !list.is_empty() && !list.contains(',') => 0,
+        _ => local_index,
+    }
 }
 
 #[allow(unused_variables, reason = "which are used depends on the features")]
@@ -76,4 +119,17 @@ fn available() -> Vec<&'static str> {
         .filter(|(_, built)| *built)
         .map(|(name, _)| name)
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_takes_its_own_device_or_the_only_one_it_sees() {
+        assert_eq!(index_among(None, 3), 3);
+        assert_eq!(index_among(Some("0,1,2,3"), 3), 3);
+        assert_eq!(index_among(Some("5"), 3), 0);
+        assert_eq!(index_among(Some("GPU-8932f937"), 1), 0);
+    }
 }

@@ -1,5 +1,6 @@
 //! What can go wrong with what comes from outside.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use hd_pissa::checkpoint::CheckpointError;
@@ -90,6 +91,30 @@ pub enum Error {
         /// Its message.
         reason: String,
     },
+    /// What any worker but the first reports.
+    #[error("worker {worker}: {source}")]
+    Worker {
+        /// Index of the worker.
+        worker: usize,
+        /// What it met.
+        source: Box<Error>,
+    },
+    /// Another worker could not start; its own error says why.
+    #[error("worker {worker} could not start")]
+    OtherWorker {
+        /// Index of the worker.
+        worker: usize,
+    },
+    /// Workers were started with different inputs or options.
+    #[error("{setting} is {ours} here and {theirs} on worker 0")]
+    WorkerMismatch {
+        /// What differs.
+        setting: String,
+        /// Its value on this worker.
+        ours: String,
+        /// Its value on worker 0.
+        theirs: String,
+    },
     /// A child process of the comparison failed.
     #[error("the run of {method} failed: {reason}")]
     Child {
@@ -130,10 +155,14 @@ impl Error {
 
     /// Whether this worker failed only because another one did.
     pub fn is_of_another_worker(&self) -> bool {
+        if let Self::Worker { source, .. } = self {
+            return source.is_of_another_worker();
+        }
         matches!(
             self,
             Self::Comm(_)
                 | Self::Adapter(HdPissaError::Comm(_) | HdPissaError::OtherWorker { .. })
+                | Self::OtherWorker { .. }
                 | Self::Optimizer(OptimizerError::Comm(_))
                 | Self::Step {
                     source: OptimizerError::Comm(_),
@@ -143,11 +172,38 @@ impl Error {
         )
     }
 
+    /// The error as worker `worker` reports it: the first without its index, like a run without
+    /// others.
+    pub fn on_worker(self, worker: usize) -> Self {
+        match worker {
+            0 => self,
+            _ => Self::Worker {
+                worker,
+                source: Box::new(self),
+            },
+        }
+    }
+
     /// 2 for a usage error, 1 for everything else.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Usage { .. } => 2,
+            Self::Worker { source, .. } => source.exit_code(),
             _ => 1,
         }
+    }
+
+    /// Says it on standard error, unless another worker does, and returns the exit code.
+    pub fn report(&self) -> u8 {
+        let cause = match self {
+            Self::Worker { source, .. } => source,
+            error => error,
+        };
+        if !matches!(cause, Self::OtherWorker { .. }) {
+            // In one piece, so that the lines of several processes stay lines. Nobody is left to
+            // tell if standard error is closed.
+            let _ = std::io::stderr().write_all(format!("error: {self}\n").as_bytes());
+        }
+        self.exit_code()
     }
 }

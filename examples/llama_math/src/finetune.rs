@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use burn::module::Module;
 use burn::tensor::Device;
 use hd_pissa::checkpoint::{Checkpoint as Saved, Checkpoints};
-use hd_pissa::comm::Solo;
+use hd_pissa::comm::{Communicator, Solo};
 use sha2::{Digest, Sha256};
 
 use crate::batch::Sequence;
@@ -17,6 +18,7 @@ use crate::output::Staged;
 use crate::progress::Progress;
 use crate::run::{METRICS, Outcome, RunConfig, Saving, Trained, Training};
 use crate::stop::Stop;
+use crate::team::Team;
 use crate::tokenize::{PromptTemplate, Tokens};
 use crate::{Checkpoint, Error, Llama, picture};
 
@@ -81,82 +83,120 @@ struct HeldOut {
     sequences: Vec<Sequence>,
 }
 
+/// What a run reads before it trains.
+struct Inputs {
+    template: PromptTemplate,
+    checkpoint: Checkpoint,
+    tokens: Tokens,
+    max_length: usize,
+    /// Number of records, usable or not.
+    records: usize,
+    sequences: Arc<[Sequence]>,
+    held_out: Option<HeldOut>,
+    /// The checkpoint to go on from.
+    saved: Option<Saved>,
+    settings: BTreeMap<String, String>,
+}
+
 impl FineTuning {
-    /// Loads, trains, evaluates and writes. Each of `devices` is a worker's.
+    /// Loads, trains, evaluates and writes, with one thread for each of `devices`.
     ///
     /// # Errors
     ///
     /// Whatever is wrong with the files or the settings; nothing is written then but the
     /// checkpoints that were asked for.
     pub fn run(&self, devices: &[Device]) -> Result<(), Error> {
-        let device = &devices[0];
-        Staged::check(&self.output, self.overwrite)?;
+        self.run_with(&devices[0], Solo, |training, model, solo| {
+            match devices.len() {
+                1 => training.work(model, solo),
+                _ => training.work_in_threads(model, devices, self.timeout),
+            }
+        })
+    }
+
+    /// As [`run`](Self::run), on one of the workers that `communicator` connects. Worker 0 prints,
+    /// evaluates and writes; all read.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`run`](Self::run). What any worker finds before the first step ends all:
+    /// [`Error::OtherWorker`] on those that found nothing.
+    pub fn run_as_worker(
+        &self,
+        device: &Device,
+        communicator: impl Communicator + 'static,
+    ) -> Result<(), Error> {
+        self.run_with(device, communicator, |training, model, communicator| {
+            training.work(model, communicator)
+        })
+    }
+
+    fn run_with<C: Communicator>(
+        &self,
+        device: &Device,
+        communicator: C,
+        train: impl FnOnce(&Training<'_>, Llama, C) -> Result<Outcome, Error>,
+    ) -> Result<(), Error> {
+        let team = Team::new(&communicator, device);
+        let is_first = team.is_first();
+        let workers = communicator.num_workers();
+        team.agree(self.run.adaptation.check_workers("mpi", workers))?;
         let checkpoints = Checkpoints::new(self.checkpoint_folder());
         let checkpoints = checkpoints.with_keep_last(self.saving.keep_last);
-        if self.saving.resume.is_none() && !self.overwrite {
-            refuse_earlier_run(&checkpoints)?;
+
+        // Only the first looks for output and checkpoints while others could still change them.
+        let (this, own) = (self.clone(), checkpoints.clone());
+        let saved = team.together(move || match is_first {
+            true => this.check_places(&own),
+            false => Ok(None),
+        })?;
+        let (this, own) = (self.clone(), checkpoints.clone());
+        let inputs = team.together(move || match is_first {
+            true => this.read(saved),
+            false => this.read(this.find(&own, false)?),
+        })?;
+        team.agree(compare_with_first(&team, &inputs))?;
+        if is_first {
+            self.announce(&inputs, workers);
         }
-        let template = read_template(self.template.as_deref())?;
-        let checkpoint = Checkpoint::open(&self.model)?;
-        let tokens = Tokens::of(&checkpoint)?;
-        let max_length = self.max_length(&checkpoint)?;
-        let records = read_records(&self.data, self.fields.as_ref())?;
-        let sequences = tokens.sequences(&records, &template, max_length)?;
-        println!(
-            "{}: {} records, {} with a target within {max_length} tokens",
-            self.data.display(),
-            records.len(),
-            sequences.len()
-        );
-        let held_out = match &self.eval {
-            Some((path, samples)) => {
-                let mut records = read_records(path, self.fields.as_ref())?;
-                records.truncate(*samples);
-                let sequences = tokens.sequences(&records, &template, max_length)?;
-                Some(HeldOut { records, sequences })
-            }
-            None => None,
-        };
 
         let method = self.run.adaptation.method.to_string();
-        let digest = digest_of(&sequences);
-        let mut training = Training::new(&self.run, sequences, &method)?;
-        let settings = self.settings(&checkpoint, max_length, digest, training.total())?;
-        training.resume = self.find(&checkpoints)?;
-        if let Some(saved) = &training.resume {
-            saved.check_settings(&settings)?;
-            println!(
-                "resumed: {} of {} steps are taken ({})",
-                saved.step(),
-                training.total(),
-                saved.path().display()
-            );
-        } else if self.overwrite {
-            checkpoints.discard_all()?;
-        }
+        let mut training = Training::new(&self.run, inputs.sequences.clone(), &method)?;
+        training.resume = inputs.saved.clone();
         training.saving = Some(Saving {
             checkpoints: checkpoints.clone(),
             every: self.saving.every,
             interval: self.saving.interval,
-            settings,
+            settings: inputs.settings.clone(),
         });
         training.stop = Stop::on_signals()?;
 
         device.seed(self.seed);
-        let model = checkpoint.load(&device.clone().autodiff())?;
-        if let Some(held_out) = held_out.as_ref().filter(|_| training.resume.is_none()) {
-            let loss = held_out_loss(&model.valid(), held_out);
-            println!(
-                "held-out loss before: {loss:.4} ({} records)",
-                held_out.sequences.len()
-            );
-        }
-        let stop = training.stop.clone();
-        let outcome = stop.steps(|| match devices.len() {
-            // A worker of another transport calls `work` in the same way.
-            1 => training.work(model, Solo),
-            _ => training.work_in_threads(model, devices, self.timeout),
+        let discards = is_first && self.overwrite && inputs.saved.is_none();
+        let (own, autodiff) = (checkpoints.clone(), device.clone().autodiff());
+        // While the first evaluates, the others wait here and in no step.
+        let (inputs, model) = team.together(move || {
+            if discards {
+                own.discard_all()?;
+            }
+            let model = inputs.checkpoint.load(&autodiff)?;
+            if let Some(held_out) = inputs.held_out.as_ref().filter(|_| inputs.saved.is_none())
+                && is_first
+            {
+                let loss = held_out_loss(&model.valid(), held_out);
+                println!(
+                    "held-out loss before: {loss:.4} ({} records)",
+                    held_out.sequences.len()
+                );
+            }
+            Ok((inputs, model))
         })?;
+        let stop = training.stop.clone();
+        // The communicator ends with the steps: what the first does afterwards keeps nobody.
+        let outcome = stop.steps(|| train(&training, model, communicator))?;
+        if !is_first {
+            return Ok(());
+        }
         let trained = match outcome {
             Outcome::Finished(trained) => *trained,
             Outcome::Stopped {
@@ -173,29 +213,107 @@ impl FineTuning {
             }
         };
         print_summary(&method, &trained);
+        self.finish(&inputs, trained, &checkpoints)
+    }
+
+    /// What the first worker checks before anyone reads: the output, and the checkpoints. Returns
+    /// the one to go on from.
+    fn check_places(&self, checkpoints: &Checkpoints) -> Result<Option<Saved>, Error> {
+        Staged::check(&self.output, self.overwrite)?;
+        if self.saving.resume.is_none() && !self.overwrite {
+            refuse_earlier_run(checkpoints)?;
+        }
+        self.find(checkpoints, true)
+    }
+
+    fn read(&self, saved: Option<Saved>) -> Result<Inputs, Error> {
+        let template = read_template(self.template.as_deref())?;
+        let checkpoint = Checkpoint::open(&self.model)?;
+        let tokens = Tokens::of(&checkpoint)?;
+        let max_length = self.max_length(&checkpoint)?;
+        let records = read_records(&self.data, self.fields.as_ref())?;
+        let sequences = tokens.sequences(&records, &template, max_length)?;
+        let held_out = match &self.eval {
+            Some((path, samples)) => {
+                let mut records = read_records(path, self.fields.as_ref())?;
+                records.truncate(*samples);
+                let sequences = tokens.sequences(&records, &template, max_length)?;
+                Some(HeldOut { records, sequences })
+            }
+            None => None,
+        };
+        let digest = digest_of(&sequences);
+        let sequences: Arc<[Sequence]> = sequences.into();
+        let total = Training::new(&self.run, sequences.clone(), "")?.total();
+        let settings = self.settings(&checkpoint, max_length, digest, total)?;
+        if let Some(saved) = &saved {
+            saved.check_settings(&settings)?;
+        }
+        Ok(Inputs {
+            template,
+            checkpoint,
+            tokens,
+            max_length,
+            records: records.len(),
+            sequences,
+            held_out,
+            saved,
+            settings,
+        })
+    }
+
+    fn announce(&self, inputs: &Inputs, workers: usize) {
+        println!(
+            "{}: {} records, {} with a target within {} tokens",
+            self.data.display(),
+            inputs.records,
+            inputs.sequences.len(),
+            inputs.max_length
+        );
+        if workers > 1 {
+            let shards = self.run.adaptation.shards;
+            println!(
+                "{workers} processes, {} of {shards} shards each",
+                shards / workers
+            );
+        }
+        if let Some(saved) = &inputs.saved {
+            println!(
+                "resumed: {} of {} steps are taken ({})",
+                saved.step(),
+                inputs.settings["--steps"],
+                saved.path().display()
+            );
+        }
+    }
+
+    /// Evaluates and writes.
+    fn finish(
+        &self,
+        inputs: &Inputs,
+        trained: Trained,
+        checkpoints: &Checkpoints,
+    ) -> Result<(), Error> {
         // A merged model decodes without the cost of its adapters.
         let model = trained.model.valid().materialize();
-        if let Some(held_out) = &held_out {
+        if let Some(held_out) = &inputs.held_out {
             println!(
                 "held-out loss after: {:.4}",
                 held_out_loss(&model, held_out)
             );
             if self.max_new_tokens > 0 {
-                self.answer(&model, held_out, &tokens, &template)?;
+                self.answer(&model, held_out, &inputs.tokens, &inputs.template)?;
             }
         }
 
         let staged = Staged::new(&self.output, self.overwrite)?;
-        checkpoint.export(&model, staged.path())?;
+        inputs.checkpoint.export(&model, staged.path())?;
         let path = staged.path().join(METRICS);
         std::fs::write(&path, &trained.lines).map_err(Error::io(&path))?;
         let losses = trained.metrics.iter().map(|metrics| metrics.loss).collect();
+        let method = self.run.adaptation.method.to_string();
         let title = format!("{method} on {}", file_name(&self.data));
-        picture::losses(
-            &staged.path().join("loss.svg"),
-            &title,
-            &[(method.to_string(), losses)],
-        )?;
+        picture::losses(&staged.path().join("loss.svg"), &title, &[(method, losses)])?;
         staged.commit()?;
         println!("written: {}", self.output.display());
         if !checkpoints.steps()?.is_empty() {
@@ -216,8 +334,9 @@ impl FineTuning {
         })
     }
 
-    /// The checkpoint to go on from.
-    fn find(&self, own: &Checkpoints) -> Result<Option<Saved>, Error> {
+    /// The checkpoint to go on from. The first worker reports damaged ones and sets them aside; the
+    /// others look after it has.
+    fn find(&self, own: &Checkpoints, is_first: bool) -> Result<Option<Saved>, Error> {
         let (found, checkpoints, required) = match &self.saving.resume {
             None => return Ok(None),
             Some(Resume::Latest) => (own.latest()?, own.clone(), false),
@@ -229,7 +348,7 @@ impl FineTuning {
                 (checkpoints.latest()?, checkpoints, true)
             }
         };
-        for damaged in &found.damaged {
+        for damaged in found.damaged.iter().filter(|_| is_first) {
             eprintln!("skipped a damaged checkpoint: {damaged}");
         }
         let folder = checkpoints.folder().display();
@@ -238,12 +357,16 @@ impl FineTuning {
             reason,
         };
         match found.checkpoint {
-            Some(_) => checkpoints.set_aside(&found)?,
+            Some(_) if is_first => checkpoints.set_aside(&found)?,
+            Some(_) => {}
             None if !found.damaged.is_empty() => {
                 return Err(invalid(format!("every checkpoint in {folder} is damaged")));
             }
             None if required => return Err(invalid(format!("{folder} holds no checkpoint"))),
-            None => println!("no checkpoint in {folder} yet: starting from the beginning"),
+            None if is_first => {
+                println!("no checkpoint in {folder} yet: starting from the beginning");
+            }
+            None => {}
         }
         Ok(found.checkpoint)
     }
@@ -342,6 +465,28 @@ impl FineTuning {
         }
         println!();
         Ok(())
+    }
+}
+
+/// Whether this worker has read the same as worker 0.
+fn compare_with_first(team: &Team<'_>, inputs: &Inputs) -> Result<(), Error> {
+    let mut ours = inputs.settings.clone();
+    let step = inputs.saved.as_ref().map_or(0, Saved::step);
+    ours.insert("the step to go on from".into(), step.to_string());
+    let text = serde_json::to_string(&ours).expect("a map of texts has a JSON form");
+    let theirs = team.text_of_first(&text)?;
+    let theirs: BTreeMap<String, String> =
+        serde_json::from_str(&theirs).expect("worker 0 sends the same kind of map");
+    match ours
+        .into_iter()
+        .find(|(setting, value)| theirs.get(setting) != Some(value))
+    {
+        Some((setting, ours)) => Err(Error::WorkerMismatch {
+            theirs: theirs.get(&setting).cloned().unwrap_or_default(),
+            setting,
+            ours,
+        }),
+        None => Ok(()),
     }
 }
 

@@ -3,7 +3,7 @@
 //! `cargo run --release --example llama_math` runs it; this library holds its parts. In reading
 //! order: [`config`], [`rope`], [`model`] and [`checkpoint`]; [`data`], [`tokenize`] and
 //! [`batch`]; [`method`], [`schedule`], [`train`] and [`run`]; [`evaluate`] and [`spectrum`]; and
-//! what the command line offers: [`finetune`], [`compare`] and [`pretrain`].
+//! what the command line offers: [`finetune`], [`compare`], [`scaling`] and [`pretrain`].
 
 pub mod batch;
 pub mod checkpoint;
@@ -18,6 +18,7 @@ pub mod finetune;
 pub mod memory;
 pub mod method;
 pub mod model;
+pub mod mpi;
 pub mod output;
 pub mod picture;
 pub mod pretrain;
@@ -25,9 +26,11 @@ pub mod problems;
 pub mod progress;
 pub mod rope;
 pub mod run;
+pub mod scaling;
 pub mod schedule;
 pub mod spectrum;
 pub mod stop;
+pub mod team;
 pub mod tiny;
 pub mod tokenize;
 pub mod train;

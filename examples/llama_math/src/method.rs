@@ -61,6 +61,23 @@ pub struct Adaptation {
 }
 
 impl Adaptation {
+    /// Refuses a number of workers that cannot share the shards out evenly.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Usage`] for `option`, which chooses the number.
+    pub fn check_workers(&self, option: &'static str, workers: usize) -> Result<(), Error> {
+        let Self { method, shards, .. } = self;
+        let reason = if workers > 1 && *method != Method::HdPissa {
+            format!("{method} has no shards to share out")
+        } else if !shards.is_multiple_of(workers) {
+            format!("{workers} workers cannot share {shards} shards out evenly")
+        } else {
+            return Ok(());
+        };
+        Err(Error::Usage { option, reason })
+    }
+
     /// Attaches the adapters and freezes what is not trained.
     ///
     /// # Errors

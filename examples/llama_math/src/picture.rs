@@ -6,7 +6,8 @@ use plotters::prelude::*;
 
 use crate::Error;
 
-const COLORS: [RGBColor; 4] = [
+/// Colors of curves, in order.
+pub(crate) const COLORS: [RGBColor; 4] = [
     RGBColor(0x1f, 0x77, 0xb4),
     RGBColor(0x2c, 0xa0, 0x2c),
     RGBColor(0xd6, 0x27, 0x28),

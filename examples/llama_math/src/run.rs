@@ -18,6 +18,7 @@ use crate::method::{Adaptation, num_trainable};
 use crate::progress::Progress;
 use crate::schedule::{Decay, Schedule};
 use crate::stop::Stop;
+use crate::team::message;
 use crate::train::{OptimizerSettings, Trainer};
 use crate::{Error, Llama, memory};
 
@@ -346,13 +347,6 @@ fn save(
     let lines = history.lines.clone().into_bytes();
     snapshot.attachments.insert(METRICS.into(), lines);
     Ok(saving.checkpoints.save(&snapshot, trainer.communicator())?)
-}
-
-/// What a panic said.
-fn message(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(|text| text.to_string());
-    text.or_else(|| panic.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "no message".into())
 }
 
 impl History {

@@ -389,6 +389,10 @@ fn usage_errors_exit_with_2() {
         (vec!["--warmup-ratio", "2"], "from 0 to 1"),
         (vec!["--epochs", "1"], "--steps"),
         (vec!["--nonsense"], "--nonsense"),
+        (vec!["--workers", "3"], "3 workers cannot share 2 shards"),
+        (vec!["--mpi", "--workers", "2"], "cannot be used with"),
+        #[cfg(not(feature = "mpi"))]
+        (vec!["--mpi"], "libopenmpi-dev"),
     ] {
         let (message, code) = case.run(&arguments);
         assert_eq!(code, 2, "{message}");

@@ -1,210 +1,23 @@
 //! Runs that are killed, stopped, refused or spread over workers end with the weights of a run
 //! that was not.
 
+mod common {
+    pub mod case;
+}
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use clap::Parser;
-use hd_pissa::checkpoint::Checkpoints;
-use llama_math::cli::Cli;
-use llama_math::problems::problems;
-use llama_math::run::StepMetrics;
+use common::case::{Case, STEPS, assert_same, prepare, reference, text, wait};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use serde_json::json;
 
-const ARGUMENTS: &str = "LLAMA_MATH_ARGUMENTS";
-const STEPS: u64 = 24;
-
-/// `main.rs` in this binary, so that the tests below run what they were compiled with.
 #[test]
 #[ignore = "the program that the other tests start"]
 fn program() {
-    let Ok(arguments) = std::env::var(ARGUMENTS) else {
-        return;
-    };
-    let arguments: Vec<String> = serde_json::from_str(&arguments).unwrap();
-    let code = match Cli::parse_from(arguments).run() {
-        Ok(()) => 0,
-        Err(error) => {
-            eprintln!("error: {error}");
-            error.exit_code()
-        }
-    };
-    std::process::exit(code.into());
-}
-
-/// A folder with data, and runs that write into it.
-struct Case {
-    root: tempfile::TempDir,
-    /// Where the output goes, which may be elsewhere.
-    place: PathBuf,
-}
-
-impl Case {
-    fn new() -> Self {
-        let root = tempfile::tempdir().unwrap();
-        let (records, _) = problems(3, 40, 0);
-        let line = |record: &llama_math::data::Record| {
-            json!({"question": record.instruction, "answer": record.answer}).to_string()
-        };
-        let lines: Vec<String> = records.iter().map(line).collect();
-        std::fs::write(root.path().join("data.jsonl"), lines.join("\n")).unwrap();
-        let template = "Question:\n{instruction}\nAnswer:\n";
-        std::fs::write(root.path().join("template.txt"), template).unwrap();
-        let place = root.path().to_path_buf();
-        Self { root, place }
-    }
-
-    fn output(&self) -> PathBuf {
-        self.place.join("out")
-    }
-
-    fn checkpoints(&self) -> Checkpoints {
-        Checkpoints::new(self.place.join("out.checkpoints"))
-    }
-
-    fn arguments(&self, further: &[&str]) -> Vec<String> {
-        let text = |path: PathBuf| path.to_str().unwrap().to_string();
-        let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/tiny");
-        let input = |name: &str| text(self.root.path().join(name));
-        let mut arguments: Vec<String> = vec!["llama_math".into()];
-        for (option, value) in [
-            ("--model", text(tiny)),
-            ("--data", input("data.jsonl")),
-            ("--prompt-template", input("template.txt")),
-            ("--output", text(self.output())),
-            // Whatever else the build has: on Flex runs agree bit for bit.
-            ("--device", "flex".into()),
-            ("--steps", STEPS.to_string()),
-            ("--rank", "2".into()),
-            ("--shards", "8".into()),
-            ("--lr", "1e-3".into()),
-            ("--warmup-ratio", "0.2".into()),
-            ("--timeout", "20".into()),
-        ] {
-            if !further.contains(&option) {
-                arguments.extend([option.into(), value]);
-            }
-        }
-        arguments.extend(further.iter().map(|&argument| argument.to_string()));
-        arguments
-    }
-
-    fn command(&self, further: &[&str]) -> Command {
-        let mut command = Command::new(std::env::current_exe().unwrap());
-        prepare(&mut command, &self.arguments(further));
-        command
-    }
-
-    /// Runs to the end.
-    fn run(&self, further: &[&str]) -> Output {
-        let output = self.command(further).output().unwrap();
-        println!("{}", text(&output));
-        output
-    }
-
-    #[track_caller]
-    fn succeeds(&self, further: &[&str]) -> String {
-        let output = self.run(further);
-        assert!(output.status.success(), "{}", text(&output));
-        text(&output)
-    }
-
-    /// Fails with one line on standard error that holds `parts`, exit code 1, and no output.
-    #[track_caller]
-    fn fails(&self, mut command: Command, parts: &[&str]) {
-        let output = command.output().unwrap();
-        let errors = String::from_utf8(output.stderr.clone()).unwrap();
-        println!("{errors}");
-        assert_eq!(output.status.code(), Some(1), "{}", text(&output));
-        assert_eq!(errors.lines().count(), 1, "{errors}");
-        for part in parts {
-            assert!(errors.contains(part), "`{part}` is not in: {errors}");
-        }
-        assert!(!self.output().exists());
-    }
-
-    /// The weights, and what every step computed.
-    fn result(&self) -> Run {
-        let metrics = std::fs::read_to_string(self.output().join("metrics.jsonl")).unwrap();
-        let numbers = |line: &str| {
-            let step: StepMetrics = serde_json::from_str(line).unwrap();
-            let numbers = [step.loss, step.lr, step.gradient_norm, step.update_norm];
-            (step.step, numbers.map(f64::to_bits))
-        };
-        Run {
-            weights: std::fs::read(self.output().join("model.safetensors")).unwrap(),
-            steps: metrics.lines().map(numbers).collect(),
-        }
-    }
-
-    /// Starts a run and waits until it has a checkpoint of `step`.
-    fn start_until(&self, step: u64, further: &[&str]) -> Child {
-        let mut child = self.command(further).spawn().unwrap();
-        let start = Instant::now();
-        while self.checkpoints().steps().unwrap().last() < Some(&step) {
-            assert_eq!(child.try_wait().unwrap(), None, "ended early");
-            assert!(start.elapsed() < Duration::from_secs(120));
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        child
-    }
-}
-
-#[derive(PartialEq)]
-struct Run {
-    weights: Vec<u8>,
-    steps: Vec<(usize, [u64; 4])>,
-}
-
-#[track_caller]
-fn assert_same(run: &Run, reference: &Run) {
-    assert_eq!(run.steps, reference.steps);
-    assert!(run.weights == reference.weights, "the weights differ");
-}
-
-/// Makes `command` this binary's `program`, or a shell that becomes it.
-fn prepare(command: &mut Command, arguments: &[String]) {
-    command
-        .args(["program", "--exact", "--ignored", "--nocapture"])
-        .env(ARGUMENTS, serde_json::to_string(arguments).unwrap())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-}
-
-fn text(output: &Output) -> String {
-    let parts = [&output.stdout, &output.stderr];
-    parts
-        .map(|bytes| String::from_utf8_lossy(bytes).into_owned())
-        .join("\n")
-}
-
-/// A run that nobody disturbs, and that saves nothing.
-fn reference() -> Run {
-    let case = Case::new();
-    case.succeeds(&[]);
-    assert!(case.checkpoints().steps().unwrap().is_empty());
-    let run = case.result();
-    assert_eq!(run.steps.len() as u64, STEPS);
-    run
-}
-
-fn wait(mut child: Child, at_most: Duration) -> Option<ExitStatus> {
-    let end = Instant::now() + at_most;
-    loop {
-        if let Some(status) = child.try_wait().unwrap() {
-            return Some(status);
-        }
-        if Instant::now() >= end {
-            child.kill().unwrap();
-            child.wait().unwrap();
-            return None;
-        }
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    common::case::program();
 }
 
 /// `HD_PISSA_KILLS` says how often, `HD_PISSA_KILL_SEED` when.

@@ -1,0 +1,237 @@
+//! What the workers of a run do together outside of steps.
+
+use std::any::Any;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
+
+use burn::tensor::{Device, Tensor};
+use hd_pissa::comm::Communicator;
+
+use crate::Error;
+
+/// How often a busy worker tells the others that it is alive: much more often than any sensible
+/// time limit of the communicator.
+const BEAT: Duration = Duration::from_millis(50);
+
+/// What a worker tells with every beat.
+const BUSY: f32 = 0.0;
+const DONE: f32 = 1.0;
+const FAILED: f32 = 2.0;
+
+/// The workers that a communicator connects.
+pub struct Team<'a> {
+    communicator: &'a dyn Communicator,
+    device: &'a Device,
+}
+
+impl<'a> Team<'a> {
+    /// Exchanges are made from tensors on `device`, this worker's.
+    pub fn new(communicator: &'a dyn Communicator, device: &'a Device) -> Self {
+        Self {
+            communicator,
+            device,
+        }
+    }
+
+    /// Whether this is the worker that prints and writes.
+    pub fn is_first(&self) -> bool {
+        self.communicator.worker_index() == 0
+    }
+
+    /// Runs a task of any length on every worker, and returns when all have finished theirs. Every
+    /// worker calls it. The time limit of the communicator holds for signs of life, not for the
+    /// task.
+    ///
+    /// # Errors
+    ///
+    /// When any task fails, at once on every worker: its own error on the first of those that
+    /// failed, [`Error::OtherWorker`] on all others. A task that is not finished then goes on in
+    /// the background until the process ends.
+    pub fn together<T: Send + 'static>(
+        &self,
+        task: impl FnOnce() -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        if self.communicator.num_workers() == 1 {
+            return task();
+        }
+        let (sender, receiver) = mpsc::channel();
+        let mut thread = Some(std::thread::spawn(move || sender.send(task()).is_ok()));
+        self.share(|| match receiver.recv_timeout(BEAT) {
+            Ok(result) => Some(result),
+            Err(RecvTimeoutError::Timeout) => None,
+            Err(RecvTimeoutError::Disconnected) => {
+                let panic = thread.take()?.join().err()?;
+                Some(Err(Error::Panic {
+                    worker: self.communicator.worker_index(),
+                    reason: message(&*panic),
+                }))
+            }
+        })
+    }
+
+    /// What a worker has done alone, if none has failed. Every worker calls it.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`together`](Self::together).
+    pub fn agree<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
+        if self.communicator.num_workers() == 1 {
+            return result;
+        }
+        let mut result = Some(result);
+        self.share(|| result.take())
+    }
+
+    /// Asks for this worker's result until it is there, and exchanges beats until all workers'
+    /// are.
+    fn share<T>(&self, mut ask: impl FnMut() -> Option<Result<T, Error>>) -> Result<T, Error> {
+        let mut result = None;
+        loop {
+            if result.is_none() {
+                result = ask();
+            }
+            let state = match &result {
+                None => BUSY,
+                Some(Ok(_)) => DONE,
+                Some(Err(_)) => FAILED,
+            };
+            let states = match self.gather(state) {
+                Ok(states) => states,
+                // This worker's own error says more.
+                Err(error) => return result.and_then(Result::err).map_or(Err(error), Err),
+            };
+            if let Some(worker) = states.iter().position(|&state| state == FAILED) {
+                return match result {
+                    Some(Err(error)) if worker == self.communicator.worker_index() => Err(error),
+                    _ => Err(Error::OtherWorker { worker }),
+                };
+            }
+            if states.iter().all(|&state| state == DONE) {
+                return result.expect("this worker is done");
+            }
+        }
+    }
+
+    fn gather(&self, own: f32) -> Result<Vec<f32>, Error> {
+        let buffer = Tensor::from_floats([own], self.device);
+        let states = self.communicator.all_gather(buffer)?;
+        Ok(states.into_data().iter::<f32>().collect())
+    }
+
+    /// The text that worker 0 has. Every worker calls it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Comm`].
+    pub fn text_of_first(&self, own: &str) -> Result<String, Error> {
+        if self.communicator.num_workers() == 1 {
+            return Ok(own.into());
+        }
+        let bytes: Vec<f32> = own.bytes().map(f32::from).collect();
+        let buffer = Tensor::from_floats(&bytes[..], self.device);
+        let received = self.communicator.broadcast(buffer, 0)?.into_data();
+        let bytes = received.iter::<f32>().map(|byte| byte as u8).collect();
+        Ok(String::from_utf8(bytes).expect("worker 0 sends UTF-8"))
+    }
+}
+
+/// What a panic said.
+pub(crate) fn message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| text.to_string());
+    text.or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "no message".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use hd_pissa::comm::thread_group;
+
+    use super::*;
+
+    /// What `work` returns on each of `workers` threads, whose communicator waits at most
+    /// `timeout`.
+    fn on_threads<T: Send>(
+        workers: usize,
+        timeout: Duration,
+        work: impl Fn(Team<'_>, usize) -> T + Sync,
+    ) -> Vec<T> {
+        let device = Device::default();
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = thread_group(workers, timeout)
+                .into_iter()
+                .map(|communicator| {
+                    let (device, work) = (&device, &work);
+                    scope.spawn(move || {
+                        let worker = communicator.worker_index();
+                        work(Team::new(&communicator, device), worker)
+                    })
+                })
+                .collect();
+            threads
+                .into_iter()
+                .map(|thread| thread.join().unwrap())
+                .collect()
+        })
+    }
+
+    #[test]
+    fn a_task_may_take_longer_than_the_time_limit() {
+        let timeout = Duration::from_millis(400);
+        let results = on_threads(3, timeout, |team, worker| {
+            team.together(move || {
+                if worker == 0 {
+                    std::thread::sleep(3 * timeout);
+                }
+                Ok(10 + worker)
+            })
+        });
+        let results: Vec<usize> = results.into_iter().map(Result::unwrap).collect();
+        assert_eq!(results, [10, 11, 12]);
+    }
+
+    #[test]
+    fn a_failure_ends_the_tasks_of_all_at_once_and_is_told_by_one() {
+        let start = Instant::now();
+        let results = on_threads(4, Duration::from_secs(30), |team, worker| {
+            let result = team.together(move || match worker {
+                1 => Err(Error::field("data", "line 3", "is bad")),
+                // The first has all to do yet.
+                0 => {
+                    std::thread::sleep(Duration::from_secs(20));
+                    Ok(())
+                }
+                _ => Ok(()),
+            });
+            result.unwrap_err().to_string()
+        });
+        assert!(start.elapsed() < Duration::from_secs(15));
+        assert_eq!(results[1], "data: line 3: is bad");
+        for worker in [0, 2, 3] {
+            assert_eq!(results[worker], "worker 1 could not start");
+        }
+    }
+
+    #[test]
+    fn a_panic_is_an_error() {
+        let results = on_threads(2, Duration::from_secs(30), |team, worker| {
+            let result = team.together(move || match worker {
+                1 => panic!("out of luck"),
+                _ => Ok(()),
+            });
+            result.unwrap_err().to_string()
+        });
+        assert_eq!(results[0], "worker 1 could not start");
+        assert!(results[1].starts_with("worker 1 panicked: out of luck"));
+    }
+
+    #[test]
+    fn all_see_the_text_of_the_first() {
+        let results = on_threads(3, Duration::from_secs(30), |team, worker| {
+            let own = format!("{} is the text of worker {worker} – ü", "x".repeat(worker));
+            team.text_of_first(&own).unwrap()
+        });
+        assert_eq!(results, [" is the text of worker 0 – ü"; 3]);
+    }
+}
