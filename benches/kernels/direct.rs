@@ -6,8 +6,9 @@ use cubecl::client::Client;
 use cubecl::server::Handle;
 use half::{bf16, f16};
 use hd_pissa_kernels::{
-    Arithmetic, Buffer, FloatType, LowRankProduct, Matrix, Merge, MergePrecision, ShardedFactors,
-    companion_len, is_fusion_preferred, low_rank_product, merge_with, new_counter, reference,
+    Arithmetic, Buffer, FloatType, KernelError, LowRankProduct, Matrix, Merge, MergePrecision,
+    ShardedFactors, companion_len, is_fusion_preferred, low_rank_product, merge_with, new_counter,
+    reference,
 };
 
 use crate::device::Float;
@@ -188,7 +189,10 @@ fn join(values: &mut Host, companion: &[u32], dtype: Float) {
     }
 }
 
-/// The product in one launch, and in two.
+/// A launch function.
+type Launch = fn(&Client, LowRankProduct) -> Result<(), KernelError>;
+
+/// The product in one launch of the kernel or of the pipeline, and in two of the kernel.
 pub fn products<'a>(
     client: &'a Client,
     case: &products::Case,
@@ -229,17 +233,35 @@ pub fn products<'a>(
         true => "kernel, fused (chosen)",
         false => "kernel, fused",
     };
-    [
-        (name, fused.clone(), vec![fused]),
-        ("kernel, y, then p", pair, vec![only_y, only_p]),
-    ]
-    .map(|(name, product, launches)| {
+    let sums = d_input as f64 * f64::from(f32::EPSILON);
+    // A product and a sum per step, each rounded; then the store.
+    let error = match input {
+        Float::F32 => sums,
+        Float::F16 => sums + 2f64.powi(-11),
+        Float::BF16 => sums + 2f64.powi(-8),
+    };
+    let kernel: Launch = low_rank_product;
+    #[allow(unused_mut, reason = "extended in a build with pipelines")]
+    let mut ways: Vec<Plan> = vec![
+        (name, kernel, fused.clone(), vec![fused], error),
+        (
+            "kernel, y, then p",
+            kernel,
+            pair,
+            vec![only_y, only_p],
+            error,
+        ),
+    ];
+    #[cfg(feature = "pipeline")]
+    ways.extend(pipeline(client, both(), error));
+    let ways = ways.into_iter();
+    ways.map(|(name, run, product, launches, error)| {
         let word = new_counter(client);
         products::Way {
             name,
             work: Box::new(move || {
                 for launch in &launches {
-                    low_rank_product(client, launch.clone()).expect("the operands fit");
+                    run(client, launch.clone()).expect("the operands fit");
                 }
                 sync(client, &word);
             }),
@@ -247,13 +269,37 @@ pub fn products<'a>(
                 [&product.output, &product.projection].map(|matrix| Some(download(client, matrix)))
             }),
             has_projection: true,
-            error: match input {
-                // A product and a sum per step, each rounded; then the store.
-                Float::F32 => d_input as f64 * f64::from(f32::EPSILON),
-                Float::F16 => d_input as f64 * f64::from(f32::EPSILON) + 2f64.powi(-11),
-                Float::BF16 => d_input as f64 * f64::from(f32::EPSILON) + 2f64.powi(-8),
-            },
+            error,
         }
     })
-    .into()
+    .collect()
+}
+
+/// A name, a launch function, the product whose results count, all launches, and a bound on the error.
+type Plan = (
+    &'static str,
+    Launch,
+    LowRankProduct,
+    Vec<LowRankProduct>,
+    f64,
+);
+
+/// The product through the pipeline, unless the device cannot run it.
+#[cfg(feature = "pipeline")]
+fn pipeline(client: &Client, product: LowRankProduct, error: f64) -> Option<Plan> {
+    let run: Launch = hd_pissa_kernels::low_rank_product_by_pipeline;
+    if let Err(error) = run(client, product.clone()) {
+        println!("left out: {error}");
+        return None;
+    }
+    // It rounds what it reads: to `tf32` on matrix units, the factor to the input's type.
+    let dtype = product.input.dtype;
+    let read = match dtype {
+        FloatType::F32 if is_fusion_preferred(client, dtype) => 0.0,
+        FloatType::F32 => 2f64.powi(-9),
+        FloatType::F16 => 2f64.powi(-11),
+        FloatType::BF16 => 2f64.powi(-8),
+    };
+    let launches = vec![product.clone()];
+    Some(("pipeline, fused", run, product, launches, error + read))
 }

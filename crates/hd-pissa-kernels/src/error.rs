@@ -64,6 +64,10 @@ pub enum KernelError {
     /// without the buffer of the low halves.
     #[error("a split {0:?} weight needs its companion buffer")]
     MissingCompanion(FloatType),
+    /// The pipeline of `cubek-matmul` does not take the product on this device.
+    #[cfg(feature = "pipeline")]
+    #[error("the product cannot run as a pipeline: {0}")]
+    Pipeline(String),
     /// The device cannot add to a 32-bit integer atomically.
     #[error("the device has no atomic addition of 32-bit integers")]
     NoAtomics,

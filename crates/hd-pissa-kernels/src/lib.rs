@@ -6,7 +6,8 @@
 //!
 //! - [`merge()`]: `W += Σ_k (a_k + Δa_k)·Δb_k + Δa_k·b_k` in place, gated by
 //! - [`count_non_finite`]: the number of NaN and infinite elements, kept on the device;
-//! - [`low_rank_product`]: `y = x·W` and `p = x·a` in one launch.
+//! - [`low_rank_product`]: `y = x·W` and `p = x·a` in one launch; with the feature `pipeline`,
+//!   `low_rank_product_by_pipeline` does the same on the device's matrix units, where it has them.
 //!
 //! [`mod@reference`] holds the same functions in plain Rust, slow and obvious.
 //!
@@ -17,6 +18,8 @@ mod error;
 mod matrix;
 mod merge;
 mod merge_kernel;
+#[cfg(feature = "pipeline")]
+mod pipeline;
 mod planes;
 mod product;
 mod reduce;
@@ -28,6 +31,10 @@ mod tile;
 #[doc(hidden)]
 pub mod kernels {
     pub use crate::merge_kernel::{Engine, OperandsLaunch, TargetLaunch, kernel as merge};
+    #[cfg(feature = "pipeline")]
+    pub use crate::pipeline::{
+        Planes, arguments as pipeline_arguments, kernel as pipeline, problem as pipeline_problem,
+    };
     pub use crate::planes::PlaneTile;
     pub use crate::product::kernel as product;
     pub use crate::reduce::kernel as reduce;
@@ -41,6 +48,8 @@ pub use merge::{
     Arithmetic, Merge, MergePrecision, ShardedFactors, companion_len, companion_shape, merge,
     merge_with,
 };
+#[cfg(feature = "pipeline")]
+pub use pipeline::low_rank_product_by_pipeline;
 pub use product::{LowRankProduct, is_fusion_preferred, low_rank_product};
 pub use reduce::{count_non_finite, new_counter};
 pub use rounding::{StochasticKey, path_hash};

@@ -181,11 +181,25 @@ impl Matrix {
 
     /// Whether every run along `axis` can be read as aligned vectors of four.
     pub(crate) fn has_vectors(&self, axis: usize) -> bool {
+        self.has_vectors_of(axis, 4)
+    }
+
+    fn has_vectors_of(&self, axis: usize, size: usize) -> bool {
+        let offset = self.handle.offset_start.unwrap_or(0);
         self.span() > 0
             && self.strides[axis] == 1
-            && self.shape[axis].is_multiple_of(4)
-            && self.strides[1 - axis].is_multiple_of(4)
-            && is_aligned(&self.handle, self.dtype.size())
+            && self.shape[axis].is_multiple_of(size)
+            && self.strides[1 - axis].is_multiple_of(size)
+            && offset.is_multiple_of((size * self.dtype.size()) as u64)
+    }
+
+    /// The largest of the sizes of vectors in which every run along `axis` can be read.
+    #[cfg(feature = "pipeline")]
+    pub(crate) fn vector_size(&self, axis: usize, sizes: impl Iterator<Item = usize>) -> usize {
+        sizes
+            .filter(|size| self.has_vectors_of(axis, *size))
+            .max()
+            .unwrap_or(1)
     }
 
     pub(crate) fn arg(self, client: &Client, vector_size: usize) -> BufferArg {

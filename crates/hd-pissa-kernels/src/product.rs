@@ -41,6 +41,7 @@ pub struct LowRankProduct {
 /// [`KernelError`] if shapes, element types or buffers do not fit each other, or if the device
 /// lacks the element type. Then nothing runs.
 pub fn low_rank_product(client: &Client, product: LowRankProduct) -> Result<(), KernelError> {
+    check(client, &product)?;
     let LowRankProduct {
         input,
         weight,
@@ -53,40 +54,6 @@ pub fn low_rank_product(client: &Client, product: LowRankProduct) -> Result<(), 
     let [_, d_output] = weight.shape;
     let [_, rank] = factor.shape;
     let dtype = input.dtype;
-    dtype.check(client)?;
-    weight.check_shape("weight", [d_input, d_output])?;
-    factor.check_shape("factor", [d_input, rank])?;
-    output.check_shape("output", [tokens, d_output])?;
-    projection.check_shape("projection", [tokens, rank])?;
-    weight.check_type("weight", dtype)?;
-    output.check_type("output", dtype)?;
-    factor.check_type("factor", FloatType::F32)?;
-    projection.check_type("projection", FloatType::F32)?;
-    input.check_read("input")?;
-    weight.check_read("weight")?;
-    factor.check_read("factor")?;
-    output.check_write("output")?;
-    projection.check_write("projection")?;
-    if let Some(bias) = &bias {
-        let found = [1, bias.len];
-        if bias.len != d_output {
-            let expected = [1, d_output];
-            return Err(KernelError::Shape {
-                operand: "bias",
-                expected,
-                found,
-            });
-        }
-        if bias.dtype != dtype {
-            let (expected, found) = (dtype, bias.dtype);
-            return Err(KernelError::ElementType {
-                operand: "bias",
-                expected,
-                found,
-            });
-        }
-        bias.check("bias")?;
-    }
 
     let tile = Tile::choose(client, tokens, d_output + rank, 1);
     let tiles = d_output.div_ceil(tile.minor());
@@ -154,6 +121,57 @@ pub fn low_rank_product(client: &Client, product: LowRankProduct) -> Result<(), 
     Ok(())
 }
 
+/// Whether the operands fit each other and the device.
+pub(crate) fn check(client: &Client, product: &LowRankProduct) -> Result<(), KernelError> {
+    let LowRankProduct {
+        input,
+        weight,
+        factor,
+        bias,
+        output,
+        projection,
+    } = product;
+    let [tokens, d_input] = input.shape;
+    let [_, d_output] = weight.shape;
+    let [_, rank] = factor.shape;
+    let dtype = input.dtype;
+    dtype.check(client)?;
+    weight.check_shape("weight", [d_input, d_output])?;
+    factor.check_shape("factor", [d_input, rank])?;
+    output.check_shape("output", [tokens, d_output])?;
+    projection.check_shape("projection", [tokens, rank])?;
+    weight.check_type("weight", dtype)?;
+    output.check_type("output", dtype)?;
+    factor.check_type("factor", FloatType::F32)?;
+    projection.check_type("projection", FloatType::F32)?;
+    input.check_read("input")?;
+    weight.check_read("weight")?;
+    factor.check_read("factor")?;
+    output.check_write("output")?;
+    projection.check_write("projection")?;
+    if let Some(bias) = bias {
+        let found = [1, bias.len];
+        if bias.len != d_output {
+            let expected = [1, d_output];
+            return Err(KernelError::Shape {
+                operand: "bias",
+                expected,
+                found,
+            });
+        }
+        if bias.dtype != dtype {
+            let (expected, found) = (dtype, bias.dtype);
+            return Err(KernelError::ElementType {
+                operand: "bias",
+                expected,
+                found,
+            });
+        }
+        bias.check("bias")?;
+    }
+    Ok(())
+}
+
 /// Whether one launch of [`low_rank_product`] is the better way on this device, or the backend's own
 /// product for `y` and a small second one for `p`.
 ///
@@ -163,16 +181,21 @@ pub fn low_rank_product(client: &Client, product: LowRankProduct) -> Result<(), 
 /// and an H100: `x·W` takes 440 and 139 µs on matrix units, a second read of `x` 16 and 10 µs, which
 /// is all that fusing could gain, and `x·W` on ordinary units 7.0 and 2.1 ms.
 pub fn is_fusion_preferred(client: &Client, dtype: FloatType) -> bool {
-    let operand = match dtype {
-        FloatType::F32 => ElemType::Float(FloatKind::TF32),
-        half => half.elem_type(),
-    };
+    let operand = matrix_unit_type(dtype);
     let matmul = &client.features().matmul;
     !matmul
         .cmma
         .iter()
         .chain(&matmul.mma)
         .any(|config| config.a_type == operand)
+}
+
+/// The type in which matrix units take operands of `dtype`.
+pub(crate) fn matrix_unit_type(dtype: FloatType) -> ElemType {
+    match dtype {
+        FloatType::F32 => ElemType::Float(FloatKind::TF32),
+        half => half.elem_type(),
+    }
 }
 
 /// How to read a matrix whose axis `tile_axis` lies along the tiles.

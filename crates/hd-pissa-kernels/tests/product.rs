@@ -29,9 +29,34 @@ const SHAPES: [[usize; 4]; 14] = [
 
 const ROWS: [Layout; 3] = [Layout::RowMajor; 3];
 
+/// The kernel of ours, and the pipeline in a build that has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Kernel,
+    #[cfg(feature = "pipeline")]
+    Pipeline,
+}
+
+impl Way {
+    const ALL: &[Self] = &[
+        Self::Kernel,
+        #[cfg(feature = "pipeline")]
+        Self::Pipeline,
+    ];
+
+    fn run(self, client: &Client, product: LowRankProduct) -> Result<(), KernelError> {
+        match self {
+            Self::Kernel => low_rank_product(client, product),
+            #[cfg(feature = "pipeline")]
+            Self::Pipeline => hd_pissa_kernels::low_rank_product_by_pipeline(client, product),
+        }
+    }
+}
+
 /// Operands in row-major order on the host.
 #[derive(Clone)]
 struct Case {
+    way: Way,
     sizes: [usize; 4],
     dtype: FloatType,
     /// Of input, weight and factor; output and projection lie as the input.
@@ -45,10 +70,11 @@ struct Case {
 }
 
 impl Case {
-    fn random(sizes: [usize; 4], dtype: FloatType, seed: u64) -> Self {
+    fn random(way: Way, sizes: [usize; 4], dtype: FloatType, seed: u64) -> Self {
         let [tokens, d_input, rank, d_output] = sizes;
         let random = &mut Random(seed);
         Self {
+            way,
             sizes,
             dtype,
             layouts: ROWS,
@@ -97,7 +123,7 @@ impl Case {
             projection: matrix(client, &poison, [tokens, rank], input, FloatType::F32),
         };
         let (output, projection) = (product.output.clone(), product.projection.clone());
-        low_rank_product(client, product).unwrap();
+        self.way.run(client, product).unwrap();
         (read(client, &output), read(client, &projection))
     }
 
@@ -110,9 +136,28 @@ impl Case {
             FloatType::F16 => 2f64.powi(-11),
             FloatType::BF16 => 2f64.powi(-8),
         };
-        for (name, result, right, columns, store, bias) in [
-            ("y", y, &self.w, d_output, narrow, self.bias.as_ref()),
-            ("p", p, &self.a, rank, 0.0, None),
+        let (operand, factor) = match self.way {
+            Way::Kernel => (0.0, 0.0),
+            // The factor rounded to the type of the others; on matrix units `f32` to `tf32`.
+            #[cfg(feature = "pipeline")]
+            Way::Pipeline if is_fusion_preferred(client, self.dtype) => (0.0, narrow),
+            #[cfg(feature = "pipeline")]
+            Way::Pipeline => match self.dtype {
+                FloatType::F32 => (2f64.powi(-9), 2f64.powi(-9)),
+                _ => (0.0, narrow),
+            },
+        };
+        for (name, result, right, columns, read, store, bias) in [
+            (
+                "y",
+                y,
+                &self.w,
+                d_output,
+                operand,
+                narrow,
+                self.bias.as_ref(),
+            ),
+            ("p", p, &self.a, rank, factor, 0.0, None),
         ] {
             let exact = reference::product(&self.x, right, [tokens, d_input, columns]);
             assert_eq!(result.len(), exact.value.len());
@@ -121,11 +166,13 @@ impl Case {
                 let expected = exact.value[place] + shift;
                 // A product and a sum per step, each rounded (with fma once), the bias, and the
                 // store in a narrow type. Below its normal range f16 has steps of 2^-24.
-                let sum = (2 * d_input + 1) as f64 * wide * (exact.magnitude[place] + shift.abs());
+                let sum = (2 * d_input + 1) as f64 * wide * (exact.magnitude[place] + shift.abs())
+                    + read * exact.magnitude[place];
                 let bound = sum + store * (expected.abs() + sum) + f64::from(store > 0.0) * 6e-8;
                 assert!(
                     (f64::from(*found) - expected).abs() <= bound,
-                    "{name}[{place}] of {:?} {:?} {:?} is {found}, not {expected} within {bound:e}",
+                    "{:?}: {name}[{place}] of {:?} {:?} {:?} is {found}, not {expected} within {bound:e}",
+                    self.way,
                     self.sizes,
                     self.dtype,
                     self.layouts
@@ -137,6 +184,16 @@ impl Case {
 
 #[test]
 fn product_is_within_the_rounding_bound() {
+    check_all(Way::Kernel);
+}
+
+#[cfg(feature = "pipeline")]
+#[test]
+fn product_by_pipeline_is_within_the_rounding_bound() {
+    check_all(Way::Pipeline);
+}
+
+fn check_all(way: Way) {
     let Some(client) = client() else { return };
     for dtype in [FloatType::F32, FloatType::F16, FloatType::BF16] {
         if !dtype.is_supported(&client) {
@@ -144,10 +201,11 @@ fn product_is_within_the_rounding_bound() {
             continue;
         }
         for (seed, sizes) in SHAPES.into_iter().enumerate() {
-            let case = Case::random(sizes, dtype, seed as u64);
+            let case = Case::random(way, sizes, dtype, seed as u64);
             // Each shape in two of the layouts, and rows without gaps; a software driver takes
-            // seconds to compile each combination.
-            for which in [seed % 4, (seed + 1) % 4] {
+            // seconds to compile each combination, and a pipeline longer: one layout there.
+            let layouts = [seed % 4, (seed + 1) % 4].into_iter();
+            for which in layouts.take(if way == Way::Kernel { 2 } else { 1 }) {
                 // Every layout meets the bias in every other shape.
                 let with_bias = (which + seed).is_multiple_of(2);
                 let layouts = [
@@ -171,15 +229,17 @@ fn product_is_within_the_rounding_bound() {
 #[test]
 fn transposed_operands_give_the_backward_products() {
     let Some(client) = client() else { return };
-    let case = Case::random([37, 44, 8, 52], FloatType::F32, 9);
-    for layout in Layout::ALL {
-        Case {
-            layouts: [Layout::RowMajor, layout, layout],
-            transposed: true,
-            bias: None,
-            ..case.clone()
+    for &way in Way::ALL {
+        let case = Case::random(way, [37, 44, 8, 52], FloatType::F32, 9);
+        for layout in Layout::ALL {
+            Case {
+                layouts: [Layout::RowMajor, layout, layout],
+                transposed: true,
+                bias: None,
+                ..case.clone()
+            }
+            .check(&client);
         }
-        .check(&client);
     }
 }
 
@@ -188,19 +248,21 @@ fn transposed_operands_give_the_backward_products() {
 fn a_non_finite_operand_stays_on_its_side() {
     let Some(client) = client() else { return };
     let sizes @ [_, _, rank, d_output] = [9, 10, 3, 70];
-    let case = Case::random(sizes, FloatType::F32, 1);
     let finite = |values: &[f32], columns: usize, except: usize| {
         let mut places = values.iter().enumerate();
         places.all(|(place, value)| value.is_finite() == (place % columns != except))
     };
-    let mut poisoned = case.clone();
-    poisoned.w[d_output - 1] = f32::INFINITY;
-    let (y, p) = poisoned.run(&client);
-    assert!(finite(&y, d_output, d_output - 1) && finite(&p, rank, rank));
-    let mut poisoned = case;
-    poisoned.a[0] = f32::NAN;
-    let (y, p) = poisoned.run(&client);
-    assert!(finite(&y, d_output, d_output) && finite(&p, rank, 0));
+    for &way in Way::ALL {
+        let case = Case::random(way, sizes, FloatType::F32, 1);
+        let mut poisoned = case.clone();
+        poisoned.w[d_output - 1] = f32::INFINITY;
+        let (y, p) = poisoned.run(&client);
+        assert!(finite(&y, d_output, d_output - 1) && finite(&p, rank, rank));
+        let mut poisoned = case;
+        poisoned.a[0] = f32::NAN;
+        let (y, p) = poisoned.run(&client);
+        assert!(finite(&y, d_output, d_output) && finite(&p, rank, 0));
+    }
 }
 
 #[test]
@@ -217,9 +279,15 @@ fn fusion_is_preferred_without_matrix_units() {
 #[test]
 fn unfit_operands_are_refused() {
     let Some(client) = client() else { return };
+    for &way in Way::ALL {
+        refuse_unfit(&client, way);
+    }
+}
+
+fn refuse_unfit(client: &Client, way: Way) {
     let zeros = |shape: [usize; 2], dtype| {
         matrix(
-            &client,
+            client,
             &vec![0.0; shape[0] * shape[1]],
             shape,
             Layout::RowMajor,
@@ -234,7 +302,7 @@ fn unfit_operands_are_refused() {
         output: zeros([4, 8], FloatType::F32),
         projection: zeros([4, 2], FloatType::F32),
     };
-    let run = |product| low_rank_product(&client, product);
+    let run = |product| way.run(client, product);
     assert_eq!(run(product.clone()), Ok(()));
     let weight = zeros([5, 8], FloatType::F32);
     assert_eq!(
