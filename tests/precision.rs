@@ -139,20 +139,28 @@ fn a_split_bf16_weight_follows_f32_bit_for_bit() {
 #[test]
 fn a_split_f16_weight_follows_f32_in_its_range() {
     let flex = Device::flex().autodiff();
+    const STEPS: usize = 200;
     let start = layer([13, 17], DType::F16);
-    let run = |dtype| {
-        let start = adapted(&start, dtype, MergePrecision::Split, &flex);
-        train(start, &mut optimizer(), 0..200)
-    };
-    let (half, full) = (
-        joined(&run(DType::F16)),
-        values(base(&run(DType::F32).weight)),
-    );
-    for (half, full) in half.into_iter().zip(full) {
-        if full.abs() >= 1.0 / 16384.0 {
+    let run = |dtype| adapted(&start, dtype, MergePrecision::Split, &flex);
+    let half = joined(&train(run(DType::F16), &mut optimizer(), 0..STEPS));
+    // What was small on its way lost digits there, and keeps that.
+    let (mut full, mut optim) = (run(DType::F32), optimizer());
+    let mut smallest = values(base(&full.weight));
+    for step in 0..STEPS {
+        full = train(full, &mut optim, step..step + 1);
+        for (smallest, value) in smallest.iter_mut().zip(values(base(&full.weight))) {
+            *smallest = smallest.abs().min(value.abs());
+        }
+    }
+    let full = values(base(&full.weight));
+    let mut in_range = 0;
+    for ((half, full), smallest) in half.iter().zip(&full).zip(smallest) {
+        if smallest >= 1.0 / 16384.0 {
+            in_range += 1;
             assert_eq!(half.to_bits(), full.to_bits());
         }
     }
+    assert!(in_range * 2 > full.len(), "{in_range} of {}", full.len());
 }
 
 #[test]
