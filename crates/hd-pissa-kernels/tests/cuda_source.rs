@@ -4,15 +4,13 @@
 //! spills and shared memory of every variant; a spill fails, but not in a kernel whose body is
 //! borrowed from `cubek-matmul`. NVRTC is looked for in Python's
 //! packages and in the folder `HD_PISSA_NVRTC`; without it the sources are built only, which is a
-//! failure if `HD_PISSA_REQUIRE_NVRTC=1`. A source that compiled before, with the same NVRTC, is not
-//! compiled again: the figures are kept in the target directory. `HD_PISSA_CUDA_SOURCE` names a folder for the sources,
+//! failure if `HD_PISSA_REQUIRE_NVRTC=1`. `HD_PISSA_CUDA_SOURCE` names a folder for the sources,
 //! `HD_PISSA_KERNEL` a part of the names of the kernels to look at.
 
 mod nvrtc;
 #[cfg(feature = "pipeline")]
 mod pipelines;
 
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -430,9 +428,7 @@ fn every_kernel_compiles_for_cuda_without_spills() {
         "", "registers", "spills", "stack", "shared", "cubin"
     );
     let dump = std::env::var_os("HD_PISSA_CUDA_SOURCE").map(std::path::PathBuf::from);
-    let notes = Path::new(env!("CARGO_TARGET_TMPDIR")).join("nvrtc");
     let next = AtomicUsize::new(0);
-    let compiled = AtomicUsize::new(0);
     let failed = AtomicUsize::new(0);
     let threads = std::thread::available_parallelism().map_or(1, |count| count.get());
     std::thread::scope(|scope| {
@@ -453,9 +449,8 @@ fn every_kernel_compiles_for_cuda_without_spills() {
                         std::fs::write(folder.join(file), &source).expect("the folder is writable");
                     }
                     let Some(nvrtc) = &nvrtc else { continue };
-                    match nvrtc.compile_once(&source, architecture, &notes) {
-                        Ok((usage, known)) => {
-                            compiled.fetch_add(usize::from(!known), Ordering::Relaxed);
+                    match nvrtc.compile(&source, architecture) {
+                        Ok(usage) => {
                             println!(
                                 "{architecture:<8}{:>10}{:>8}{:>8}{:>9}{:>9}  {name}{}",
                                 usage.registers,
@@ -479,10 +474,9 @@ fn every_kernel_compiles_for_cuda_without_spills() {
         }
     });
     println!(
-        "{} kernels for {} architectures; {} compiled now, the others before",
+        "{} kernels for {} architectures",
         kernels.len(),
-        ARCHITECTURES.len(),
-        compiled.into_inner()
+        ARCHITECTURES.len()
     );
     assert_eq!(
         failed.into_inner(),

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::ptr::null;
 
-use hd_pissa_kernels::path_hash;
 use libloading::Library;
 
 type Program = *mut c_void;
@@ -32,29 +31,6 @@ pub struct Usage {
     pub stack_bytes: u64,
     pub shared_bytes: u64,
     pub cubin_bytes: usize,
-}
-
-impl Usage {
-    fn text(&self) -> String {
-        format!(
-            "{} {} {} {} {}",
-            self.registers, self.spill_bytes, self.stack_bytes, self.shared_bytes, self.cubin_bytes
-        )
-    }
-
-    fn parse(text: &str) -> Option<Self> {
-        let numbers: Option<Vec<u64>> = text.split(' ').map(|part| part.parse().ok()).collect();
-        match numbers?[..] {
-            [registers, spill_bytes, stack_bytes, shared_bytes, cubin] => Some(Self {
-                registers,
-                spill_bytes,
-                stack_bytes,
-                shared_bytes,
-                cubin_bytes: cubin as usize,
-            }),
-            _ => None,
-        }
-    }
 }
 
 pub struct Nvrtc {
@@ -90,34 +66,6 @@ impl Nvrtc {
             }
         }
         Err(NvrtcError::Missing)
-    }
-
-    /// [`compile`](Self::compile), or what it said of the same source before, from a file in
-    /// `folder`; only success is noted. The flag says whether the file was there.
-    pub fn compile_once(
-        &self,
-        source: &str,
-        architecture: &str,
-        folder: &Path,
-    ) -> Result<(Usage, bool), NvrtcError> {
-        let key = format!("{:?} {architecture}\n{source}", self.version()?);
-        let note = folder.join(format!("{:016x}-{}", path_hash(&key), key.len()));
-        let noted = std::fs::read_to_string(&note).ok();
-        if let Some(usage) = noted.and_then(|text| Usage::parse(&text)) {
-            return Ok((usage, true));
-        }
-        let usage = self.compile(source, architecture)?;
-        // A note that cannot be written costs time alone.
-        let _ = std::fs::create_dir_all(folder).and_then(|()| std::fs::write(&note, usage.text()));
-        Ok((usage, false))
-    }
-
-    fn version(&self) -> Result<(c_int, c_int), NvrtcError> {
-        type Version = unsafe extern "C" fn(*mut c_int, *mut c_int) -> c_int;
-        let (mut major, mut minor) = (0, 0);
-        // SAFETY: the signature is that of nvrtc.h, and both places are valid.
-        unsafe { self.nvrtc.get::<Version>(b"nvrtcVersion")?(&mut major, &mut minor) };
-        Ok((major, minor))
     }
 
     /// Compiles one source for one architecture.
