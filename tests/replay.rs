@@ -54,7 +54,11 @@ fn shared_runs() {
     runs.sort();
     assert!(!runs.is_empty());
     for run in runs {
-        assert_replays(&run, SvdPrecision::F32, 1e-4);
+        assert_replays(&run, SvdPrecision::F64, 1e-4);
+        // Adam's first step is close to a sign function, which makes whole steps of the rounding
+        // errors that an f32 decomposition leaves in gradients near zero; they depend on the
+        // processor (3.2e-4 without AVX-512).
+        assert_replays(&run, SvdPrecision::F32, 1e-3);
     }
 }
 
