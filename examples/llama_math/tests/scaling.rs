@@ -21,7 +21,14 @@ fn assert_grows(values: &[f64]) {
 fn more_shards_reach_more_directions() {
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("out");
-    let arguments = ["llama_math", "scaling", "--quick", "--output"];
+    let arguments = [
+        "llama_math",
+        "scaling",
+        "--device",
+        "flex",
+        "--quick",
+        "--output",
+    ];
     let arguments = arguments.into_iter().chain(output.to_str());
     let arguments = arguments.chain(["--workers", "16", "--shards", "32", "--rank", "8"]);
     Cli::parse_from(arguments).run().unwrap();
