@@ -6,14 +6,14 @@ use cubecl::client::Client;
 use cubecl::server::Handle;
 use half::{bf16, f16};
 use hd_pissa_kernels::{
-    Arithmetic, Buffer, FloatType, KernelError, LowRankProduct, Matrix, Merge, MergePrecision,
-    ShardedFactors, companion_len, is_fusion_preferred, low_rank_product, merge_with, new_counter,
+    Arithmetic, Buffer, FactorProduct, FloatType, KernelError, LowRankProduct, Matrix, Merge,
+    MergePrecision, ShardedFactors, companion_len, low_rank_product, merge_with, new_counter,
     reference,
 };
 
 use crate::device::Float;
 use crate::sample::Host;
-use crate::{merges, products};
+use crate::{factors, merges, products};
 
 pub fn float(dtype: Float) -> FloatType {
     match dtype {
@@ -229,10 +229,6 @@ pub fn products<'a>(
         output: empty(tokens, dtype),
         ..pair.clone()
     };
-    let name = match is_fusion_preferred(client, dtype) {
-        true => "kernel, fused (chosen)",
-        false => "kernel, fused",
-    };
     let sums = d_input as f64 * f64::from(f32::EPSILON);
     // A product and a sum per step, each rounded; then the store.
     let error = match input {
@@ -243,7 +239,7 @@ pub fn products<'a>(
     let kernel: Launch = low_rank_product;
     #[allow(unused_mut, reason = "extended in a build with pipelines")]
     let mut ways: Vec<Plan> = vec![
-        (name, kernel, fused.clone(), vec![fused], error),
+        ("kernel, fused", kernel, fused.clone(), vec![fused], error),
         (
             "kernel, y, then p",
             kernel,
@@ -275,6 +271,42 @@ pub fn products<'a>(
     .collect()
 }
 
+/// The product with a factor, the input read in its own type.
+pub fn factor_product<'a>(
+    client: &'a Client,
+    case: &factors::Case,
+    input: Float,
+) -> factors::Way<'a> {
+    let operand = |host: &Host, dtype: Float| {
+        let handle = upload(client, &host.values, dtype);
+        let shape = [host.values.len() / host.columns, host.columns];
+        Matrix::row_major(handle, shape, float(dtype))
+    };
+    let mut x = operand(&case.x, input);
+    if case.is_gradient {
+        x = x.transposed();
+    }
+    let [rows, depth] = x.shape;
+    let columns = case.f.columns;
+    let values = vec![f32::NAN; rows * columns];
+    let output = operand(&Host { values, columns }, Float::F32);
+    let product = FactorProduct {
+        input: x,
+        factor: operand(&case.f, Float::F32),
+        output: output.clone(),
+    };
+    let word = new_counter(client);
+    factors::Way {
+        name: "kernel",
+        work: Box::new(move || {
+            hd_pissa_kernels::factor_product(client, product.clone()).expect("the operands fit");
+            sync(client, &word);
+        }),
+        result: Box::new(move || download(client, &output)),
+        error: depth as f64 * f64::from(f32::EPSILON),
+    }
+}
+
 /// A name, a launch function, the product whose results count, all launches, and a bound on the error.
 type Plan = (
     &'static str,
@@ -295,7 +327,7 @@ fn pipeline(client: &Client, product: LowRankProduct, error: f64) -> Option<Plan
     // It rounds what it reads: to `tf32` on matrix units, the factor to the input's type.
     let dtype = product.input.dtype;
     let read = match dtype {
-        FloatType::F32 if is_fusion_preferred(client, dtype) => 0.0,
+        FloatType::F32 if !hd_pissa_kernels::has_matrix_units(client, dtype) => 0.0,
         FloatType::F32 => 2f64.powi(-9),
         FloatType::F16 => 2f64.powi(-11),
         FloatType::BF16 => 2f64.powi(-8),

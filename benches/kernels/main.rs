@@ -1,4 +1,4 @@
-//! The merge and the low-rank product in every form that the build has, beside what they could be
+//! The merge and the low-rank products in every form that the build has, beside what they could be
 //! made of: Burn's products. A copy of the weight gives the bandwidth, a large product the
 //! arithmetic, and these the least time that a job can take.
 //!
@@ -13,6 +13,7 @@
 mod device;
 #[cfg(feature = "cubecl-kernels")]
 mod direct;
+mod factors;
 mod merges;
 mod products;
 mod rows;
@@ -38,6 +39,7 @@ const SIZES: [[usize; 2]; 6] = [
 enum Operation {
     Merge,
     Product,
+    Factor,
 }
 
 #[derive(Debug, Parser)]
@@ -121,14 +123,20 @@ fn main() {
                 seconds <= options.limit
             };
             for &rank in &options.ranks {
-                if options.only != Some(Operation::Product) && dtype == Float::F32 {
+                let is_wanted = |operation| options.only.is_none_or(|only| only == operation);
+                if is_wanted(Operation::Merge) && dtype == Float::F32 {
                     for &shards in &options.shards {
                         if fits(merges::flops(size, rank, shards), "merge") {
                             merges::measure(&bench, size, rank, shards, &floor, &mut rows);
                         }
                     }
                 }
-                if options.only != Some(Operation::Merge) {
+                if is_wanted(Operation::Factor) {
+                    for &tokens in &options.tokens {
+                        factors::measure(&bench, dtype, tokens, size, rank, &floor, &mut rows);
+                    }
+                }
+                if is_wanted(Operation::Product) {
                     for &tokens in &options.tokens {
                         if fits(products::flops(tokens, size, rank), "product") {
                             products::measure(&bench, dtype, tokens, size, rank, &floor, &mut rows);

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 
+use burn::tensor::module::linear;
 use burn::tensor::{DType, Tensor};
 use hd_pissa::ops::adapter_linear;
 
@@ -78,7 +79,7 @@ pub fn measure(
     let mut ways = vec![
         Way {
             name: "y by Burn",
-            work: Box::new(|| keep(0, x.clone().matmul(w.clone()), None)),
+            work: Box::new(|| keep(0, linear(x.clone(), w.clone(), None), None)),
             result: Box::new(|| result(0)),
             has_projection: false,
             error,
@@ -86,7 +87,7 @@ pub fn measure(
         Way {
             name: "y, then p by Burn",
             work: Box::new(|| {
-                let y = x.clone().matmul(w.clone());
+                let y = linear(x.clone(), w.clone(), None);
                 let p = x.clone().cast(DType::F32).matmul(a.clone());
                 keep(1, y, Some(p));
             }),

@@ -10,6 +10,15 @@ impl Host {
     pub fn at(&self, row: usize, column: usize) -> f64 {
         f64::from(self.values[row * self.columns + column])
     }
+
+    pub fn transposed(&self) -> Self {
+        let rows = self.values.len() / self.columns;
+        let places = (0..self.values.len()).map(|k| k % rows * self.columns + k / rows);
+        Self {
+            values: places.map(|place| self.values[place]).collect(),
+            columns: rows,
+        }
+    }
 }
 
 /// Elements of a matrix spread over rows and columns, the last one among them.

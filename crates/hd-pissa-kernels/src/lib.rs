@@ -1,4 +1,4 @@
-//! CubeCL kernels of HD-PiSSA: the delta merge and the fused low-rank product.
+//! CubeCL kernels of HD-PiSSA: the delta merge and the low-rank products.
 //!
 //! The crate knows CubeCL and nothing of Burn. Every function takes a [`Client`](cubecl::client::Client)
 //! and device handles with explicit shapes and strides ([`Matrix`], [`Buffer`]), checks them, and
@@ -7,7 +7,9 @@
 //! - [`merge()`]: `W += Σ_k (a_k + Δa_k)·Δb_k + Δa_k·b_k` in place, gated by
 //! - [`count_non_finite`]: the number of NaN and infinite elements, kept on the device;
 //! - [`low_rank_product`]: `y = x·W` and `p = x·a` in one launch; with the feature `pipeline`,
-//!   `low_rank_product_by_pipeline` does the same on the device's matrix units, where it has them.
+//!   `low_rank_product_by_pipeline` does the same on the device's matrix units, where it has them;
+//! - [`factor_product()`]: `p = x·a` alone, and the gradients of the factors, without a copy of `x` in
+//!   `f32`.
 //!
 //! [`mod@reference`] holds the same functions in plain Rust, slow and obvious.
 //!
@@ -15,6 +17,7 @@
 //! and no float is added atomically.
 
 mod error;
+mod factor_product;
 mod matrix;
 mod merge;
 mod merge_kernel;
@@ -30,6 +33,7 @@ mod tile;
 /// The kernels themselves, for building their source without a device. Not a stable interface.
 #[doc(hidden)]
 pub mod kernels {
+    pub use crate::factor_product::kernel as factor_product;
     pub use crate::merge_kernel::{Engine, OperandsLaunch, TargetLaunch, kernel as merge};
     #[cfg(feature = "pipeline")]
     pub use crate::pipeline::{
@@ -43,6 +47,7 @@ pub mod kernels {
 }
 
 pub use error::KernelError;
+pub use factor_product::{FactorProduct, factor_product};
 pub use matrix::{Buffer, FloatType, Matrix};
 pub use merge::{
     Arithmetic, Merge, MergePrecision, ShardedFactors, companion_len, companion_shape, merge,
@@ -50,6 +55,6 @@ pub use merge::{
 };
 #[cfg(feature = "pipeline")]
 pub use pipeline::low_rank_product_by_pipeline;
-pub use product::{LowRankProduct, is_fusion_preferred, low_rank_product};
+pub use product::{LowRankProduct, has_matrix_units, low_rank_product};
 pub use reduce::{count_non_finite, new_counter};
 pub use rounding::{StochasticKey, path_hash};

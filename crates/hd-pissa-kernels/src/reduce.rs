@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 
 use crate::matrix::in_buffer;
-use crate::{Buffer, KernelError};
+use crate::{Buffer, KernelError, Matrix};
 
 const UNITS: usize = 256;
 /// Cubes of a count, whatever the length: each walks the buffer in steps of the whole grid.
@@ -85,6 +85,30 @@ pub(crate) fn sum(
     Ok(())
 }
 
+/// Writes the sum of the `chunks` parts of `sums`, one below the other, to `output`, whose shape is
+/// that of a part. The output is not empty.
+pub(crate) fn sum_chunks(client: &Client, sums: Matrix, chunks: usize, output: Matrix) {
+    let [rows, columns] = output.shape;
+    let cubes = (rows * columns).div_ceil(UNITS).min(MAX_CUBES);
+    let strides = output.strides;
+    // SAFETY: the caller made `sums` and checked `output`.
+    unsafe {
+        kernel::sum_chunks::launch_unchecked(
+            client,
+            CubeCount::Static(cubes as u32, 1, 1),
+            CubeDim::new_1d(UNITS as u32),
+            sums.arg(client, 1),
+            output.arg(client, 1),
+            chunks,
+            rows,
+            columns,
+            strides[0],
+            strides[1],
+            UNITS,
+        );
+    }
+}
+
 /// The sum of `value` over the cube's `units`, in a fixed order; every unit gets it.
 #[cube]
 pub(crate) fn cube_sum(value: f32, #[comptime] units: usize) -> f32 {
@@ -151,6 +175,33 @@ pub mod kernel {
         let total = cube_sum(total, units);
         if UNIT_POS == 0 {
             output[slot] = total;
+        }
+    }
+
+    /// Adds contiguous parts of one shape, in order.
+    #[cube(launch_unchecked, create_dummy_kernel)]
+    pub fn sum_chunks(
+        sums: &[f32],
+        output: &mut [f32],
+        chunks: usize,
+        rows: usize,
+        columns: usize,
+        row_stride: usize,
+        column_stride: usize,
+        #[comptime] units: usize,
+    ) {
+        let len = rows * columns;
+        let step = CUBE_COUNT_X as usize * units;
+        let mut place = ABSOLUTE_POS;
+        while place < len {
+            let mut total = 0.0f32;
+            let mut from = place;
+            for _ in 0..chunks {
+                total += sums[from];
+                from += len;
+            }
+            output[place / columns * row_stride + place % columns * column_stride] = total;
+            place += step;
         }
     }
 }

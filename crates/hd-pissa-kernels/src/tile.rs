@@ -33,6 +33,17 @@ impl Tile {
     pub const SMALL: Self = Self::new(1, 1, 8, 8);
     /// Every tile, largest first.
     pub const ALL: [Self; 3] = [Self::LARGE, Self::MEDIUM, Self::SMALL];
+    /// Tiles for outputs of few columns: 128×16, 128×32 and 128×64 elements, with stages twice as
+    /// deep, so that a row of half-precision elements is read by whole sectors of 32 bytes.
+    pub const NARROW: [Self; 3] = [
+        Self::new(2, 1, 16, 4).with_depth(16),
+        Self::new(2, 1, 16, 8).with_depth(16),
+        Self::new(2, 2, 16, 8).with_depth(16),
+    ];
+
+    const fn with_depth(self, depth: usize) -> Self {
+        Self { depth, ..self }
+    }
 
     const fn new(
         major_vectors: usize,
@@ -78,6 +89,17 @@ impl Tile {
             depth: self.depth,
             units: self.units(),
             halves: false,
+        }
+    }
+
+    /// The narrowest tile that holds `columns`, or the widest. All have at most 128 units and 13 KiB
+    /// of shared memory, which every device has.
+    pub(crate) fn choose_narrow(columns: usize) -> Self {
+        let [narrow, middle, wide] = Self::NARROW;
+        match columns {
+            ..=16 => narrow,
+            17..=32 => middle,
+            _ => wide,
         }
     }
 

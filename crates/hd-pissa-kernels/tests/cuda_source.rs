@@ -34,8 +34,8 @@ use cubecl_runtime::compiler::Compiler;
 use cubecl_runtime::kernel::CubeKernel;
 use hd_pissa_kernels::FloatType;
 use hd_pissa_kernels::kernels::{
-    Access, Engine, OperandLaunch, OperandsLaunch, PlaneTile, Rounding, TargetLaunch, Tile, merge,
-    product, reduce,
+    Access, Engine, OperandLaunch, OperandsLaunch, PlaneTile, Rounding, TargetLaunch, Tile,
+    factor_product, merge, product, reduce,
 };
 
 use nvrtc::{Nvrtc, NvrtcError};
@@ -322,6 +322,63 @@ fn products(kernels: &mut Vec<Kernel>) {
     }
 }
 
+/// The product with a factor: every dtype and tile, the input read along and across its rows.
+fn factor_products(kernels: &mut Vec<Kernel>) {
+    let ways = [
+        ("row-major", true, true),
+        ("column-major", true, false),
+        ("row-major elements", false, true),
+        ("column-major elements", false, false),
+    ];
+    for dtype in TYPES {
+        for tile in Tile::NARROW {
+            for (way, vectors, along_depth) in ways {
+                let name = format!(
+                    "factor product {dtype:?} {}x{} {way}",
+                    tile.major(),
+                    tile.minor()
+                );
+                let build = move |version| {
+                    let access = |along_depth| Access {
+                        vectors,
+                        along_depth,
+                    };
+                    let kernel = factor_product::create_dummy_kernel(
+                        properties(version),
+                        Arc::new(TargetProperties::default()),
+                        CubeCount::Static(1, 1, 1),
+                        CubeDim::new_1d(tile.units() as u32),
+                        size(vectors),
+                        size(vectors),
+                        buffer(),
+                        buffer(),
+                        buffer(),
+                        operand(),
+                        operand(),
+                        8,
+                        8,
+                        8,
+                        8,
+                        64,
+                        8,
+                        1,
+                        access(along_depth),
+                        access(!along_depth),
+                        tile,
+                        dtype.elem_type(),
+                    );
+                    cpp(kernel, version)
+                };
+                kernels.push(Kernel {
+                    name,
+                    borrowed: false,
+                    build: Box::new(build),
+                });
+            }
+        }
+    }
+}
+
 fn reductions(kernels: &mut Vec<Kernel>) {
     for dtype in TYPES {
         let build = move |version| {
@@ -364,6 +421,28 @@ fn reductions(kernels: &mut Vec<Kernel>) {
         borrowed: false,
         build: Box::new(build),
     });
+    let build = |version| {
+        let kernel = reduce::sum_chunks::create_dummy_kernel(
+            properties(version),
+            Arc::new(TargetProperties::default()),
+            CubeCount::Static(1, 1, 1),
+            CubeDim::new_1d(256),
+            buffer(),
+            buffer(),
+            2,
+            8,
+            8,
+            8,
+            1,
+            256,
+        );
+        cpp(kernel, version)
+    };
+    kernels.push(Kernel {
+        name: "sum of chunks".into(),
+        borrowed: false,
+        build: Box::new(build),
+    });
 }
 
 /// The end of the last array that the source places in dynamic shared memory, of which the assembler
@@ -398,6 +477,7 @@ fn every_kernel_compiles_for_cuda_without_spills() {
     let mut kernels: Vec<Kernel> = Vec::new();
     reductions(&mut kernels);
     products(&mut kernels);
+    factor_products(&mut kernels);
     #[cfg(feature = "pipeline")]
     pipelines::all(&mut kernels);
     merges(&mut kernels);

@@ -1,14 +1,41 @@
-//! The merge takes no memory of the weight's size. Alone in its process: the report covers it all.
+//! The kernels take no memory of the size of their large operand. Alone in its process, one after
+//! the other: the report covers all of it.
 
 mod common;
 
 use common::*;
 use cubecl::MemoryScope;
-use hd_pissa_kernels::{FloatType, Merge, MergePrecision, merge, new_counter};
+use cubecl::client::Client;
+use hd_pissa_kernels::{
+    FactorProduct, FloatType, Merge, MergePrecision, factor_product, merge, new_counter,
+};
 
 #[test]
-fn merge_allocates_nothing_of_the_weights_size() {
+fn kernels_allocate_nothing_of_the_size_of_their_large_operand() {
     let Some(client) = client() else { return };
+    a_merge_beside_the_weight(&client);
+    a_factor_product_beside_the_input(&client);
+}
+
+/// Bytes reserved beyond those in use before `launch`, which is run three times. Memory once reserved
+/// stays so until a clean-up: the report holds the peak.
+fn reserved(client: &Client, operand_bytes: u64, mut launch: impl FnMut()) -> u64 {
+    let counter = new_counter(client);
+    let wait = || drop(client.read_one(counter.clone()).expect("the device runs"));
+    wait();
+    client.memory_cleanup().expect("nothing runs");
+    let before = client.memory_report(MemoryScope::Device).usage();
+    for _ in 0..3 {
+        launch();
+        wait();
+    }
+    let after = client.memory_report(MemoryScope::Device).usage();
+    println!("before: {before:?}\nafter: {after:?}");
+    assert!(before.bytes_in_use >= operand_bytes);
+    after.bytes_reserved - before.bytes_in_use
+}
+
+fn a_merge_beside_the_weight(client: &Client) {
     let (size, rank, count) = (3000, 2, 2);
     let weight_bytes = (size * size * 4) as u64;
     let random = &mut Random(1);
@@ -19,22 +46,18 @@ fn merge_allocates_nothing_of_the_weights_size() {
         after: 0,
     };
     let weight = matrix(
-        &client,
+        client,
         &random.values(size * size, 1.0),
         [size, size],
         Layout::RowMajor,
         FloatType::F32,
     );
-    let frames = pack(&client, &frames(&shards), packing);
-    let deltas = pack(&client, &deltas(&shards), packing);
-    let (counter, squares) = (new_counter(&client), new_counter(&client));
-    let wait = || drop(client.read_one(counter.clone()).expect("the device runs"));
-    wait();
-    client.memory_cleanup().expect("nothing runs");
-    let before = client.memory_report(MemoryScope::Device).usage();
-    for _ in 0..3 {
+    let frames = pack(client, &frames(&shards), packing);
+    let deltas = pack(client, &deltas(&shards), packing);
+    let (counter, squares) = (new_counter(client), new_counter(client));
+    let unused = reserved(client, weight_bytes, || {
         merge(
-            &client,
+            client,
             Merge {
                 weight: weight.clone(),
                 frames: frames.clone(),
@@ -49,15 +72,40 @@ fn merge_allocates_nothing_of_the_weights_size() {
             },
         )
         .unwrap();
-        wait();
-    }
-    // Memory once reserved stays so until a clean-up: the report holds the peak.
-    let after = client.memory_report(MemoryScope::Device).usage();
-    println!("before: {before:?}\nafter: {after:?}");
-    let unused = after.bytes_reserved - before.bytes_in_use;
-    assert!(before.bytes_in_use >= weight_bytes);
+    });
     assert!(
         unused < weight_bytes,
         "{unused} bytes beside the operands could hold a weight of {weight_bytes}"
+    );
+}
+
+/// Not even in half precision, where the products of the backend would need it in `f32`.
+fn a_factor_product_beside_the_input(client: &Client) {
+    let [rows, depth, rank] = [8192, 4096, 8];
+    let halves = [FloatType::F16, FloatType::BF16];
+    let Some(dtype) = halves.into_iter().find(|dtype| dtype.is_supported(client)) else {
+        eprintln!("skipped: the device has no half precision");
+        return;
+    };
+    let input_bytes = (rows * depth * 2) as u64;
+    let random = &mut Random(2);
+    let mut operand = |shape: [usize; 2], dtype| {
+        let values = random.values(shape[0] * shape[1], 1.0);
+        matrix(client, &values, shape, Layout::RowMajor, dtype)
+    };
+    let product = FactorProduct {
+        input: operand([rows, depth], dtype),
+        factor: operand([depth, rank], FloatType::F32),
+        output: operand([rows, rank], FloatType::F32),
+    };
+    // Memory is reserved in pages that hold the largest operand: the sums of the chunks take a part
+    // of a second page, of which this leaves too little for a copy of the input.
+    let _half_a_page = client.empty(input_bytes as usize / 2);
+    let unused = reserved(client, input_bytes, || {
+        factor_product(client, product.clone()).unwrap();
+    });
+    assert!(
+        unused < input_bytes,
+        "{unused} bytes beside the operands could hold a copy of an input of {input_bytes}"
     );
 }

@@ -1,7 +1,7 @@
 use std::cell::LazyCell;
 
 use burn::backend::{
-    Autodiff, AutodiffBackend, Backend, TensorMetadata,
+    Autodiff, AutodiffBackend, Backend,
     tensor::{Device, FloatTensor, IntTensor},
 };
 use burn::tensor::{BoolDType, DType};
@@ -12,8 +12,8 @@ use burn_autodiff::{
     ops::{Backward, Ops, OpsKind},
 };
 
-use super::contract::{cast, dense_linear, flatten, product};
-use super::{FusedProduct, HdPissaOps, Rounding};
+use super::contract::{dense_linear, factor_product, flatten, readable, transposed_factor_product};
+use super::{HdPissaOps, MixedProduct, Rounding};
 
 /// Backward of [`HdPissaOps::hd_pissa_linear`], parents `x`, `a`, `b`.
 #[derive(Debug)]
@@ -47,26 +47,21 @@ impl<B: HdPissaOps> Backward<B, 3> for AdapterLinear {
             .x
             .map(|id| checkpointer.retrieve_node_output::<FloatTensor<B>>(id));
 
-        let wide = LazyCell::new(|| cast::<B>(flatten::<B>(g.clone()), DType::F32));
-        let (w, b) = (state.w, state.b.map(B::float_transpose));
-        let (dx, q) = match (w.map(B::float_transpose), b) {
-            (Some(w), Some(b)) if fuses::<B>(&g) => {
-                let (dx, q) = low_rank_product::<B>(g.clone(), w, b);
-                (Some(dx), Some(q))
-            }
-            (w, b) => (
-                w.map(|w| dense_linear::<B>(g.clone(), w)),
-                b.map(|b| product::<B>(wide.clone(), b)),
-            ),
-        };
+        let rows = LazyCell::new(|| readable::<B>(flatten::<B>(g.clone())));
+        let dx = state
+            .w
+            .map(|w| dense_linear::<B>(g.clone(), B::float_transpose(w)));
+        let q = state
+            .b
+            .map(|b| factor_product::<B>(rows.clone(), B::float_transpose(b)));
         if let (Some(node), Some(x), Some(q)) = (node_a, x, q) {
             let q = scaled::<B>(q, state.scale);
-            let x = cast::<B>(flatten::<B>(x), DType::F32);
-            grads.register::<B>(node.id, product::<B>(B::float_transpose(x), q));
+            let x = B::float_transpose(readable::<B>(flatten::<B>(x)));
+            grads.register::<B>(node.id, factor_product::<B>(x, q));
         }
         if let (Some(node), Some(p)) = (node_b, state.p) {
             let p = scaled::<B>(p, state.scale);
-            grads.register::<B>(node.id, product::<B>(B::float_transpose(p), wide.clone()));
+            grads.register::<B>(node.id, transposed_factor_product::<B>(p, rows.clone()));
         }
         if let (Some(node), Some(dx)) = (node_x, dx) {
             grads.register::<B>(node.id, dx);
@@ -91,35 +86,16 @@ impl<B: HdPissaOps> Backward<B, 2> for AdapterWeight {
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let [node_a, node_b] = ops.parents;
         let WeightState { a, b, scale } = ops.state;
-        let g = cast::<B>(grads.consume::<B>(&ops.node), DType::F32);
+        let g = readable::<B>(grads.consume::<B>(&ops.node));
         if let Some(node) = node_a {
-            let grad = product::<B>(g.clone(), B::float_transpose(b));
+            let grad = factor_product::<B>(g.clone(), B::float_transpose(b));
             grads.register::<B>(node.id, scaled::<B>(grad, scale));
         }
         if let Some(node) = node_b {
-            let grad = product::<B>(B::float_transpose(a), g);
+            let grad = transposed_factor_product::<B>(a, g);
             grads.register::<B>(node.id, scaled::<B>(grad, scale));
         }
     }
-}
-
-/// Whether the backend computes `x · w` and `x · f` better together.
-fn fuses<B: HdPissaOps>(x: &FloatTensor<B>) -> bool {
-    B::prefers_fused_product(&x.device(), x.dtype())
-}
-
-/// [`HdPissaOps::hd_pissa_low_rank_product`] for `x: [.., d]`; the first result has its leading
-/// dimensions, the second is `[tokens, rank]`.
-fn low_rank_product<B: HdPissaOps>(
-    x: FloatTensor<B>,
-    w: FloatTensor<B>,
-    f: FloatTensor<B>,
-) -> (FloatTensor<B>, FloatTensor<B>) {
-    let mut shape = x.shape();
-    let last = shape.num_dims() - 1;
-    shape[last] = w.shape()[1];
-    let (y, p) = B::hd_pissa_low_rank_product(flatten::<B>(x), w, f);
-    (B::float_reshape(y, shape), p)
 }
 
 fn scaled<B: Backend>(x: FloatTensor<B>, scale: f64) -> FloatTensor<B> {
@@ -130,9 +106,9 @@ fn scaled<B: Backend>(x: FloatTensor<B>, scale: f64) -> FloatTensor<B> {
     }
 }
 
-impl<B: FusedProduct, C: CheckpointStrategy> FusedProduct for Autodiff<B, C> {
-    fn prefers_fused_product(device: &Device<Self>, dtype: DType) -> bool {
-        B::prefers_fused_product(device, dtype)
+impl<B: MixedProduct, C: CheckpointStrategy> MixedProduct for Autodiff<B, C> {
+    fn has_mixed_product(device: &Device<Self>, dtype: DType) -> bool {
+        B::has_mixed_product(device, dtype)
     }
 }
 
@@ -161,16 +137,13 @@ impl<B: HdPissaOps, C: CheckpointStrategy> HdPissaOps for Autodiff<B, C> {
                     p: None,
                     scale,
                 };
-                if b_tracked && fuses::<B>(&x) {
-                    let (y, p) = low_rank_product::<B>(x, w, a);
-                    state.p = Some(p);
-                    return prep.finish(state, y);
-                }
+                // What the next layer waits for first.
+                let y = B::hd_pissa_linear(x.clone(), w, a.clone(), b, scale);
                 state.p = b_tracked.then(|| {
-                    let x = cast::<B>(flatten::<B>(x.clone()), DType::F32);
-                    product::<B>(x, a.clone())
+                    let x = readable::<B>(flatten::<B>(x));
+                    factor_product::<B>(x, a)
                 });
-                prep.finish(state, B::hd_pissa_linear(x, w, a, b, scale))
+                prep.finish(state, y)
             }
             OpsKind::UnTracked(prep) => prep.finish(B::hd_pissa_linear(
                 x.into_primitive(),
@@ -205,15 +178,10 @@ impl<B: HdPissaOps, C: CheckpointStrategy> HdPissaOps for Autodiff<B, C> {
         }
     }
 
-    // The linear operation calls this on the backend below, inside its own forward and backward.
-    fn hd_pissa_low_rank_product(
-        x: FloatTensor<Self>,
-        w: FloatTensor<Self>,
-        f: FloatTensor<Self>,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let (x, w, f) = (x.into_primitive(), w.into_primitive(), f.into_primitive());
-        let (y, p) = B::hd_pissa_low_rank_product(x, w, f);
-        (Self::from_inner(y), Self::from_inner(p))
+    // The operations above call this on the backend below, inside their own forward and backward.
+    fn hd_pissa_factor_product(x: FloatTensor<Self>, f: FloatTensor<Self>) -> FloatTensor<Self> {
+        let (x, f) = (x.into_primitive(), f.into_primitive());
+        Self::from_inner(B::hd_pissa_factor_product(x, f))
     }
 
     // A step happens outside the graph, on tensors without autodiff; a tensor that has it

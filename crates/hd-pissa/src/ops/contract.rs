@@ -19,7 +19,7 @@ use super::Rounding;
     Cube: cfg(feature = "cubecl-backend"),
     Fusion: cfg(feature = "fusion"),
 )]
-pub trait HdPissaOps: Backend + FusedProduct {
+pub trait HdPissaOps: Backend + MixedProduct {
     /// `x · w` for `x: [.., d_input]`, of rank 2 or more; shape `[.., d_output]`, dtype of `x`.
     ///
     /// The value does not depend on the factors. Its gradient is that of `x · (w + scale · a · b)`
@@ -36,23 +36,14 @@ pub trait HdPissaOps: Backend + FusedProduct {
         dense_linear::<Self>(x, w)
     }
 
-    /// `x · w` in the dtype of `x: [tokens, d]`, and `x · f` in `f32`, for `w: [d, n]` of the same
-    /// dtype and an `f32` factor `f: [d, rank]`: what a forward pass computes of `x` with `a`, and a
-    /// backward pass of the output's gradient with the transposed `w` and `b`.
+    /// `x · f` in `f32`, for `x: [m, n]` of any float dtype and an `f32` matrix `f: [n, rank]` of few
+    /// columns: the projections `x·a` and `G·bᵀ` and, of transposed operands, the gradients of the
+    /// factors.
     ///
-    /// Called where [`FusedProduct::prefers_fused_product`] says that reading `x` once is the better
-    /// way.
-    #[fusion(meta = |x, w, f| (
-        TensorSpec::new(Shape::new([x.shape[0], w.shape[1]]), x.dtype),
-        TensorSpec::new(Shape::new([x.shape[0], f.shape[1]]), f.dtype),
-    ))]
-    fn hd_pissa_low_rank_product(
-        x: FloatTensor<Self>,
-        w: FloatTensor<Self>,
-        f: FloatTensor<Self>,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let y = dense_linear::<Self>(x.clone(), w);
-        (y, product::<Self>(cast::<Self>(x, DType::F32), f))
+    /// Called where [`MixedProduct::has_mixed_product`] says that no copy of `x` in `f32` is made.
+    #[fusion(meta = |x, f| TensorSpec::new(Shape::new([x.shape[0], f.shape[1]]), f.dtype))]
+    fn hd_pissa_factor_product(x: FloatTensor<Self>, f: FloatTensor<Self>) -> FloatTensor<Self> {
+        product::<Self>(cast::<Self>(x, DType::F32), f)
     }
 
     /// `w` itself, with the gradient of `w + scale · a · b` with respect to `a` and `b`.
@@ -123,26 +114,26 @@ fn scalar(like: &TensorSpec) -> TensorSpec {
     TensorSpec::new(Shape::new([1]), like.dtype)
 }
 
-/// Which way of computing two products with the same left operand suits a backend. Apart from
-/// [`HdPissaOps`], because the answer is needed before anything is queued.
-pub trait FusedProduct: Backend {
-    /// Whether [`HdPissaOps::hd_pissa_low_rank_product`] is better than a product for each result
-    /// on `device`, for inputs and weights of `dtype`.
-    fn prefers_fused_product(device: &Device<Self>, dtype: DType) -> bool {
+/// What a backend can multiply. Apart from [`HdPissaOps`], because the answer is needed before
+/// anything is queued.
+pub trait MixedProduct: Backend {
+    /// Whether [`HdPissaOps::hd_pissa_factor_product`] reads operands of `dtype`, not `f32`, as they
+    /// lie.
+    fn has_mixed_product(device: &Device<Self>, dtype: DType) -> bool {
         let _ = (device, dtype);
         false
     }
 }
 
 /// Only backends compute.
-impl FusedProduct for Dispatch {}
+impl MixedProduct for Dispatch {}
 
 #[cfg(feature = "fusion")]
-impl<B: burn::backend::fusion::FusionBackend + FusedProduct> FusedProduct
+impl<B: burn::backend::fusion::FusionBackend + MixedProduct> MixedProduct
     for burn::backend::fusion::Fusion<B>
 {
-    fn prefers_fused_product(device: &Device<Self>, dtype: DType) -> bool {
-        B::prefers_fused_product(device, dtype)
+    fn has_mixed_product(device: &Device<Self>, dtype: DType) -> bool {
+        B::has_mixed_product(device, dtype)
     }
 }
 
@@ -166,12 +157,45 @@ pub(super) fn flatten<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {
 }
 
 /// `lhs · rhs` of two matrices; an empty inner dimension gives zeros on every backend.
-pub(super) fn product<B: Backend>(lhs: FloatTensor<B>, rhs: FloatTensor<B>) -> FloatTensor<B> {
+fn product<B: Backend>(lhs: FloatTensor<B>, rhs: FloatTensor<B>) -> FloatTensor<B> {
     let (rows, inner, cols) = (lhs.shape()[0], lhs.shape()[1], rhs.shape()[1]);
     if rows * inner * cols == 0 {
         return B::float_zeros(Shape::new([rows, cols]), &lhs.device(), lhs.dtype().into());
     }
     B::float_matmul(lhs, rhs)
+}
+
+/// `x` as [`factor_product`] takes it: as it lies where the backend reads its dtype, else in `f32`.
+pub(super) fn readable<B: HdPissaOps>(x: FloatTensor<B>) -> FloatTensor<B> {
+    if B::has_mixed_product(&x.device(), x.dtype()) {
+        x
+    } else {
+        cast::<B>(x, DType::F32)
+    }
+}
+
+/// `x · f` in `f32` for a [`readable`] matrix `x` and an `f32` matrix `f`.
+pub(super) fn factor_product<B: HdPissaOps>(
+    x: FloatTensor<B>,
+    f: FloatTensor<B>,
+) -> FloatTensor<B> {
+    if x.dtype() == DType::F32 {
+        product::<B>(x, f)
+    } else {
+        B::hd_pissa_factor_product(x, f)
+    }
+}
+
+/// `fᵀ · x` in `f32` for a [`readable`] matrix `x` and an `f32` matrix `f`.
+pub(super) fn transposed_factor_product<B: HdPissaOps>(
+    f: FloatTensor<B>,
+    x: FloatTensor<B>,
+) -> FloatTensor<B> {
+    if x.dtype() == DType::F32 {
+        product::<B>(B::float_transpose(f), x)
+    } else {
+        B::float_transpose(B::hd_pissa_factor_product(B::float_transpose(x), f))
+    }
 }
 
 pub(super) fn cast<B: Backend>(x: FloatTensor<B>, dtype: DType) -> FloatTensor<B> {

@@ -10,51 +10,34 @@ use burn_cubecl::{
     tensor::CubeTensor,
 };
 use hd_pissa_kernels::{
-    Buffer, FloatType, LowRankProduct, Matrix, Merge, MergePrecision, ShardedFactors,
-    is_fusion_preferred, low_rank_product, merge,
+    Buffer, FactorProduct, FloatType, Matrix, Merge, MergePrecision, ShardedFactors,
+    factor_product, merge,
 };
 
-use super::{FusedProduct, HdPissaOps, Rounding};
+use super::{HdPissaOps, MixedProduct, Rounding};
 
-impl FusedProduct for CubeBackend {
-    fn prefers_fused_product(device: &Device<Self>, dtype: DType) -> bool {
-        let client = device.client();
-        let dtype = match dtype {
-            DType::F32 => FloatType::F32,
-            DType::F16 => FloatType::F16,
-            DType::BF16 => FloatType::BF16,
-            _ => return false,
-        };
-        dtype.is_supported(&client) && is_fusion_preferred(&client, dtype)
+impl MixedProduct for CubeBackend {
+    fn has_mixed_product(device: &Device<Self>, dtype: DType) -> bool {
+        known(dtype).is_some_and(|dtype| dtype.is_supported(&device.client()))
     }
 }
 
 impl HdPissaOps for CubeBackend {
-    fn hd_pissa_low_rank_product(
-        x: FloatTensor<Self>,
-        w: FloatTensor<Self>,
-        f: FloatTensor<Self>,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let [x, w, f] = [x, w, f].map(untile);
-        let tokens = x.shape()[0];
-        let empty = |columns: usize, dtype: DType| {
-            let shape = Shape::new([tokens, columns]);
-            empty_device_contiguous_dtype(x.client.clone(), x.device.clone(), shape, dtype)
-        };
-        let (y, p) = (empty(w.shape()[1], x.dtype), empty(f.shape()[1], f.dtype));
-        let [input, weight, factor, output, projection] = [&x, &w, &f, &y, &p].map(matrix);
-        let arguments = LowRankProduct {
+    fn hd_pissa_factor_product(x: FloatTensor<Self>, f: FloatTensor<Self>) -> FloatTensor<Self> {
+        let [x, f] = [x, f].map(untile);
+        let shape = Shape::new([x.shape()[0], f.shape()[1]]);
+        let (client, device) = (x.client.clone(), x.device.clone());
+        let p = empty_device_contiguous_dtype(client, device, shape, f.dtype);
+        let [input, factor, output] = [&x, &f, &p].map(matrix);
+        let arguments = FactorProduct {
             input,
-            weight,
             factor,
-            bias: None,
             output,
-            projection,
         };
-        if let Err(error) = low_rank_product(&x.client, arguments) {
-            panic!("multiplying on {:?}: {error}", x.device);
+        if let Err(error) = factor_product(&x.client, arguments) {
+            panic!("multiplying by a factor on {:?}: {error}", x.device);
         }
-        (y, p)
+        p
     }
 
     fn hd_pissa_merge(
@@ -182,15 +165,16 @@ fn matrix(tensor: &CubeTensor) -> Matrix {
         handle: tensor.handle.clone(),
         shape: [shape[0], shape[1]],
         strides: [strides[0], strides[1]],
-        dtype: float_type(tensor.dtype),
+        dtype: known(tensor.dtype)
+            .unwrap_or_else(|| panic!("{:?} is refused when adapters are attached", tensor.dtype)),
     }
 }
 
-fn float_type(dtype: DType) -> FloatType {
+fn known(dtype: DType) -> Option<FloatType> {
     match dtype {
-        DType::F32 => FloatType::F32,
-        DType::F16 => FloatType::F16,
-        DType::BF16 => FloatType::BF16,
-        other => panic!("weights of dtype {other:?} are refused when adapters are attached"),
+        DType::F32 => Some(FloatType::F32),
+        DType::F16 => Some(FloatType::F16),
+        DType::BF16 => Some(FloatType::BF16),
+        _ => None,
     }
 }

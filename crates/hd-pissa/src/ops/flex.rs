@@ -11,10 +11,10 @@ use rayon::prelude::*;
 
 use super::contract::cast;
 use super::rounding::Half;
-use super::{FusedProduct, HdPissaOps, Rounding};
+use super::{HdPissaOps, MixedProduct, Rounding};
 
 /// Flex has no kernel that computes both.
-impl FusedProduct for Flex {}
+impl MixedProduct for Flex {}
 
 impl HdPissaOps for Flex {
     fn hd_pissa_merge(

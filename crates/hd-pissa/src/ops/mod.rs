@@ -10,7 +10,7 @@ mod flex;
 mod rounding;
 mod tensor;
 
-pub use contract::{FusedProduct, HdPissaOps};
+pub use contract::{HdPissaOps, MixedProduct};
 pub use rounding::{Rounding, StochasticKey};
 pub(crate) use tensor::{MergeInputs, count_non_finite, is_supported, merge_rounded, merge_split};
 pub use tensor::{adapter_linear, adapter_weight, merge};
