@@ -24,6 +24,10 @@ const FORMAT_VERSION: u64 = 1;
 const FORMAT_KEY: &str = "hd_pissa.format_version";
 const STEPS_KEY: &str = "hd_pissa.steps";
 
+/// Most of what more gathers gain (the book's chapter on workers); each is one more pass of the inner
+/// optimizer over the model.
+const DEFAULT_GATHERS: NonZeroUsize = NonZeroUsize::new(4).unwrap();
+
 /// Steps of a model with HD-PiSSA adapters: a Burn optimizer turns each shard's gradients into
 /// deltas of its factors, all deltas are gathered, and every weight takes
 ///
@@ -102,7 +106,7 @@ impl HdPissaOptimizer {
             max_grad_norm: None,
             fingerprint_every: NonZeroU64::new(50),
             wire: WireDtype::default(),
-            gathers: NonZeroUsize::MIN,
+            gathers: DEFAULT_GATHERS,
             roster: None,
             measure: false,
             update_norm: None,
@@ -146,7 +150,7 @@ impl HdPissaOptimizer {
     }
 
     /// Gathers the deltas in up to so many groups of weights, of about the same size: while one
-    /// group is on its way, the inner optimizer steps the next. One by default. The weights come
+    /// group is on its way, the inner optimizer steps the next. Four by default. The weights come
     /// out the same. Every worker alike; a single worker gathers nothing.
     pub fn with_gathers(mut self, gathers: NonZeroUsize) -> Self {
         self.gathers = gathers;
