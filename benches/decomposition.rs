@@ -6,10 +6,11 @@ use std::time::Instant;
 
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::Tensor;
+use clap::Parser;
 use hd_pissa::{
     HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaModule, SvdMethod, SvdPrecision,
 };
-use hd_pissa_benches::{device, write_rows};
+use hd_pissa_benches::{device, size, write_rows};
 use serde::Serialize;
 
 const RANK: usize = 16;
@@ -28,11 +29,18 @@ struct Row {
     ns_per_unit: f64,
 }
 
+#[derive(Parser)]
+struct Options {
+    /// Sizes of weights, as in `1024x1024 2048x5632`.
+    #[arg(value_parser = size, default_values = ["576x1536", "1024x1024", "2048x2048"])]
+    sizes: Vec<[usize; 2]>,
+    /// Given by cargo.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
 fn main() {
-    let mut sizes: Vec<[usize; 2]> = std::env::args().filter_map(|text| size(&text)).collect();
-    if sizes.is_empty() {
-        sizes = vec![[576, 1536], [1024, 1024], [2048, 2048]];
-    }
+    let Options { sizes, .. } = Options::parse();
     let (name, device) = device();
     let device = device.autodiff();
     println!("{:>11} {:>5}  {:>9}", "shape", "in", "time");
@@ -70,11 +78,6 @@ fn main() {
         }
     }
     write_rows("decomposition", &rows, env!("CARGO_TARGET_TMPDIR"));
-}
-
-fn size(text: &str) -> Option<[usize; 2]> {
-    let (rows, columns) = text.split_once('x')?;
-    Some([rows.parse().ok()?, columns.parse().ok()?])
 }
 
 /// `W·bᵢᵀ` points along `aᵢ` for every component: `W` has not changed, and its singular vectors

@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use hd_pissa_benches::{alternate_within, device, median};
 
 use crate::rows::{Floor, Row};
-use crate::sample::{self, Host, assert_close, places};
+use crate::sample::{Host, assert_close, assert_product, places};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Float {
@@ -179,11 +179,7 @@ impl Bench {
             let operands = [&left, &right].map(|host| self.tensor(host, dtype));
             let product = || operands[0].clone().matmul(operands[1].clone());
             let found = self.values(product());
-            for place @ [i, j] in places([n, n]) {
-                let exact = sample::product(&left, &right, place);
-                let bound = self.error(dtype, n) * exact.magnitude;
-                assert_close("large product", place, found.at(i, j), exact.value, bound);
-            }
+            assert_product("large product", &found, &left, &right, self.error(dtype, n));
             let times = self.times(&mut [&mut || {
                 let _product = product();
                 self.sync();

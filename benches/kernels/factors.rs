@@ -5,8 +5,9 @@ use std::cell::RefCell;
 use burn::tensor::{DType, Tensor};
 
 use crate::device::{Bench, Float};
+use crate::direct;
 use crate::rows::{Floor, Row, Rows};
-use crate::sample::{Host, assert_close, places, product};
+use crate::sample::{Host, assert_product};
 
 /// `x · f`, or `xᵀ · f`, on the host. The factor is `f32` whatever the other is.
 pub struct Case {
@@ -26,17 +27,11 @@ pub struct Way<'a> {
 
 impl Case {
     fn verify(&self, way: &Way) {
-        let found = (way.result)();
-        let left = if self.is_gradient {
-            &self.x.transposed()
-        } else {
-            &self.x
+        let left = match self.is_gradient {
+            true => &self.x.transposed(),
+            false => &self.x,
         };
-        for place @ [i, j] in places([found.values.len() / found.columns, found.columns]) {
-            let exact = product(left, &self.f, place);
-            let bound = way.error * exact.magnitude;
-            assert_close(way.name, place, found.at(i, j), exact.value, bound);
-        }
+        assert_product(way.name, &(way.result)(), left, &self.f, way.error);
     }
 }
 
@@ -49,6 +44,7 @@ pub fn measure(
     floor: &Floor,
     rows: &mut Rows,
 ) {
+    let Some(client) = &bench.client else { return };
     for is_gradient in [false, true] {
         let inner = if is_gradient { tokens } else { d_input };
         let case = Case {
@@ -61,8 +57,7 @@ pub fn measure(
             bench.tensor(&case.f, Float::F32),
         );
         let result: RefCell<Option<Tensor<2>>> = RefCell::default();
-        #[allow(unused_mut, reason = "extended in a build with kernels")]
-        let mut ways = vec![Way {
+        let burn = Way {
             name: "Burn, in f32",
             work: Box::new(|| {
                 let wide = x.clone().cast(DType::F32);
@@ -73,15 +68,8 @@ pub fn measure(
             }),
             result: Box::new(|| bench.values(result.borrow().clone().expect("it ran"))),
             error: bench.error(Float::F32, inner),
-        }];
-        #[cfg(feature = "cubecl-kernels")]
-        if let Some(client) = &bench.client {
-            ways.push(crate::direct::factor_product(client, &case, dtype));
-        }
-        if ways.len() == 1 {
-            // Without kernels there is nothing to compare.
-            return;
-        }
+        };
+        let mut ways = [burn, direct::factor_product(client, &case, dtype)];
         for way in &mut ways {
             (way.work)();
             case.verify(way);

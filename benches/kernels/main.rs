@@ -3,7 +3,8 @@
 //! arithmetic, and these the least time that a job can take.
 //!
 //! `cargo bench -p hd-pissa-benches --bench kernels` measures Flex; `--features wgpu` or
-//! `--features cuda` a GPU, with the kernels called directly too. `-- --help` tells how to measure
+//! `--features cuda` a GPU, with the kernels called directly too; with `autotune` Burn's products are
+//! those of a build with its default features. `-- --help` tells how to measure
 //! less. The rows go to `bench/kernels.json`, where they replace those of the same device and case.
 //!
 //! Inputs are drawn anew for every case. Results are compared with sums in `f64` of some of their
@@ -13,6 +14,7 @@
 mod device;
 #[cfg(feature = "cubecl-kernels")]
 mod direct;
+#[cfg(feature = "cubecl-kernels")]
 mod factors;
 mod merges;
 mod products;
@@ -24,6 +26,7 @@ use std::path::PathBuf;
 use clap::{Parser, ValueEnum};
 
 use device::{Bench, Float};
+use hd_pissa_benches::size;
 use rows::{Floor, Rows};
 
 const SIZES: [[usize; 2]; 6] = [
@@ -39,6 +42,7 @@ const SIZES: [[usize; 2]; 6] = [
 enum Operation {
     Merge,
     Product,
+    /// With a factor alone; on GPUs.
     Factor,
 }
 
@@ -74,16 +78,6 @@ struct Options {
     /// Given by cargo.
     #[arg(long, hide = true)]
     bench: bool,
-}
-
-fn size(text: &str) -> Result<[usize; 2], String> {
-    let parts = text
-        .split_once('x')
-        .map(|(rows, columns)| (rows.parse(), columns.parse()));
-    match parts {
-        Some((Ok(rows), Ok(columns))) => Ok([rows, columns]),
-        _ => Err("a size is written as 576x1536".into()),
-    }
 }
 
 fn main() {
@@ -131,6 +125,7 @@ fn main() {
                         }
                     }
                 }
+                #[cfg(feature = "cubecl-kernels")]
                 if is_wanted(Operation::Factor) {
                     for &tokens in &options.tokens {
                         factors::measure(&bench, dtype, tokens, size, rank, &floor, &mut rows);

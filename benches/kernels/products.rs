@@ -8,7 +8,7 @@ use hd_pissa::ops::adapter_linear;
 
 use crate::device::{Bench, Float};
 use crate::rows::{Floor, Row, Rows};
-use crate::sample::{Host, assert_close, places, product};
+use crate::sample::{Host, assert_product};
 
 /// The operands on the host. The factor is `f32` whatever the others are.
 pub struct Case {
@@ -35,12 +35,8 @@ pub fn flops(tokens: usize, [d_input, d_output]: [usize; 2], rank: usize) -> f64
 impl Case {
     fn verify(&self, way: &Way) {
         for (found, right) in (way.result)().into_iter().zip([&self.w, &self.a]) {
-            let Some(found) = found else { continue };
-            let tokens = found.values.len() / found.columns;
-            for place @ [i, j] in places([tokens, found.columns]) {
-                let exact = product(&self.x, right, place);
-                let bound = way.error * exact.magnitude;
-                assert_close(way.name, place, found.at(i, j), exact.value, bound);
+            if let Some(found) = found {
+                assert_product(way.name, &found, &self.x, right, way.error);
             }
         }
     }

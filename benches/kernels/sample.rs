@@ -11,6 +11,7 @@ impl Host {
         f64::from(self.values[row * self.columns + column])
     }
 
+    #[cfg(feature = "cubecl-kernels")]
     pub fn transposed(&self) -> Self {
         let rows = self.values.len() / self.columns;
         let places = (0..self.values.len()).map(|k| k % rows * self.columns + k / rows);
@@ -43,12 +44,26 @@ impl Exact {
 }
 
 /// Element `[i, j]` of `left · right`.
-pub fn product(left: &Host, right: &Host, [i, j]: [usize; 2]) -> Exact {
+fn product(left: &Host, right: &Host, [i, j]: [usize; 2]) -> Exact {
     let mut exact = Exact::default();
     for k in 0..left.columns {
         exact.add(left.at(i, k), right.at(k, j));
     }
     exact
+}
+
+/// Some elements of `found` against those of `left · right`, to within `error` of the sum of the absolute
+/// values of their terms.
+///
+/// # Panics
+///
+/// If an element is further off, or NaN.
+pub fn assert_product(what: &str, found: &Host, left: &Host, right: &Host, error: f64) {
+    for place @ [i, j] in places([found.values.len() / found.columns, found.columns]) {
+        let exact = product(left, right, place);
+        let bound = error * exact.magnitude;
+        assert_close(what, place, found.at(i, j), exact.value, bound);
+    }
 }
 
 /// # Panics

@@ -33,6 +33,17 @@ pub fn device() -> (&'static str, Device) {
     }
 }
 
+/// Rows and columns, written as `576x1536`, for a command line.
+pub fn size(text: &str) -> Result<[usize; 2], String> {
+    let parts = text
+        .split_once('x')
+        .map(|(rows, columns)| (rows.parse(), columns.parse()));
+    match parts {
+        Some((Ok(rows), Ok(columns))) => Ok([rows, columns]),
+        _ => Err("a size is written as 576x1536".into()),
+    }
+}
+
 /// Milliseconds of each of `works`, called in turn `PAIRS` times after three rounds of warm-up.
 ///
 /// `works` wait for the device themselves. The order turns round from one round to the next, so

@@ -56,9 +56,9 @@ pub enum KernelError {
     #[error("{cubes:?} tiles exceed the device's limit of {limit:?}")]
     TooManyTiles {
         /// Tiles per dimension.
-        cubes: [u64; 2],
+        cubes: [u64; 3],
         /// The device's limit per dimension.
-        limit: [u32; 2],
+        limit: [u32; 3],
     },
     /// A half-precision merge with [`MergePrecision::Split`](crate::MergePrecision::Split) came
     /// without the buffer of the low halves.

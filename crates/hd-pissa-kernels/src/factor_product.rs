@@ -3,7 +3,7 @@ use cubecl::prelude::*;
 
 use crate::merge::cube_count;
 use crate::product::operand;
-use crate::tile::{self, Access, Operand, Tile, Window, accumulate, accumulators};
+use crate::tile::{self, Access, Operand, Tile, Window, accumulate_stage, accumulators};
 use crate::{FloatType, KernelError, Matrix, reduce};
 
 /// The arguments of [`factor_product`].
@@ -20,9 +20,10 @@ pub struct FactorProduct {
     pub output: Matrix,
 }
 
-/// Inner steps that are worth a cube of their own.
+/// Inner steps that are worth a cube of their own. This and the next are estimates for large GPUs,
+/// tuned on none.
 const LEAST_CHUNK: usize = 128;
-/// Cubes per multiprocessor that hide the time of their loads.
+/// Cubes per multiprocessor, so that some compute while others wait for memory.
 const CUBES_PER_MULTIPROCESSOR: usize = 8;
 
 /// `output = input · factor`, for a factor of few columns and a large input of any element type.
@@ -62,10 +63,7 @@ pub fn factor_product(client: &Client, product: FactorProduct) -> Result<(), Ker
     let tile = Tile::choose_narrow(rank);
     let cubes = [rank.div_ceil(tile.minor()), rows.div_ceil(tile.major())];
     let plan = Chunks::new(client, cubes[0] * cubes[1], rows * rank, depth, tile.depth);
-    let count = match cube_count(client, cubes)? {
-        CubeCount::Static(x, y, _) => CubeCount::Static(x, y, plan.count as u32),
-        other => other,
-    };
+    let count = cube_count(client, [cubes[0], cubes[1], plan.count])?;
     let (input_access, input_operand) = operand(&input, 0);
     let (factor_access, factor_operand) = operand(&factor, 1);
     let [input_size, factor_size] =
@@ -121,9 +119,7 @@ impl Chunks {
     /// For an output of `tiles` tiles with `elements` elements in all.
     fn new(client: &Client, tiles: usize, elements: usize, depth: usize, stage: usize) -> Self {
         let hardware = &client.properties().hardware;
-        // Without a count of multiprocessors: enough cubes for a desktop GPU.
-        let multiprocessors = hardware.num_streaming_multiprocessors.unwrap_or(32) as usize;
-        let wanted = (CUBES_PER_MULTIPROCESSOR * multiprocessors).div_ceil(tiles);
+        let wanted = (CUBES_PER_MULTIPROCESSOR * tile::multiprocessors(client)).div_ceil(tiles);
         // Places in the sums of all chunks are `i32` on some devices.
         let most = (depth / LEAST_CHUNK)
             .min(hardware.max_cube_count.2 as usize)
@@ -205,12 +201,7 @@ pub fn kernel<F: Float, NX: Size, NF: Size>(
             right_shape,
             factor_access,
         );
-        sync_cube();
-        #[unroll]
-        for q in 0..tile.depth {
-            accumulate(&mut totals, &left, &right, q, tile);
-        }
-        sync_cube();
+        accumulate_stage(&mut totals, &left, &right, tile);
         start += comptime!(tile.depth);
     }
 

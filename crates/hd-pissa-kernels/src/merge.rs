@@ -306,7 +306,7 @@ pub fn merge_with(
     if partials == 0 || sizes.inner() == 0 {
         return reduce::sum(client, None, merge.squares.clone(), merge.square_slot);
     }
-    let count = cube_count(client, cubes)?;
+    let count = cube_count(client, [cubes[0], cubes[1], 1])?;
     let strides = [weight.strides[1 - minor], weight.strides[minor]];
     let key = match merge.precision {
         MergePrecision::Stochastic(key) => key.words(),
@@ -353,15 +353,14 @@ pub fn merge_with(
     )
 }
 
-/// The grid of `[x, y]` tiles.
-pub(crate) fn cube_count(client: &Client, cubes: [usize; 2]) -> Result<CubeCount, KernelError> {
-    let (x, y, _) = client.properties().hardware.max_cube_count;
+/// The grid of `[x, y, z]` cubes.
+pub(crate) fn cube_count(client: &Client, cubes: [usize; 3]) -> Result<CubeCount, KernelError> {
+    let (x, y, z) = client.properties().hardware.max_cube_count;
+    let limit = [x, y, z];
     let cubes = cubes.map(|count| count as u64);
-    if cubes[0] > u64::from(x) || cubes[1] > u64::from(y) {
-        return Err(KernelError::TooManyTiles {
-            cubes,
-            limit: [x, y],
-        });
+    if (0..3).any(|axis| cubes[axis] > u64::from(limit[axis])) {
+        return Err(KernelError::TooManyTiles { cubes, limit });
     }
-    Ok(CubeCount::Static(cubes[0] as u32, cubes[1] as u32, 1))
+    let [x, y, z] = cubes.map(|count| count as u32);
+    Ok(CubeCount::Static(x, y, z))
 }

@@ -620,6 +620,7 @@ impl<L: CubePrimitive, R: CubePrimitive, Y: CubePrimitive> State<L, R, Y> {
 }
 
 /// The entry of the pipeline `G`: its types and sizes put in their places.
+#[allow(clippy::type_complexity)]
 #[cube(launch_unchecked, create_dummy_kernel)]
 pub fn kernel<F: Float, NX: Size, NW: Size, NY: Size, G: GlobalMatmulFamily<()>>(
     operands: &Operands<Vector<F, NX>, Vector<F, NW>, Vector<F, NY>>,

@@ -5,7 +5,7 @@ use cubecl::ir::features::MmaConfig;
 use cubecl::ir::{ElemType, FloatKind};
 use cubecl::prelude::*;
 
-use crate::tile::{Four, StageShape};
+use crate::tile::{Four, StageShape, multiprocessors};
 
 /// Units of a plane, and of the threads that share a fragment.
 pub(crate) const PLANE: usize = 32;
@@ -98,7 +98,7 @@ impl PlaneTile {
             return None;
         }
         let hardware = &client.properties().hardware;
-        let wanted = hardware.num_streaming_multiprocessors.unwrap_or(32) as usize;
+        let wanted = multiprocessors(client);
         let runs = |tile: &Self| {
             tile.shared_bytes() <= hardware.max_shared_memory_size
                 && tile.units() <= hardware.max_units_per_cube as usize

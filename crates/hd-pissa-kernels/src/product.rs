@@ -3,7 +3,7 @@ use cubecl::prelude::*;
 
 use crate::merge::cube_count;
 use crate::tile::{
-    self, Access, Four, Operand, OperandLaunch, Tile, Window, accumulate, accumulators,
+    self, Access, Four, Operand, OperandLaunch, Tile, Window, accumulate_stage, accumulators,
 };
 use crate::{Buffer, FloatType, KernelError, Matrix};
 
@@ -71,7 +71,7 @@ pub fn low_rank_product(client: &Client, product: LowRankProduct) -> Result<(), 
     if cubes[0] * cubes[1] == 0 {
         return Ok(());
     }
-    let count = cube_count(client, cubes)?;
+    let count = cube_count(client, [cubes[0], cubes[1], 1])?;
 
     // Tiles lie along the tokens of the input and along the columns of the right operands.
     let (input_access, input_operand) = operand(&input, 0);
@@ -309,12 +309,7 @@ pub fn kernel<F: Float, NX: Size, NW: Size, NA: Size, NY: Size>(
                 factor_access,
             );
         }
-        sync_cube();
-        #[unroll]
-        for q in 0..depth {
-            accumulate(&mut sums, &left, &right, q, tile);
-        }
-        sync_cube();
+        accumulate_stage(&mut sums, &left, &right, tile);
         start += depth;
     }
 

@@ -107,8 +107,7 @@ impl Tile {
     /// multiprocessor; the smallest if none does.
     pub(crate) fn choose(client: &Client, major: usize, minor: usize, parts: usize) -> Self {
         let hardware = &client.properties().hardware;
-        // Without a count of multiprocessors: enough cubes for a desktop GPU.
-        let wanted = hardware.num_streaming_multiprocessors.unwrap_or(32) as usize;
+        let wanted = multiprocessors(client);
         Self::ALL
             .into_iter()
             .find(|tile| {
@@ -119,6 +118,12 @@ impl Tile {
             })
             .unwrap_or(Self::SMALL)
     }
+}
+
+/// The device's multiprocessors; where it does not say, those of a desktop GPU.
+pub(crate) fn multiprocessors(client: &Client) -> usize {
+    let hardware = &client.properties().hardware;
+    hardware.num_streaming_multiprocessors.unwrap_or(32) as usize
 }
 
 /// Vectors per depth step of a stage for a tile of `width` elements. One more than the elements
@@ -378,4 +383,21 @@ pub(crate) fn accumulate(
             }
         }
     }
+}
+
+/// Adds a pair of stages to the accumulators once the cube has filled them, and waits until no unit
+/// reads them any more.
+#[cube]
+pub(crate) fn accumulate_stage(
+    sums: &mut Array<Four>,
+    major: &Shared<[Four]>,
+    minor: &Shared<[Four]>,
+    #[comptime] tile: Tile,
+) {
+    sync_cube();
+    #[unroll]
+    for q in 0..tile.depth {
+        accumulate(sums, major, minor, q, tile);
+    }
+    sync_cube();
 }

@@ -139,6 +139,19 @@ struct Kernel {
     build: Box<dyn Fn(u32) -> String + Send + Sync>,
 }
 
+impl Kernel {
+    fn ours(
+        name: impl Into<String>,
+        build: impl Fn(u32) -> String + Send + Sync + 'static,
+    ) -> Self {
+        Self {
+            name: name.into(),
+            borrowed: false,
+            build: Box::new(build),
+        }
+    }
+}
+
 /// Every merge that [`hd_pissa_kernels::merge`] can launch.
 fn merges(kernels: &mut Vec<Kernel>) {
     for dtype in TYPES {
@@ -205,11 +218,7 @@ fn merges(kernels: &mut Vec<Kernel>) {
                     );
                     cpp(kernel, version)
                 };
-                kernels.push(Kernel {
-                    name,
-                    borrowed: false,
-                    build: Box::new(build),
-                });
+                kernels.push(Kernel::ours(name, build));
             }
         }
     }
@@ -311,11 +320,7 @@ fn products(kernels: &mut Vec<Kernel>) {
                         );
                         cpp(kernel, version)
                     };
-                    kernels.push(Kernel {
-                        name,
-                        borrowed: false,
-                        build: Box::new(build),
-                    });
+                    kernels.push(Kernel::ours(name, build));
                 }
             }
         }
@@ -369,11 +374,7 @@ fn factor_products(kernels: &mut Vec<Kernel>) {
                     );
                     cpp(kernel, version)
                 };
-                kernels.push(Kernel {
-                    name,
-                    borrowed: false,
-                    build: Box::new(build),
-                });
+                kernels.push(Kernel::ours(name, build));
             }
         }
     }
@@ -396,11 +397,7 @@ fn reductions(kernels: &mut Vec<Kernel>) {
             cpp(kernel, version)
         };
         let name = format!("count non-finite {dtype:?}");
-        kernels.push(Kernel {
-            name,
-            borrowed: false,
-            build: Box::new(build),
-        });
+        kernels.push(Kernel::ours(name, build));
     }
     let build = |version| {
         let kernel = reduce::sum::create_dummy_kernel(
@@ -416,11 +413,7 @@ fn reductions(kernels: &mut Vec<Kernel>) {
         );
         cpp(kernel, version)
     };
-    kernels.push(Kernel {
-        name: "sum of partial sums".into(),
-        borrowed: false,
-        build: Box::new(build),
-    });
+    kernels.push(Kernel::ours("sum of partial sums", build));
     let build = |version| {
         let kernel = reduce::sum_chunks::create_dummy_kernel(
             properties(version),
@@ -438,11 +431,7 @@ fn reductions(kernels: &mut Vec<Kernel>) {
         );
         cpp(kernel, version)
     };
-    kernels.push(Kernel {
-        name: "sum of chunks".into(),
-        borrowed: false,
-        build: Box::new(build),
-    });
+    kernels.push(Kernel::ours("sum of chunks", build));
 }
 
 /// The end of the last array that the source places in dynamic shared memory, of which the assembler

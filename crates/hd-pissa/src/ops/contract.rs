@@ -167,7 +167,7 @@ fn product<B: Backend>(lhs: FloatTensor<B>, rhs: FloatTensor<B>) -> FloatTensor<
 
 /// `x` as [`factor_product`] takes it: as it lies where the backend reads its dtype, else in `f32`.
 pub(super) fn readable<B: HdPissaOps>(x: FloatTensor<B>) -> FloatTensor<B> {
-    if B::has_mixed_product(&x.device(), x.dtype()) {
+    if x.dtype() == DType::F32 || B::has_mixed_product(&x.device(), x.dtype()) {
         x
     } else {
         cast::<B>(x, DType::F32)

@@ -13,7 +13,7 @@ use super::contract::cast;
 use super::rounding::Half;
 use super::{HdPissaOps, MixedProduct, Rounding};
 
-/// Flex has no kernel that computes both.
+/// Flex multiplies matrices of one dtype.
 impl MixedProduct for Flex {}
 
 impl HdPissaOps for Flex {
