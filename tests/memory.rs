@@ -6,7 +6,7 @@ mod allocator;
 use std::sync::atomic::Ordering;
 
 use burn::module::Module;
-use burn::nn::{Linear, LinearConfig};
+use burn::nn::{Linear, LinearConfig, LinearLayout};
 use burn::optim::{AdamConfig, GradientsParams};
 use burn::tensor::{Device, Tensor};
 use hd_pissa::comm::Solo;
@@ -20,16 +20,23 @@ const D_OUTPUT: usize = 1536;
 const TOKENS: usize = 32;
 const WEIGHT_BYTES: usize = 4 * D_INPUT * D_OUTPUT;
 
-fn layer(device: &Device) -> Linear {
-    LinearConfig::new(D_INPUT, D_OUTPUT).init(device)
+fn layer(layout: LinearLayout, device: &Device) -> Linear {
+    LinearConfig::new(D_INPUT, D_OUTPUT)
+        .with_layout(layout)
+        .init(device)
 }
 
 fn config() -> HdPissaConfig {
     HdPissaConfig::new().with_rank(4).with_shards(2)
 }
 
-fn forward_backward(forward: impl FnOnce(Tensor<2>) -> Tensor<2>, device: &Device) -> usize {
-    let x = normal([TOKENS, D_INPUT], device).require_grad();
+/// The largest allocation of a forward and a backward pass with an input of the given shape.
+fn largest_of<const D: usize>(
+    shape: [usize; D],
+    forward: impl FnOnce(Tensor<D>) -> Tensor<D>,
+    device: &Device,
+) -> usize {
+    let x = normal(shape, device).require_grad();
     let (_, largest, _) = measure(|| {
         let grads = forward(x.clone()).square().sum().backward();
         x.grad(&grads).expect("the input is tracked");
@@ -37,30 +44,46 @@ fn forward_backward(forward: impl FnOnce(Tensor<2>) -> Tensor<2>, device: &Devic
     largest
 }
 
+/// Inputs of rank 2, 3 and 4, batches of one and of several, and both layouts of the weight.
 #[test]
 fn the_adapter_makes_no_tensor_of_the_weights_size() {
     let _guard = MEASURING.lock().unwrap();
     let device = Device::flex().autodiff();
-    let linear = layer(&device).apply_hd_pissa(&config(), 0..2).unwrap();
-    let lean = HdPissaLinear::from_linear(linear.clone());
-
-    // gemm packs blocks of an operand; that is bounded by its block sizes, not by the weight's.
-    let largest = forward_backward(|x| lean.forward(x), &device);
-    assert!(
-        largest < WEIGHT_BYTES / 2,
-        "{largest} of {WEIGHT_BYTES} bytes"
-    );
-    // The measurement sees a tensor of that size where there is one: Burn's layer computes the
-    // dense gradient, which the adapter projects.
-    let largest = forward_backward(|x| linear.forward(x), &device);
-    assert!(largest >= WEIGHT_BYTES, "{largest} of {WEIGHT_BYTES} bytes");
+    for layout in [LinearLayout::Row, LinearLayout::Col] {
+        let plain = layer(layout, &device).no_grad();
+        let adapted = plain.clone().apply_hd_pissa(&config(), 0..2).unwrap();
+        let lean = HdPissaLinear::from_linear(adapted.clone());
+        // Without gradients, and without an adapter, the layer is as lean.
+        let frozen = HdPissaLinear::from_linear(plain);
+        let valid = HdPissaLinear::from_linear(adapted.clone().freeze());
+        for (name, layer) in [("adapted", &lean), ("plain", &frozen), ("frozen", &valid)] {
+            for largest in [
+                largest_of([TOKENS, D_INPUT], |x| layer.forward(x), &device),
+                largest_of([1, TOKENS, D_INPUT], |x| layer.forward(x), &device),
+                largest_of([4, TOKENS / 4, D_INPUT], |x| layer.forward(x), &device),
+                largest_of([1, 1, TOKENS, D_INPUT], |x| layer.forward(x), &device),
+                largest_of([2, 4, TOKENS / 8, D_INPUT], |x| layer.forward(x), &device),
+            ] {
+                // gemm packs blocks of an operand; that is bounded by its block sizes, not by the
+                // weight's.
+                assert!(
+                    largest < WEIGHT_BYTES / 2,
+                    "{name}, {layout:?}: {largest} of {WEIGHT_BYTES} bytes"
+                );
+            }
+        }
+        // The measurement sees a tensor of that size where there is one: Burn's layer computes the
+        // dense gradient, which the adapter projects.
+        let largest = largest_of([TOKENS, D_INPUT], |x| adapted.forward(x), &device);
+        assert!(largest >= WEIGHT_BYTES, "{largest} of {WEIGHT_BYTES} bytes");
+    }
 }
 
 #[test]
 fn a_step_updates_the_weight_in_place() {
     let _guard = MEASURING.lock().unwrap();
     let device = Device::flex().autodiff();
-    let mut model: HdPissaLinear = layer(&device).into();
+    let mut model: HdPissaLinear = layer(LinearLayout::Row, &device).into();
     model = model.apply_hd_pissa(&config(), 0..2).unwrap();
     let adam = AdamConfig::new().with_epsilon(1e-8).init();
     let mut optim = HdPissaOptimizer::new(adam, Solo).unwrap();
@@ -111,7 +134,7 @@ fn a_step_updates_the_weight_in_place() {
 fn nothing_extra_without_gradients() {
     let _guard = MEASURING.lock().unwrap();
     let device = Device::flex().autodiff();
-    let adapted: HdPissaLinear = layer(&device)
+    let adapted: HdPissaLinear = layer(LinearLayout::Row, &device)
         .apply_hd_pissa(&config(), 0..2)
         .unwrap()
         .into();
@@ -121,7 +144,7 @@ fn nothing_extra_without_gradients() {
         drop(y);
         peak
     };
-    let plain: HdPissaLinear = layer(&device).no_grad().into();
+    let plain: HdPissaLinear = layer(LinearLayout::Row, &device).no_grad().into();
     let x = normal([TOKENS, D_INPUT], &device);
     // Once before measuring: thread-local buffers of the product are made at its first use.
     peak_of(&plain, &x);

@@ -1,3 +1,5 @@
+//! A linear layer that computes the adapter's gradients without a tensor of the weight's size.
+
 use burn::config::Config;
 use burn::module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay, Param};
 use burn::nn::{Linear, LinearConfig, LinearLayout};
@@ -93,11 +95,11 @@ impl HdPissaLinear {
     pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
         let bias = self.bias.as_ref().map(Param::val);
         let Some(adapter) = self.weight.reparameterization::<HdPissaAdapter>() else {
-            return linear(input, self.weight.val(), bias);
+            return dense(input, self.weight.val(), bias);
         };
         let weight = self.weight.base();
         let Some(shard) = adapter.selected() else {
-            return linear(input, weight, bias);
+            return dense(input, weight, bias);
         };
         let output = adapter_linear(input, weight, shard.a.val(), shard.b.val(), adapter.scale);
         match bias {
@@ -105,6 +107,23 @@ impl HdPissaLinear {
             None => output,
         }
     }
+}
+
+/// Burn's linear function, on an input whose leading dimensions are flattened to tokens: with more
+/// than two dimensions it copies the weight on some backends, as [`adapter_linear`] never does.
+fn dense<const D: usize>(
+    input: Tensor<D>,
+    weight: Tensor<2>,
+    bias: Option<Tensor<1>>,
+) -> Tensor<D> {
+    let mut dims = input.dims();
+    if D == 2 || input.shape().num_elements() == 0 {
+        return linear(input, weight, bias);
+    }
+    let d_input = dims[D - 1];
+    let tokens = dims[..D - 1].iter().product();
+    dims[D - 1] = weight.dims()[1];
+    linear(input.reshape([tokens, d_input]), weight, bias).reshape(dims)
 }
 
 impl From<Linear> for HdPissaLinear {

@@ -137,15 +137,15 @@ impl<B: burn::backend::fusion::FusionBackend + MixedProduct> MixedProduct
     }
 }
 
-/// `x · w` for `x: [.., d_input]`; zero rows give a tensor with zero rows.
+/// `x · w` for `x: [.., d_input]`, as one product of two matrices.
+///
+/// Burn's own `linear` gives the weight as many dimensions as `x` where `x` has a batch of one. A
+/// transposed weight is copied for that, and the batched product of Flex runs on one thread.
 pub(super) fn dense_linear<B: Backend>(x: FloatTensor<B>, w: FloatTensor<B>) -> FloatTensor<B> {
     let mut shape = x.shape();
-    if shape.num_elements() == 0 {
-        let last = shape.num_dims() - 1;
-        shape[last] = w.shape()[1];
-        return B::float_zeros(shape, &x.device(), x.dtype().into());
-    }
-    B::linear(x, w, None)
+    let last = shape.num_dims() - 1;
+    shape[last] = w.shape()[1];
+    B::float_reshape(product::<B>(flatten::<B>(x), w), shape)
 }
 
 /// `x` with its leading dimensions flattened: `[tokens, d]`.
