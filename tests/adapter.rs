@@ -7,7 +7,7 @@ use burn::store::ModuleRecord;
 use burn::tensor::{DType, Device, Tensor};
 use hd_pissa::{
     HdPissa, HdPissaAdapter, HdPissaConfig, HdPissaError, HdPissaLinear, HdPissaLinearConfig,
-    HdPissaModule, PissaConfig, PissaModule, TargetRank,
+    HdPissaModule, LeftOut, LeftOutReason, PissaConfig, PissaModule, TargetRank,
 };
 use hd_pissa_tests::{Dense, Lean, assert_close, base, bits, normal, values};
 
@@ -329,6 +329,15 @@ fn bad_configurations_are_typed_errors() {
         "`second.weight` of shape [17, 11] has 11 principal components, but 3 shards of rank 4 \
          need 12: the largest rank for 3 shards is 3, the largest number of shards of rank 4 is 2"
     );
+    // Not even the product of both fits.
+    for config in [
+        config().with_rank(usize::MAX),
+        config().with_shards(usize::MAX),
+    ] {
+        let error = model.clone().apply_hd_pissa(&config, [0]).unwrap_err();
+        let needed = format!("need {}", usize::MAX);
+        assert!(error.to_string().contains(&needed), "{error}");
+    }
     for alpha in [f64::NAN, f64::INFINITY, 0.0, -1.0] {
         let error = refuse(config().with_alpha(Some(alpha)));
         assert!(
@@ -367,6 +376,37 @@ fn bad_configurations_are_typed_errors() {
         matches!(error, HdPissaError::NonFiniteWeight { path, count: 187, .. } if path == "second.weight")
     );
 
+    // Factors of zeros would have no gradient for ever, and those of a rank that is not there
+    // would be rounding noise.
+    let mut zero = model.clone();
+    zero.second.weight = zero.second.weight.map(|w| w * 0.0);
+    let path = String::from("second.weight");
+    assert_eq!(
+        zero.clone().apply_hd_pissa(&config(), 0..3).unwrap_err(),
+        HdPissaError::ZeroWeight { path: path.clone() }
+    );
+    assert_eq!(
+        config().plan(&zero).unwrap_err(),
+        HdPissaError::ZeroWeight { path: path.clone() }
+    );
+    let pissa = PissaConfig::new().with_rank(2);
+    let error = zero.apply_pissa(&pissa).unwrap_err();
+    assert_eq!(error, HdPissaError::ZeroWeight { path: path.clone() });
+    let mut thin = model.clone();
+    let (column, row) = (normal([17, 5], &device), normal([5, 11], &device));
+    thin.second.weight = thin.second.weight.map(|_| column.matmul(row));
+    let expected = HdPissaError::RankDeficient {
+        path,
+        numeric_rank: 5,
+        needed: 6,
+    };
+    assert_eq!(config().plan(&thin).unwrap_err(), expected);
+    assert_eq!(
+        thin.clone().apply_hd_pissa(&config(), 0..3).unwrap_err(),
+        expected
+    );
+    thin.apply_hd_pissa(&config().with_shards(2), 0..2).unwrap();
+
     let mut double = model;
     double.first.weight = double.first.weight.map(|w| w.cast(DType::F64));
     let error = double.apply_hd_pissa(&config(), 0..3).unwrap_err();
@@ -386,6 +426,65 @@ fn selecting_a_shard_that_is_not_hosted_panics() {
         .apply_hd_pissa(&config(), 0..3)
         .unwrap();
     model.select_shard(3);
+}
+
+/// Burn's own transformer, whose attention has a layer called `output`, with a head behind it and
+/// fields whose names contain `head`.
+#[derive(Module, Debug)]
+struct Tagger {
+    multi_head_body: burn::nn::transformer::TransformerEncoder,
+    embedding: burn::nn::Embedding,
+    head_norm: Linear,
+    head: Linear,
+}
+
+#[test]
+fn default_targets_leave_out_heads_by_the_name_of_the_layer() {
+    let device = Device::flex();
+    let encoder = burn::nn::transformer::TransformerEncoderConfig::new(12, 24, 2, 1);
+    let model = Tagger {
+        multi_head_body: encoder.init(&device),
+        embedding: burn::nn::EmbeddingConfig::new(20, 12).init(&device),
+        head_norm: LinearConfig::new(12, 12).init(&device),
+        head: LinearConfig::new(12, 20).init(&device),
+    };
+    let plan = config().plan(&model).unwrap();
+    let mut paths: Vec<&str> = plan.weights.iter().map(|w| w.path.as_str()).collect();
+    paths.sort_unstable();
+    let expected = [
+        "head_norm.weight",
+        "multi_head_body.layers.0.mha.key.weight",
+        "multi_head_body.layers.0.mha.output.weight",
+        "multi_head_body.layers.0.mha.query.weight",
+        "multi_head_body.layers.0.mha.value.weight",
+        "multi_head_body.layers.0.pwff.linear_inner.weight",
+        "multi_head_body.layers.0.pwff.linear_outer.weight",
+    ];
+    assert_eq!(paths, expected);
+    let left_out = |path: &str, shape, reason| LeftOut {
+        path: path.into(),
+        shape,
+        reason,
+    };
+    let expected = [
+        left_out("embedding.weight", [20, 12], LeftOutReason::NotLinear),
+        left_out("head.weight", [12, 20], LeftOutReason::Head),
+    ];
+    assert_eq!(plan.left_out, expected);
+    let table = plan.to_string();
+    for line in [
+        "left out: not the weight of a linear layer",
+        "left out: a head, by its layer's name",
+    ] {
+        assert!(table.contains(line), "{table}");
+    }
+    // What is named is adapted, head or not.
+    let named = config().with_targets(Some(ParamGroup::from_regex(r"^head\.weight$").unwrap()));
+    let plan = named.plan(&model).unwrap();
+    assert_eq!(plan.weights.len(), 1);
+    assert_eq!(plan.left_out.len(), 8);
+    let reasons = plan.left_out.iter().map(|left_out| left_out.reason);
+    assert!(reasons.eq([LeftOutReason::NotTargeted; 8]));
 }
 
 #[test]

@@ -1,3 +1,5 @@
+//! Settings of the adapters.
+
 use burn::config::Config;
 use burn::module::ParamGroup;
 
@@ -74,8 +76,9 @@ pub struct HdPissaConfig {
     pub alpha: Option<f64>,
     /// The weights to adapt, by path or id; every rank-2 parameter it matches.
     ///
-    /// `None` takes the `weight` of every `Linear` and [`HdPissaLinear`](crate::HdPissaLinear)
-    /// whose path does not match `(lm_head|head|output)`.
+    /// `None` takes the `weight` of every `Linear` and [`HdPissaLinear`](crate::HdPissaLinear),
+    /// except of layers called `lm_head` or `head`. [`plan`](HdPissaConfig::plan) shows what is
+    /// left out, and why.
     #[config(default = "None")]
     pub targets: Option<ParamGroup>,
     /// Ranks that differ from `rank`; of several that match a weight the last one counts.

@@ -1,3 +1,5 @@
+//! Why adapters cannot be attached.
+
 use burn::tensor::DType;
 use hd_pissa_comm::CommError;
 
@@ -29,7 +31,7 @@ pub enum HdPissaError {
         "`{path}` of shape [{d_input}, {d_output}] has {} principal components, but {shards} \
          shards of rank {rank} need {}: the largest rank for {shards} shards is {}, the largest \
          number of shards of rank {rank} is {}",
-        d_input.min(d_output), shards * rank, d_input.min(d_output) / shards,
+        d_input.min(d_output), shards.saturating_mul(*rank), d_input.min(d_output) / shards,
         d_input.min(d_output) / rank
     )]
     RankTooLarge {
@@ -90,6 +92,30 @@ pub enum HdPissaError {
         row: usize,
         /// Column of the first one.
         col: usize,
+    },
+    /// Every element of the weight is zero. It has no principal components: the gradients of all
+    /// factors would be zero in every step.
+    #[error(
+        "`{path}` holds nothing but zeros, so that its adapter could never train it; initialize it, \
+         or leave it out of the targets"
+    )]
+    ZeroWeight {
+        /// Path of the weight.
+        path: String,
+    },
+    /// The weight has fewer singular values above rounding than its adapter needs.
+    #[error(
+        "`{path}` has the numeric rank {numeric_rank}, but its shards need {needed} principal \
+         components: the factors of the last ones would be rounding noise; give it a lower rank \
+         with target_ranks, take fewer shards, or leave it out of the targets"
+    )]
+    RankDeficient {
+        /// Path of the weight.
+        path: String,
+        /// Number of singular values above `max(d_input, d_output) · 2⁻²³` of the largest one.
+        numeric_rank: usize,
+        /// Number of shards times rank.
+        needed: usize,
     },
     /// The singular value decomposition did not converge.
     #[error("the singular value decomposition of `{path}` did not converge")]

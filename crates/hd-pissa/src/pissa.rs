@@ -1,3 +1,5 @@
+//! PiSSA, a baseline: one adapter that starts at the principal components of the weight.
+
 use std::collections::HashMap;
 
 use burn::config::Config;
@@ -44,13 +46,14 @@ impl Pissa {
     ///
     /// See [`HdPissaError`].
     pub fn prepare<M: Module>(model: &M, config: &PissaConfig) -> Result<Self, HdPissaError> {
-        let (targets, _) = Selection {
+        let targets = Selection {
             targets: config.targets.as_ref(),
             rank: &|_, _| config.rank,
             shards: 1,
             alpha: config.alpha,
         }
-        .targets(model)?;
+        .choose(model)?
+        .targets;
         let scale = config.alpha.map_or(1.0, |alpha| alpha / config.rank as f64);
         let mut parts = HashMap::with_capacity(targets.len());
         for target in targets {

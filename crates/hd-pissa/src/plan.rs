@@ -2,15 +2,15 @@
 
 use std::fmt::{self, Display, Formatter};
 
-use burn::module::{Module, ModuleVisitor, Param, ParamGroup};
+use burn::module::{Module, ModuleVisitor, Param, ParamGroup, ParamId};
 use burn::tensor::{DType, Tensor};
 
 use crate::adapter::path::REPARAMETERIZATION;
 use crate::svd::{singular_values, window_energy};
 use crate::{HdPissaConfig, HdPissaError, ops};
 
-/// Paths that hold no target by default: language-model heads and output projections.
-const EXCLUDED: &str = "(lm_head|head|output)";
+/// Names of the layers that are no targets by default: heads, whose outputs are logits.
+const HEADS: [&str; 2] = ["lm_head", "head"];
 
 /// A weight chosen by the configuration, checked against it.
 #[derive(Debug)]
@@ -23,17 +23,14 @@ pub(crate) struct Target {
 /// How targets are chosen and sized; shared by HD-PiSSA and its baseline PiSSA.
 pub(crate) struct Selection<'a> {
     pub(crate) targets: Option<&'a ParamGroup>,
-    pub(crate) rank: &'a dyn Fn(&burn::module::ParamId, &str) -> usize,
+    pub(crate) rank: &'a dyn Fn(&ParamId, &str) -> usize,
     pub(crate) shards: usize,
     pub(crate) alpha: Option<f64>,
 }
 
 impl Selection<'_> {
-    /// The targets of `model` in traversal order, and the model's number of float parameters.
-    pub(crate) fn targets<M: Module>(
-        &self,
-        model: &M,
-    ) -> Result<(Vec<Target>, usize), HdPissaError> {
+    /// Which weights of `model` are targets and which are not.
+    pub(crate) fn choose<M: Module>(&self, model: &M) -> Result<Choice, HdPissaError> {
         if self.shards == 0 {
             return Err(HdPissaError::ZeroShards);
         }
@@ -44,32 +41,37 @@ impl Selection<'_> {
         }
         let mut finder = TargetFinder {
             selection: self,
-            excluded: ParamGroup::from_regex(EXCLUDED).expect("the pattern is valid"),
             stack: Vec::new(),
             candidates: Vec::new(),
-            targets: Vec::new(),
-            parameters: 0,
+            choice: Choice::default(),
             error: None,
         };
         model.visit(&mut finder);
         match finder.error {
             Some(error) => Err(error),
-            None if finder.targets.is_empty() => Err(HdPissaError::NoTarget {
+            None if finder.choice.targets.is_empty() => Err(HdPissaError::NoTarget {
                 candidates: finder.candidates,
             }),
-            None => Ok((finder.targets, finder.parameters)),
+            None => Ok(finder.choice),
         }
     }
 }
 
+/// The rank-2 parameters of a model, divided into targets and others, in traversal order.
+#[derive(Default)]
+pub(crate) struct Choice {
+    pub(crate) targets: Vec<Target>,
+    left_out: Vec<LeftOut>,
+    /// Float parameters of the model.
+    parameters: usize,
+}
+
 struct TargetFinder<'a> {
     selection: &'a Selection<'a>,
-    excluded: ParamGroup,
     /// Names and container types from the root.
     stack: Vec<(String, String)>,
     candidates: Vec<String>,
-    targets: Vec<Target>,
-    parameters: usize,
+    choice: Choice,
     error: Option<HdPissaError>,
 }
 
@@ -79,11 +81,23 @@ impl TargetFinder<'_> {
         names.join(".")
     }
 
-    fn is_linear_weight(&self) -> bool {
-        self.stack.last().is_some_and(|(name, container)| {
+    /// Why a parameter of rank 2 is no target, if it is none.
+    fn reason_to_leave_out(&self, id: &ParamId, path: &str) -> Option<LeftOutReason> {
+        if let Some(group) = self.selection.targets {
+            return (!group.matches(id, Some(path))).then_some(LeftOutReason::NotTargeted);
+        }
+        let is_linear = self.stack.last().is_some_and(|(name, container)| {
             name == "weight"
                 && matches!(container.as_str(), "Struct:Linear" | "Struct:HdPissaLinear")
-        })
+        });
+        if !is_linear {
+            return Some(LeftOutReason::NotLinear);
+        }
+        // The field that holds the layer; the last of the stack is `weight`.
+        let layer = self.stack.iter().rev().nth(1);
+        layer
+            .is_some_and(|(name, _)| HEADS.contains(&name.as_str()))
+            .then_some(LeftOutReason::Head)
     }
 
     fn check(&self, path: &str, rank: usize, weight: &Tensor<2>) -> Result<(), HdPissaError> {
@@ -137,7 +151,7 @@ impl ModuleVisitor for TargetFinder<'_> {
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        self.parameters += param.lazy_shape().num_elements();
+        self.choice.parameters += param.lazy_shape().num_elements();
         if D != 2 || self.error.is_some() {
             return;
         }
@@ -145,28 +159,28 @@ impl ModuleVisitor for TargetFinder<'_> {
         if path.rsplit('.').next() == Some("weight") {
             self.candidates.push(path.clone());
         }
-        let chosen = match self.selection.targets {
-            Some(group) => group.matches(&param.id, Some(&path)),
-            None => self.is_linear_weight() && !self.excluded.matches(&param.id, Some(&path)),
-        };
-        if !chosen {
+        if let Some(reason) = self.reason_to_leave_out(&param.id, &path) {
+            let shape = param.lazy_shape();
+            let shape = [shape[0], shape[1]];
+            self.choice.left_out.push(LeftOut {
+                path,
+                shape,
+                reason,
+            });
             return;
         }
         let rank = (self.selection.rank)(&param.id, &path);
         let weight = Tensor::<2>::from_dispatch(param.base().into_dispatch());
         match self.check(&path, rank, &weight) {
-            Ok(()) => self.targets.push(Target { path, rank, weight }),
+            Ok(()) => self.choice.targets.push(Target { path, rank, weight }),
             Err(error) => self.error = Some(error),
         }
     }
 }
 
 impl HdPissaConfig {
-    pub(crate) fn targets_of<M: Module>(
-        &self,
-        model: &M,
-    ) -> Result<(Vec<Target>, usize), HdPissaError> {
-        let rank = |id: &burn::module::ParamId, path: &str| {
+    pub(crate) fn choose<M: Module>(&self, model: &M) -> Result<Choice, HdPissaError> {
+        let rank = |id: &ParamId, path: &str| {
             self.target_ranks
                 .iter()
                 .rev()
@@ -179,7 +193,7 @@ impl HdPissaConfig {
             shards: self.shards,
             alpha: self.alpha,
         }
-        .targets(model)
+        .choose(model)
     }
 
     /// What [`apply_hd_pissa`](crate::HdPissaModule::apply_hd_pissa) would do to `model`: a dry
@@ -191,11 +205,16 @@ impl HdPissaConfig {
     ///
     /// Those of `apply_hd_pissa`, [`HdPissaError::InvalidHostedShards`] excepted.
     pub fn plan<M: Module>(&self, model: &M) -> Result<HdPissaPlan, HdPissaError> {
-        let (targets, parameters) = self.targets_of(model)?;
+        let Choice {
+            targets,
+            left_out,
+            parameters,
+        } = self.choose(model)?;
         let weights = targets
             .into_iter()
             .map(|target| {
-                let values = singular_values(&target.path, &target.weight, self.svd)?;
+                let count = self.shards * target.rank;
+                let values = singular_values(&target.path, &target.weight, self.svd, count)?;
                 Ok(PlannedWeight {
                     shape: target.weight.dims(),
                     energy: window_energy(&values, target.rank, self.shards),
@@ -206,6 +225,7 @@ impl HdPissaConfig {
             .collect::<Result<_, HdPissaError>>()?;
         Ok(HdPissaPlan {
             weights,
+            left_out,
             shards: self.shards,
             parameters,
         })
@@ -232,11 +252,45 @@ impl PlannedWeight {
     }
 }
 
+/// A rank-2 parameter that a configuration does not adapt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeftOut {
+    /// Path of the parameter.
+    pub path: String,
+    /// Its shape.
+    pub shape: [usize; 2],
+    /// Why it is no target.
+    pub reason: LeftOutReason,
+}
+
+/// Why a rank-2 parameter is no target. Prints as a clause.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LeftOutReason {
+    /// [`HdPissaConfig::targets`] does not match it.
+    NotTargeted,
+    /// It is not the weight of a linear layer, as an embedding's is not.
+    NotLinear,
+    /// It is the weight of a linear layer called `lm_head` or `head`.
+    Head,
+}
+
+impl Display for LeftOutReason {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::NotTargeted => "the targets do not match it",
+            Self::NotLinear => "not the weight of a linear layer",
+            Self::Head => "a head, by its layer's name; name it in the targets to adapt it",
+        })
+    }
+}
+
 /// The weights that a configuration adapts in a model, with their cost. Prints as a table.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HdPissaPlan {
     /// The adapted weights in traversal order.
     pub weights: Vec<PlannedWeight>,
+    /// The other rank-2 parameters in traversal order.
+    pub left_out: Vec<LeftOut>,
     /// Number of shards.
     pub shards: usize,
     /// Float parameters of the model without adapters.
@@ -269,6 +323,7 @@ impl Display for HdPissaPlan {
             .weights
             .iter()
             .map(|weight| weight.path.len())
+            .chain(self.left_out.iter().map(|left_out| left_out.path.len()))
             .max()
             .unwrap_or(0)
             .max("weight".len());
@@ -291,6 +346,15 @@ impl Display for HdPissaPlan {
                 format!("{}..{}", percent(first), percent(last)),
                 self.shards * weight.parameters_per_shard(),
                 self.shards * 4 * weight.parameters_per_shard(),
+            )?;
+        }
+        for left_out in &self.left_out {
+            writeln!(
+                f,
+                "{:width$}  {:>14}  left out: {}",
+                left_out.path,
+                format!("{}x{}", left_out.shape[0], left_out.shape[1]),
+                left_out.reason
             )?;
         }
         write!(

@@ -1,3 +1,5 @@
+//! Computing adapters and attaching them to a model.
+
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
@@ -49,8 +51,9 @@ impl HdPissa {
     ///
     /// # Errors
     ///
-    /// See [`HdPissaError`]; every check comes before the first decomposition, except that for
-    /// NaN and infinite values, which comes before that of its weight.
+    /// See [`HdPissaError`]. Every check of settings comes before the first decomposition. NaN and
+    /// infinite values, a weight of zeros and a weight of too low a rank are found when the turn of
+    /// that weight comes.
     pub fn prepare<M: Module>(
         model: &M,
         config: &HdPissaConfig,
@@ -85,7 +88,7 @@ impl Selected {
         hosted_shards: impl IntoIterator<Item = usize>,
     ) -> Result<Self, HdPissaError> {
         let hosted = check_hosted(hosted_shards.into_iter().collect(), config.shards)?;
-        let (targets, _) = config.targets_of(model)?;
+        let targets = config.choose(model)?.targets;
         if config.precision == MergePrecision::Plain {
             let half = targets.iter().filter(|target| is_half(&target.weight));
             if let Some(target) = half.clone().next() {
@@ -214,6 +217,10 @@ pub trait HdPissaModule: Module {
     /// `hosted_shards` are the shards whose gradients this worker computes: `0..config.shards` on
     /// a single worker. The values of all weights are unchanged, bit for bit. Module-owned flags
     /// (dropout, batch normalization) keep their state, as under Burn's `Lora`.
+    ///
+    /// An adapted weight takes no gradient of its own. `freeze()` stops the training of everything;
+    /// after `unfreeze()` a step is refused. `set_require_grad_group` lets other parameters train
+    /// beside the adapters.
     ///
     /// A [`Linear`](burn::nn::Linear) whose weight carries an adapter computes a dense gradient in
     /// its backward pass, of which the adapter takes the projection;
