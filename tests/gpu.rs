@@ -148,7 +148,7 @@ fn a_clone_is_unchanged_and_bad_steps_are_refused() {
         let grads = gradients(&model, bad);
         let error = optim.step(1e-2, model.clone(), grads).unwrap_err();
         assert!(
-            matches!(error.cause, OptimizerError::NonFinite { .. }),
+            matches!(error.cause, OptimizerError::NonFiniteGradient { .. }),
             "{}",
             error.cause
         );

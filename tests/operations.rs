@@ -1,7 +1,8 @@
 //! The adapter's operations against the dense formula and finite differences.
 
-use burn::tensor::{DType, Device, Tensor};
-use hd_pissa::ops::{adapter_linear, adapter_weight};
+use burn::backend::Dispatch;
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use hd_pissa::ops::{HdPissaOps, Rounding, adapter_linear, adapter_weight};
 use hd_pissa_tests::{assert_close, bits, normal, values};
 use proptest::prelude::*;
 
@@ -280,6 +281,168 @@ fn the_projected_weight_has_the_gradients_of_the_product() {
             1e-5,
         );
     }
+}
+
+/// Flex, and the GPU if this build has one.
+fn devices() -> Vec<Device> {
+    #[allow(unused_mut)]
+    let mut devices = vec![Device::flex()];
+    #[cfg(any(feature = "wgpu", feature = "cuda"))]
+    devices.extend(hd_pissa_tests::gpu());
+    devices
+}
+
+/// Counts and sums of squares against a loop in `f64`, with values that no `f32` sum can hold.
+#[test]
+fn row_statistics_are_those_of_a_plain_loop() {
+    for device in devices() {
+        for ([rows, columns], split) in
+            [([1, 1], 0), ([3, 35], 20), ([2, 4099], 4099), ([5, 33], 0)]
+        {
+            let x = normal([rows, columns], &Device::flex());
+            let mut host = values(x);
+            host[0] = f32::NAN;
+            host[columns - 1] = f32::NEG_INFINITY;
+            if rows > 1 {
+                host[columns + 1] = 3e38;
+                host[2 * columns - 1] = -2e30;
+            }
+            let data = TensorData::new(host.clone(), [rows, columns]);
+            let x = Tensor::<2>::from_data(data, &device);
+            let found = Dispatch::hd_pissa_row_statistics(x.into_dispatch(), split);
+            let found = values(Tensor::<2>::from_dispatch(found));
+            for (row, found) in host.chunks(columns).zip(found.chunks(4)) {
+                let sum = |values: &[f32]| -> f64 {
+                    let finite = values.iter().filter(|x| x.is_finite());
+                    finite.map(|&x| f64::from(x).powi(2)).sum()
+                };
+                let bad = row.iter().filter(|x| !x.is_finite()).count();
+                let (left, right) = (sum(&row[..split]), sum(&row[split..]));
+                let scaled = (left + right) * 2f64.powi(-160);
+                assert_eq!(found[0], bad as f32);
+                for (found, expected) in found[1..].iter().zip([left, right, scaled]) {
+                    let expected = expected as f32;
+                    let close = (found - expected).abs() <= 1e-5 * expected.abs();
+                    // The scaled sum is below the normal range where the others say all.
+                    let tiny = expected < 1e-30 && *found < 1e-30;
+                    assert!(*found == expected || close || tiny, "{found} {expected}");
+                }
+            }
+        }
+    }
+}
+
+/// The hash against its definition, for any strides, and what it must tell apart.
+#[test]
+fn fingerprints_are_as_defined_and_see_every_sign() {
+    fn mix(mut x: u32) -> u32 {
+        x ^= x >> 16;
+        x = x.wrapping_mul(0x85eb_ca6b);
+        x ^= x >> 13;
+        x = x.wrapping_mul(0xc2b2_ae35);
+        x ^ (x >> 16)
+    }
+    fn expected(bits: impl Iterator<Item = u32>) -> Vec<i32> {
+        let bits: Vec<u32> = bits.collect();
+        let word = |seed: u32| {
+            let terms = bits.iter().zip(0u32..);
+            let terms = terms.map(|(&bits, i)| mix(bits ^ mix(i ^ seed)));
+            terms.fold(0u32, u32::wrapping_add) as i32
+        };
+        [0x9e37_79b9, 0x85eb_ca77].map(word).to_vec()
+    }
+    fn found(x: Tensor<2>) -> Vec<i32> {
+        let words = Dispatch::hd_pissa_fingerprint(x.into_dispatch());
+        let words = Tensor::<1, Int>::from_dispatch(words).into_data();
+        words.iter::<i32>().collect()
+    }
+    for device in devices() {
+        let x = normal([7, 13], &Device::flex());
+        let host = values(x.clone());
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            if !device.supports_dtype(dtype) {
+                continue;
+            }
+            let x = Tensor::<2>::from_data(bits(&x.clone().cast(dtype)), (&device, dtype));
+            let rounded = values(x.clone().cast(DType::F32));
+            let expected = expected(rounded.iter().map(|x| x.to_bits()));
+            assert_eq!(found(x.clone()), expected, "{dtype:?}");
+            // The same values, held column by column.
+            let columns = (x.transpose() + 0.0).transpose();
+            assert_eq!(found(columns), expected, "{dtype:?}");
+        }
+        let flip = |elements: &[usize]| {
+            let mut host = host.clone();
+            for &element in elements {
+                host[element] = -host[element];
+            }
+            let data = TensorData::new(host, [7, 13]);
+            found(Tensor::from_data(data, &device))
+        };
+        let mut seen = vec![flip(&[])];
+        for i in 0..20 {
+            for j in i..20 {
+                let words = if i == j { flip(&[i]) } else { flip(&[i, j]) };
+                assert!(!seen.contains(&words), "signs of {i} and {j}");
+                seen.push(words);
+            }
+        }
+        let integers = Tensor::<2, Int>::from_data(
+            TensorData::from([[1i32, -1, i32::MIN], [i32::MAX, 0, 7]]),
+            (&device, DType::I32),
+        );
+        let words = Dispatch::hd_pissa_fingerprint_int(integers.into_dispatch());
+        let words = Tensor::<1, Int>::from_dispatch(words).into_data();
+        let host = [1i32, -1, i32::MIN, i32::MAX, 0, 7];
+        let words: Vec<i32> = words.iter::<i32>().collect();
+        assert_eq!(words, expected(host.iter().map(|&x| x as u32)));
+    }
+}
+
+/// An update whose parts cancel: `Δa = εa`, `Δb = −εb` leaves `−ε²·a·b`, and the Gram matrices of its
+/// parts are larger by `ε⁻²`.
+#[test]
+fn the_norm_of_an_update_that_cancels() {
+    let device = Device::flex();
+    let (d_input, d_output, rank, size) = (60, 50, 3, 1e-3f32);
+    let (a, b) = (
+        normal([d_input, rank], &device),
+        normal([rank, d_output], &device),
+    );
+    let pack = |a: Tensor<2>, b: Tensor<2>| {
+        let parts = vec![a.flatten::<1>(0, 1), b.flatten::<1>(0, 1)];
+        Tensor::cat(parts, 0).unsqueeze::<2>()
+    };
+    let (moved_a, moved_b) = (a.clone() * size, b.clone() * -size);
+    let zeros = Tensor::<1>::zeros([1], &device);
+    let (_, squares) = Dispatch::hd_pissa_merge(
+        Tensor::<2>::zeros([d_input, d_output], &device).into_dispatch(),
+        pack(a.clone(), b.clone()).into_dispatch(),
+        pack(moved_a.clone(), moved_b.clone()).into_dispatch(),
+        zeros.into_dispatch(),
+        rank,
+        Rounding::Nearest,
+        true,
+    );
+    let norm = Tensor::<1>::from_dispatch(squares)
+        .into_scalar::<f32>()
+        .sqrt();
+    let host = |t: Tensor<2>| -> Vec<f64> { values(t).iter().map(|&v| v.into()).collect() };
+    let (a, b, moved_a, moved_b) = (host(a), host(b), host(moved_a), host(moved_b));
+    let mut expected = 0.0;
+    for row in 0..d_input {
+        for column in 0..d_output {
+            let terms = (0..rank).map(|k| {
+                let (a, moved_a) = (a[row * rank + k], moved_a[row * rank + k]);
+                let (b, moved_b) = (b[k * d_output + column], moved_b[k * d_output + column]);
+                // As the merge holds it, in `f32`.
+                f64::from((a + moved_a) as f32) * moved_b + moved_a * b
+            });
+            expected += terms.sum::<f64>().powi(2);
+        }
+    }
+    let error = f64::from(norm) / expected.sqrt() - 1.0;
+    assert!(error.abs() < 1e-3, "{norm} {}", expected.sqrt());
 }
 
 #[test]

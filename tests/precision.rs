@@ -207,7 +207,10 @@ fn a_refused_step_and_a_clone_keep_the_companion() {
         bad.push(shard.index, own);
     }
     let refused = optim.step(2e-5, model, bad).err().unwrap();
-    assert!(matches!(refused.cause, OptimizerError::NonFinite { .. }));
+    assert!(matches!(
+        refused.cause,
+        OptimizerError::NonFiniteGradient { .. }
+    ));
     assert_eq!(joined(&refused.model), before);
     let next = train(refused.model, &mut optim, 3..4);
     assert_ne!(joined(&next), before);

@@ -120,7 +120,7 @@ fn what_rounding_carries_to_infinity_is_counted() {
         .with_wire_dtype(WireDtype::Bf16);
     let before = bits(&base(&layer.weight));
     let refused = optim.step(1.0, layer, gradients).unwrap_err();
-    let expected = OptimizerError::NonFinite {
+    let expected = OptimizerError::NonFiniteUpdate {
         path: "weight.hd_pissa.shard_1_of_3".into(),
         count: RANK * D_OUTPUT,
     };

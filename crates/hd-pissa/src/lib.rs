@@ -63,6 +63,8 @@ pub use adapter::{HdPissa, HdPissaAdapter, HdPissaModule, HdPissaShard, LayerPro
 pub use config::{HdPissaConfig, MergePrecision, SvdMethod, SvdPrecision, TargetRank};
 pub use error::HdPissaError;
 pub use linear::{HdPissaLinear, HdPissaLinearConfig};
-pub use optim::{HdPissaOptimizer, OptimizerError, ShardGradients, StepError, WireDtype};
+pub use optim::{
+    HdPissaOptimizer, OptimizerError, ShardGradients, StepError, StepGradients, WireDtype,
+};
 pub use pissa::{Pissa, PissaConfig, PissaModule};
-pub use plan::{HdPissaPlan, PlannedWeight};
+pub use plan::{HdPissaPlan, LeftOut, LeftOutReason, PlannedWeight};

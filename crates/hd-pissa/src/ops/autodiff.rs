@@ -1,10 +1,12 @@
+//! The operations under autodiff: the backward passes of the adapter, and steps outside the graph.
+
 use std::cell::LazyCell;
 
 use burn::backend::{
     Autodiff, AutodiffBackend, Backend,
     tensor::{Device, FloatTensor, IntTensor},
 };
-use burn::tensor::{BoolDType, DType};
+use burn::tensor::DType;
 use burn_autodiff::{
     NodeId,
     checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
@@ -228,7 +230,19 @@ impl<B: HdPissaOps, C: CheckpointStrategy> HdPissaOps for Autodiff<B, C> {
         (Self::from_inner(w), companion, Self::from_inner(squares))
     }
 
-    fn hd_pissa_count_non_finite(x: FloatTensor<Self>, bool_dtype: BoolDType) -> FloatTensor<Self> {
-        Self::from_inner(B::hd_pissa_count_non_finite(x.into_primitive(), bool_dtype))
+    fn hd_pissa_row_statistics(x: FloatTensor<Self>, split: usize) -> FloatTensor<Self> {
+        Self::from_inner(B::hd_pissa_row_statistics(x.into_primitive(), split))
+    }
+
+    fn hd_pissa_max_abs(w: FloatTensor<Self>) -> FloatTensor<Self> {
+        Self::from_inner(B::hd_pissa_max_abs(w.into_primitive()))
+    }
+
+    fn hd_pissa_fingerprint(x: FloatTensor<Self>) -> IntTensor<Self> {
+        B::hd_pissa_fingerprint(x.into_primitive())
+    }
+
+    fn hd_pissa_fingerprint_int(x: IntTensor<Self>) -> IntTensor<Self> {
+        B::hd_pissa_fingerprint_int(x)
     }
 }

@@ -1,10 +1,12 @@
+//! What the adapter and the optimizer ask of a backend, and the defaults made of Burn's operations.
+
 #[cfg(feature = "fusion")]
 use burn::backend::fusion::custom::TensorSpec;
 use burn::backend::{
     Backend, Dispatch, TensorMetadata, backend_extension,
     tensor::{Device, FloatTensor, IntTensor},
 };
-use burn::tensor::{BoolDType, DType, FloatDType, Shape};
+use burn::tensor::{DType, Shape};
 
 use super::Rounding;
 
@@ -98,14 +100,37 @@ pub trait HdPissaOps: Backend + MixedProduct {
         measure: bool,
     ) -> (FloatTensor<Self>, IntTensor<Self>, FloatTensor<Self>);
 
-    /// How many elements of `x` are NaN or infinite: an `f32` tensor of shape `[1]`.
+    /// What a step must know of each row of `x`, an `f32` matrix `[rows, n]`, before it merges: an
+    /// `f32` matrix `[rows, 4]` whose columns are
+    ///
+    /// 0. the number of NaN and infinite elements,
+    /// 1. the sum of squares of the columns `0..split`,
+    /// 2. the sum of squares of the columns `split..n`,
+    /// 3. the sum of squares of all columns, each element times `2^-80` before it is squared.
+    ///
+    /// Elements that are NaN or infinite add nothing to the sums. Column 3 is finite where columns
+    /// 1 and 2 have left the range of `f32`.
+    #[fusion(meta = |x, _split| TensorSpec::new(Shape::new([x.shape[0], 4]), x.dtype))]
+    fn hd_pissa_row_statistics(x: FloatTensor<Self>, split: usize) -> FloatTensor<Self>;
+
+    /// The largest magnitude in `w`, a half-precision matrix: an `f32` tensor of shape `[1]`.
     #[fusion(default)]
-    fn hd_pissa_count_non_finite(x: FloatTensor<Self>, bool_dtype: BoolDType) -> FloatTensor<Self> {
-        let nan = Self::float_is_nan(x.clone(), bool_dtype);
-        let infinite = Self::float_is_inf(x, bool_dtype);
-        let bad = Self::bool_or(nan, infinite);
-        Self::float_sum(Self::bool_into_float(bad, FloatDType::F32))
+    fn hd_pissa_max_abs(w: FloatTensor<Self>) -> FloatTensor<Self> {
+        let largest = cast::<Self>(Self::float_max_abs(w), DType::F32);
+        Self::float_reshape(largest, Shape::new([1]))
     }
+
+    /// A hash of the bits of `x`, a float matrix: an `i32` tensor of shape `[2]`.
+    ///
+    /// With the element at row-major index `i`, as `u32`, and its value's `f32` bits `b`, word `j` is
+    /// the wrapping sum over all elements of `mix(b ^ mix(i ^ SEEDS[j]))`. `mix` is the finalizer of
+    /// MurmurHash3 for 32 bits, and the seeds are `0x9e3779b9` and `0x85ebca77`.
+    #[fusion(meta = |_x| TensorSpec::new(Shape::new([2]), DType::I32))]
+    fn hd_pissa_fingerprint(x: FloatTensor<Self>) -> IntTensor<Self>;
+
+    /// [`hd_pissa_fingerprint`](Self::hd_pissa_fingerprint) of an `i32` matrix.
+    #[fusion(meta = |_x| TensorSpec::new(Shape::new([2]), DType::I32))]
+    fn hd_pissa_fingerprint_int(x: IntTensor<Self>) -> IntTensor<Self>;
 }
 
 /// What Fusion knows of an `f32` tensor of shape `[1]`.
@@ -117,8 +142,8 @@ fn scalar(like: &TensorSpec) -> TensorSpec {
 /// What a backend can multiply. Apart from [`HdPissaOps`], because the answer is needed before
 /// anything is queued.
 pub trait MixedProduct: Backend {
-    /// Whether [`HdPissaOps::hd_pissa_factor_product`] reads operands of `dtype`, not `f32`, as they
-    /// lie.
+    /// Whether [`HdPissaOps::hd_pissa_factor_product`] reads operands of `dtype`, not `f32`, without a copy
+    /// in `f32`.
     fn has_mixed_product(device: &Device<Self>, dtype: DType) -> bool {
         let _ = (device, dtype);
         false
@@ -165,7 +190,7 @@ fn product<B: Backend>(lhs: FloatTensor<B>, rhs: FloatTensor<B>) -> FloatTensor<
     B::float_matmul(lhs, rhs)
 }
 
-/// `x` as [`factor_product`] takes it: as it lies where the backend reads its dtype, else in `f32`.
+/// `x` as [`factor_product`] takes it: unchanged where the backend reads its dtype, else in `f32`.
 pub(super) fn readable<B: HdPissaOps>(x: FloatTensor<B>) -> FloatTensor<B> {
     if x.dtype() == DType::F32 || B::has_mixed_product(&x.device(), x.dtype()) {
         x

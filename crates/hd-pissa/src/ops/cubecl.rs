@@ -1,3 +1,5 @@
+//! The operations on CubeCL, behind every GPU backend of Burn.
+
 use burn::backend::{
     TensorMetadata,
     tensor::{Device, FloatTensor, IntTensor},

@@ -1,15 +1,19 @@
+//! The operations on Flex, Burn's CPU backend.
+
 use burn::backend::{
     Flex,
     tensor::{FloatTensor, IntTensor},
 };
-use burn::tensor::{BoolDType, DType, TensorData};
+use burn::tensor::{DType, Element, TensorData};
 use burn_flex::FlexTensor;
+use bytemuck::Pod;
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatMut, MatRef, Par};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::contract::cast;
+use super::fingerprint::{SEEDS, mix};
 use super::rounding::Half;
 use super::{HdPissaOps, MixedProduct, Rounding};
 
@@ -62,22 +66,109 @@ impl HdPissaOps for Flex {
         (w, companion, squares)
     }
 
-    fn hd_pissa_count_non_finite(x: FloatTensor<Self>, _: BoolDType) -> FloatTensor<Self> {
-        let count = match x.dtype() {
-            DType::F32 => readable(x)
-                .storage::<f32>()
-                .iter()
-                .filter(|value| !value.is_finite())
-                .count(),
-            _ => {
-                return Self::hd_pissa_count_non_finite(
-                    cast::<Self>(x, DType::F32),
-                    BoolDType::Native,
-                );
-            }
-        };
-        scalar(count as f32)
+    fn hd_pissa_row_statistics(x: FloatTensor<Self>, split: usize) -> FloatTensor<Self> {
+        let rows = x.layout().shape()[0];
+        let x = readable(x);
+        let columns = x.layout().shape()[1].max(1);
+        let statistics = x.storage::<f32>().par_chunks(columns).flat_map_iter(|row| {
+            let (left, right) = row.split_at(split.min(row.len()));
+            let [(bad_left, left), (bad_right, right)] = [left, right].map(finite_squares);
+            const SCALE: f64 = 1.0 / (1u128 << 80) as f64;
+            let scaled = (left + right) * SCALE * SCALE;
+            [
+                (bad_left + bad_right) as f32,
+                left as f32,
+                right as f32,
+                scaled as f32,
+            ]
+        });
+        let mut statistics: Vec<f32> = statistics.collect();
+        statistics.resize(4 * rows, 0.0);
+        FlexTensor::from_data(TensorData::new(statistics, [rows, 4]))
     }
+
+    fn hd_pissa_max_abs(w: FloatTensor<Self>) -> FloatTensor<Self> {
+        fn largest<H: Storage>(w: FlexTensor) -> f32 {
+            let values = H::storage(&w).par_iter();
+            values.map(|w| w.widen().abs()).reduce(|| 0.0, f32::max)
+        }
+        let w = readable(w);
+        scalar(match w.dtype() {
+            DType::F16 => largest::<f16>(w),
+            DType::BF16 => largest::<bf16>(w),
+            other => panic!("the range of a weight of dtype {other:?} is not in question"),
+        })
+    }
+
+    fn hd_pissa_fingerprint(x: FloatTensor<Self>) -> IntTensor<Self> {
+        match x.dtype() {
+            DType::F32 => fingerprint(&x, f32::to_bits),
+            DType::F16 => fingerprint(&x, |x: f16| x.to_f32().to_bits()),
+            DType::BF16 => fingerprint(&x, |x: bf16| x.to_f32().to_bits()),
+            DType::F64 => fingerprint(&x, |x: f64| {
+                let bits = x.to_bits();
+                mix(bits as u32) ^ (bits >> 32) as u32
+            }),
+            _ => fingerprint(&cast::<Self>(x, DType::F32), f32::to_bits),
+        }
+    }
+
+    fn hd_pissa_fingerprint_int(x: IntTensor<Self>) -> IntTensor<Self> {
+        fingerprint(&x, |x: i32| x as u32)
+    }
+}
+
+/// The number of NaN and infinite values, and the sum of the squares of all others.
+fn finite_squares(values: &[f32]) -> (usize, f64) {
+    const LANES: usize = 16;
+    let (mut bad, mut sums) = ([0u32; LANES], [0.0f64; LANES]);
+    let mut add = |lane: usize, value: f32| {
+        let finite = value.is_finite();
+        let value = if finite { f64::from(value) } else { 0.0 };
+        bad[lane] += u32::from(!finite);
+        sums[lane] += value * value;
+    };
+    let (chunks, rest) = values.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (lane, &value) in chunk.iter().enumerate() {
+            add(lane, value);
+        }
+    }
+    for (lane, &value) in rest.iter().enumerate() {
+        add(lane, value);
+    }
+    (bad.iter().map(|&bad| bad as usize).sum(), sums.iter().sum())
+}
+
+/// The hash of a matrix of any strides, whose elements have the given bits.
+fn fingerprint<E: Element + Pod + Sync>(
+    x: &FlexTensor,
+    bits: impl Fn(E) -> u32 + Sync,
+) -> FlexTensor {
+    let (layout, storage) = (x.layout(), x.storage::<E>());
+    let (rows, cols) = (layout.shape()[0], layout.shape()[1]);
+    let (row_stride, col_stride) = (layout.strides()[0], layout.strides()[1]);
+    // Number of elements, stride in memory and step of the row-major index, of each dimension.
+    let (row, col) = ((rows, row_stride, cols), (cols, col_stride, 1));
+    let (outer, inner) = match row_stride.abs() < col_stride.abs() {
+        true => (col, row),
+        false => (row, col),
+    };
+    let start = layout.start_offset() as isize;
+    let lines = (0..outer.0).into_par_iter().map(|line| {
+        let (start, first) = (start + line as isize * outer.1, line * outer.2);
+        (0..inner.0).fold([0u32; 2], |mut words, i| {
+            let bits = bits(storage[(start + i as isize * inner.1) as usize]);
+            let index = (first + i * inner.2) as u32;
+            for (word, seed) in words.iter_mut().zip(SEEDS) {
+                *word = word.wrapping_add(mix(bits ^ mix(index ^ seed)));
+            }
+            words
+        })
+    });
+    let add = |x: [u32; 2], y: [u32; 2]| [x[0].wrapping_add(y[0]), x[1].wrapping_add(y[1])];
+    let words = lines.reduce(|| [0; 2], add).map(|word| word as i32);
+    FlexTensor::from_data(TensorData::from(words))
 }
 
 fn scalar(value: f32) -> FlexTensor {
@@ -191,21 +282,27 @@ impl Stacked {
 
     /// The squared Frobenius norm of the update: the inner product of the Gram matrices of both
     /// sides, which are as small as the product's inner size.
+    ///
+    /// In `f64`, because the terms cancel where the update is far smaller than its parts.
     fn squared_norm(&self) -> f32 {
-        let gram = |lhs: MatRef<'_, f32>, rhs: MatRef<'_, f32>| {
-            let mut gram = Mat::<f32>::zeros(self.inner, self.inner);
+        let gram = |lhs: MatRef<'_, f64>, rhs: MatRef<'_, f64>| {
+            let mut gram = Mat::<f64>::zeros(self.inner, self.inner);
             matmul(gram.as_mut(), Accum::Replace, lhs, rhs, 1.0, Par::rayon(0));
             gram
         };
-        let left = gram(self.left().transpose(), self.left());
-        let right = gram(self.right(), self.right().transpose());
+        let wide = |narrow: MatRef<'_, f32>| {
+            Mat::from_fn(narrow.nrows(), narrow.ncols(), |i, j| {
+                f64::from(narrow[(i, j)])
+            })
+        };
+        let (left, right) = (wide(self.left()), wide(self.right()));
+        let left = gram(left.transpose(), left.as_ref());
+        let right = gram(right.as_ref(), right.transpose());
         let terms = (0..self.inner).map(|j| {
             let columns = left.col(j).iter().zip(right.col(j).iter());
-            columns
-                .map(|(l, r)| f64::from(*l) * f64::from(*r))
-                .sum::<f64>()
+            columns.map(|(l, r)| l * r).sum::<f64>()
         });
-        terms.sum::<f64>() as f32
+        terms.sum::<f64>().max(0.0) as f32
     }
 
     fn tiles(&self) -> impl Iterator<Item = Tile> + use<> {
@@ -365,17 +462,27 @@ fn row_major(tensor: FlexTensor) -> FlexTensor {
 
 /// A half-precision float that Flex stores.
 trait Storage: Half {
+    fn storage(tensor: &FlexTensor) -> &[Self];
+
     /// Copies first if someone else holds the storage.
     fn storage_mut(tensor: &mut FlexTensor) -> &mut [Self];
 }
 
 impl Storage for f16 {
+    fn storage(tensor: &FlexTensor) -> &[Self] {
+        tensor.storage()
+    }
+
     fn storage_mut(tensor: &mut FlexTensor) -> &mut [Self] {
         tensor.storage_mut()
     }
 }
 
 impl Storage for bf16 {
+    fn storage(tensor: &FlexTensor) -> &[Self] {
+        tensor.storage()
+    }
+
     fn storage_mut(tensor: &mut FlexTensor) -> &mut [Self] {
         tensor.storage_mut()
     }

@@ -6,11 +6,16 @@ mod contract;
 #[cfg(feature = "cubecl-backend")]
 mod cubecl;
 #[cfg(feature = "flex")]
+mod fingerprint;
+#[cfg(feature = "flex")]
 mod flex;
 mod rounding;
 mod tensor;
 
 pub use contract::{HdPissaOps, MixedProduct};
 pub use rounding::{Rounding, StochasticKey};
-pub(crate) use tensor::{MergeInputs, count_non_finite, is_supported, merge_rounded, merge_split};
+pub(crate) use tensor::{
+    MergeInputs, fingerprint, fingerprint_int, identity, is_supported, max_abs, merge_rounded,
+    merge_split, row_statistics,
+};
 pub use tensor::{adapter_linear, adapter_weight, merge};

@@ -1,5 +1,8 @@
-use burn::backend::{Dispatch, DispatchDevice};
+//! The operations as functions of tensors.
+
+use burn::backend::{Dispatch, DispatchDevice, DispatchTensorKind};
 use burn::tensor::{DType, Device, Int, Tensor};
+use burn_autodiff::NodeId;
 
 use super::{HdPissaOps, Rounding};
 
@@ -168,13 +171,41 @@ pub(crate) fn merge_split(
     )
 }
 
-/// The number of NaN and infinite elements, `[1]`.
-pub(crate) fn count_non_finite<const D: usize>(tensor: Tensor<D>) -> Tensor<1> {
-    let bool_dtype = tensor.device().settings().bool_dtype;
-    Tensor::from_dispatch(Dispatch::hd_pissa_count_non_finite(
-        tensor.into_dispatch(),
-        bool_dtype,
-    ))
+/// What a step must know of each row of `x: [rows, n]`, `f32`: `[rows, 4]`, see
+/// [`HdPissaOps::hd_pissa_row_statistics`].
+pub(crate) fn row_statistics(x: Tensor<2>, split: usize) -> Tensor<2> {
+    Tensor::from_dispatch(Dispatch::hd_pissa_row_statistics(x.into_dispatch(), split))
+}
+
+/// The largest magnitude in a half-precision weight, `[1]`, `f32`.
+pub(crate) fn max_abs(weight: Tensor<2>) -> Tensor<1> {
+    Tensor::from_dispatch(Dispatch::hd_pissa_max_abs(weight.into_dispatch()))
+}
+
+/// A hash of the bits of a float matrix, `[2]`, `i32`, on its device.
+pub(crate) fn fingerprint(x: Tensor<2>) -> Tensor<1, Int> {
+    Tensor::from_dispatch(Dispatch::hd_pissa_fingerprint(x.into_dispatch()))
+}
+
+/// A hash of the bits of an `i32` matrix, `[2]`, `i32`, on its device.
+pub(crate) fn fingerprint_int(x: Tensor<2, Int>) -> Tensor<1, Int> {
+    Tensor::from_dispatch(Dispatch::hd_pissa_fingerprint_int(x.into_dispatch()))
+}
+
+/// What a tensor and its clones have in common, and no other tensor: the id of its node in the
+/// autodiff graph. `None` without autodiff.
+pub(crate) fn identity(tensor: &Tensor<2>) -> Option<NodeId> {
+    let DispatchTensorKind::Autodiff(kind) = tensor.clone().into_dispatch().kind else {
+        return None;
+    };
+    match *kind {
+        #[cfg(feature = "flex")]
+        DispatchTensorKind::Flex(tensor) => Some(tensor.as_autodiff().id()),
+        #[cfg(feature = "cubecl-backend")]
+        DispatchTensorKind::Cube(tensor) => Some(tensor.as_autodiff().id()),
+        #[allow(unreachable_patterns)]
+        _ => None,
+    }
 }
 
 /// Whether [`HdPissaOps`] is implemented for the device's backend in this build.

@@ -1,6 +1,9 @@
+//! Why a step, a record or an optimizer is refused.
+
 use std::fmt::{self, Debug, Display, Formatter};
 
 use burn::store::RecordError;
+use burn::tensor::DType;
 use hd_pissa_comm::CommError;
 
 use super::WireDtype;
@@ -77,13 +80,70 @@ pub enum OptimizerError {
         /// The shard whose factors have gradients.
         found: usize,
     },
-    /// A gradient or a delta is NaN or infinite. Every worker refuses the step alike.
-    #[error("`{path}`: the gradient or the update holds {count} NaN or infinite values")]
-    NonFinite {
-        /// Path of the parameter.
+    /// A weight that carries an adapter requires gradients itself, as after `unfreeze()`.
+    #[error(
+        "`{path}` carries an adapter and requires gradients of its own; a step moves it through its \
+         adapter alone, so freeze it: unfreeze only what lies outside the adapters, by \
+         set_require_grad_group"
+    )]
+    UnfrozenWeight {
+        /// Path of the weight.
         path: String,
-        /// How many values, in gradients and deltas of one parameter or of one shard of a weight.
+    },
+    /// A factor of a hosted shard has no gradient.
+    #[error(
+        "no gradient for `{path}`: either select_shard({shard}) was not called before the forward \
+         pass, or the loss does not depend on the weight; leave such a weight out of the targets, \
+         or register a gradient of zeros"
+    )]
+    MissingGradient {
+        /// Index of the shard.
+        shard: usize,
+        /// Path of the first factor without a gradient.
+        path: String,
+    },
+    /// Gradients were pushed of parameters that the collection does not know.
+    #[error(
+        "the gradients pushed for shard {shard} hold {count} tensors of parameters that the model \
+         given to ShardGradients::new does not have"
+    )]
+    UnknownGradients {
+        /// Index of the shard.
+        shard: usize,
+        /// How many tensors.
         count: usize,
+    },
+    /// A gradient is NaN or infinite. Every worker refuses the step alike.
+    #[error("`{path}`: the gradient holds {count} NaN or infinite values")]
+    NonFiniteGradient {
+        /// Path of a dense parameter, or of a shard of a weight.
+        path: String,
+        /// How many values.
+        count: usize,
+    },
+    /// Finite gradients lead to an update that is NaN or infinite. Every worker refuses the step
+    /// alike.
+    #[error(
+        "`{path}`: the gradient is finite, but the optimizer's update holds {count} NaN or infinite \
+         values; lower the learning rate"
+    )]
+    NonFiniteUpdate {
+        /// Path of a dense parameter, or of a shard of a weight.
+        path: String,
+        /// How many values.
+        count: usize,
+    },
+    /// The update is so large that the weight may leave the range of its dtype. Every worker refuses
+    /// the step alike.
+    #[error(
+        "`{path}`: the update is so large that the weight may leave the range of {dtype:?}; lower \
+         the learning rate, or keep the weight in a dtype of a wider range"
+    )]
+    UpdateOutOfRange {
+        /// Path of the weight.
+        path: String,
+        /// Its dtype.
+        dtype: DType,
     },
     /// The device cannot hold deltas as they are to travel.
     #[error("{device} has no {wire}, in which deltas are to travel; use WireDtype::F32")]

@@ -1,14 +1,15 @@
-//! The factors of a model: read, replaced by zeros, and put back.
+//! The factors of a model, as a traversal finds them.
 
-use std::collections::HashMap;
 use std::ops::Range;
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
-use burn::tensor::{Device, Int, Tensor};
+use burn::module::{Module, ModuleVisitor, Param, ParamId};
+use burn::tensor::{DType, Device, Tensor};
+use burn_autodiff::NodeId;
 
 use super::OptimizerError;
-use crate::adapter::path::{PathTracker, Place, Side, hash, track_path};
-use crate::ops::{self, MergeInputs, Rounding, StochasticKey};
+use super::packed::pack;
+use crate::adapter::path::{PathTracker, Place, Side, hash, shard_path};
+use crate::ops::{Rounding, StochasticKey, identity};
 
 /// A factor as a traversal finds it.
 #[derive(Clone, Debug)]
@@ -30,6 +31,8 @@ pub(super) struct ShardFactors {
 #[derive(Clone, Debug)]
 pub(super) struct WeightFactors {
     pub(super) path: String,
+    /// The dtype of the weight itself.
+    pub(super) dtype: DType,
     pub(super) shards: Vec<ShardFactors>,
     num_shards: usize,
     /// Seed of stochastic rounding, if the adapter asks for it.
@@ -49,8 +52,31 @@ impl WeightFactors {
         self.shards[0].a.value.dims()[1]
     }
 
+    /// Values of `a` in a packed row, which come before those of `b`.
+    pub(super) fn split(&self) -> usize {
+        self.rank() * self.d_input()
+    }
+
+    /// Values of a packed row, `rank · (d_input + d_output)`.
+    pub(super) fn row_len(&self) -> usize {
+        self.rank() * (self.d_input() + self.d_output())
+    }
+
+    /// The hosted factors, packed: `[hosted shards, row_len]`, without autodiff.
+    pub(super) fn packed(&self) -> Tensor<2> {
+        pack(self.shards.iter().map(|shard| {
+            let value = |factor: &Factor| factor.value.clone().inner();
+            (value(&shard.a), value(&shard.b))
+        }))
+    }
+
+    /// Path of a shard of this weight's adapter.
+    pub(super) fn shard_path(&self, shard: usize) -> String {
+        shard_path(&self.path, shard, self.num_shards)
+    }
+
     /// How optimizer step `step` is rounded to the weight, where no companion takes the rest.
-    fn rounding(&self, step: u64) -> Rounding {
+    pub(super) fn rounding(&self, step: u64) -> Rounding {
         match self.rounding_seed {
             None => Rounding::Nearest,
             Some(seed) => Rounding::Stochastic(StochasticKey {
@@ -80,10 +106,15 @@ impl Factors {
     pub(super) fn of<M: Module>(model: &M) -> Result<Self, OptimizerError> {
         let mut collector = Collector {
             path: PathTracker::default(),
+            base: None,
             half: None,
             weights: Vec::new(),
+            unfrozen: None,
         };
         model.visit(&mut collector);
+        if let Some(path) = collector.unfrozen {
+            return Err(OptimizerError::UnfrozenWeight { path });
+        }
         let weights = collector.weights;
         let Some(first) = weights.first() else {
             return Err(OptimizerError::NoAdapter);
@@ -106,6 +137,28 @@ impl Factors {
         })
     }
 
+    /// A hash of what is adapted and how: paths, shapes, dtypes, ranks and rounding. Equal on every
+    /// worker of a run.
+    pub(super) fn structure(&self) -> u64 {
+        let weights = self.weights.iter().map(|w| {
+            let (path, dtype, rank, seed) = (&w.path, w.dtype, w.rank(), w.rounding_seed);
+            format!(
+                "{path} {}x{} {dtype:?} {rank} {seed:?}\n",
+                w.d_input(),
+                w.d_output()
+            )
+        });
+        hash(&weights.collect::<String>())
+    }
+
+    /// What tells the tensors of the factors from others, if anything does.
+    pub(super) fn identity(&self) -> Option<Vec<NodeId>> {
+        let factors = self.iter();
+        factors
+            .map(|(_, _, _, factor)| identity(&factor.value))
+            .collect()
+    }
+
     /// The device of the factors, without autodiff.
     pub(super) fn device(&self) -> Device {
         self.weights[0].shards[0].a.value.device().inner()
@@ -113,13 +166,14 @@ impl Factors {
 
     /// The weights in at most `count` groups of neighbours, of about the same size.
     pub(super) fn groups(&self, count: usize) -> Vec<Range<usize>> {
-        let size = |weight: &WeightFactors| weight.rank() * (weight.d_input() + weight.d_output());
-        let total: usize = self.weights.iter().map(size).sum();
-        let (mut groups, mut start, mut sum) = (Vec::with_capacity(count), 0, 0);
+        let count = count.min(self.weights.len()) as u128;
+        let size = |weight: &WeightFactors| weight.row_len() as u128;
+        let total: u128 = self.weights.iter().map(size).sum();
+        let (mut groups, mut start, mut sum) = (Vec::new(), 0, 0);
         for (position, weight) in self.weights.iter().enumerate() {
             sum += size(weight);
             // The last weight completes the last group.
-            if sum * count >= total * (groups.len() + 1) {
+            if sum * count >= total * (groups.len() as u128 + 1) {
                 groups.push(start..position + 1);
                 start = position + 1;
             }
@@ -140,9 +194,19 @@ impl Factors {
 
 struct Collector {
     path: PathTracker,
+    /// The last parameter outside an adapter: the weight of the adapter that comes next, if any.
+    base: Option<Base>,
     /// `a` of the shard being visited, whose `b` comes next.
     half: Option<Factor>,
     weights: Vec<WeightFactors>,
+    /// Path of the first adapted weight that requires gradients.
+    unfrozen: Option<String>,
+}
+
+struct Base {
+    path: String,
+    dtype: DType,
+    require_grad: bool,
 }
 
 impl ModuleVisitor for Collector {
@@ -162,14 +226,22 @@ impl ModuleVisitor for Collector {
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let Place::Shard {
-            weight,
-            index,
-            shards,
-            side: Some(side),
-        } = self.path.place()
-        else {
-            return;
+        let (weight, index, shards, side) = match self.path.place() {
+            Place::Shard {
+                weight,
+                index,
+                shards,
+                side: Some(side),
+            } => (weight, index, shards, side),
+            Place::Other(path) => {
+                self.base = Some(Base {
+                    path,
+                    dtype: param.base().dtype(),
+                    require_grad: param.is_require_grad(),
+                });
+                return;
+            }
+            _ => return,
         };
         let factor = Factor {
             id: param.id,
@@ -179,8 +251,14 @@ impl ModuleVisitor for Collector {
             (Side::A, _) => self.half = Some(factor),
             (Side::B, Some(a)) => {
                 if self.weights.last().is_none_or(|last| last.path != weight) {
+                    let base = self.base.take().filter(|base| base.path == weight);
+                    let base = base.expect("a weight is visited before its adapter");
+                    if base.require_grad {
+                        self.unfrozen.get_or_insert(base.path);
+                    }
                     self.weights.push(WeightFactors {
                         path: weight,
+                        dtype: base.dtype,
                         shards: Vec::new(),
                         num_shards: shards,
                         rounding_seed: None,
@@ -192,189 +270,6 @@ impl ModuleVisitor for Collector {
             }
             (Side::B, None) => unreachable!("a shard's fields are visited in order: a, b"),
         }
-    }
-}
-
-/// The companions of half-precision weights, by the weight's path.
-pub(super) type Companions = HashMap<String, Tensor<2, Int>>;
-
-/// Replaces every factor by zeros, so that an optimizer step leaves exactly its delta there, and
-/// takes the companions out.
-pub(super) struct ZeroFactors {
-    path: PathTracker,
-    companions: Companions,
-}
-
-impl ZeroFactors {
-    pub(super) fn apply<M: Module>(model: M) -> (M, Companions) {
-        let mut mapper = Self {
-            path: PathTracker::default(),
-            companions: Companions::new(),
-        };
-        let model = model.map(&mut mapper);
-        (model, mapper.companions)
-    }
-}
-
-impl ModuleMapper for ZeroFactors {
-    track_path!(path);
-
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        match self.path.place() {
-            Place::Shard { side: Some(_), .. } => {
-                let (id, value, mapper) = param.consume();
-                let zeros = value.clone().inner().zeros_like();
-                Param::from_mapped_value(id, like_parameter(zeros, &value), mapper)
-            }
-            _ => param,
-        }
-    }
-
-    fn map_int<const D: usize>(&mut self, param: Param<Tensor<D, Int>>) -> Param<Tensor<D, Int>> {
-        match self.path.place() {
-            Place::Companion { weight } => {
-                let (id, value, mapper) = param.consume();
-                // In its place something that holds no memory of the weight's size.
-                let placeholder = Tensor::zeros([1; D], (&value.device(), value.dtype()));
-                let value = Tensor::from_dispatch(value.into_dispatch());
-                self.companions.insert(weight, value);
-                Param::from_mapped_value(id, placeholder, mapper)
-            }
-            _ => param,
-        }
-    }
-}
-
-/// Puts the frames back and merges the updates into the weights and their companions.
-pub(super) struct Commit<'a, F> {
-    path: PathTracker,
-    frames: HashMap<ParamId, Tensor<2>>,
-    /// The adapted weights with their positions.
-    weights: HashMap<&'a str, (usize, &'a WeightFactors)>,
-    companions: Companions,
-    step: u64,
-    inputs: F,
-    squares: Vec<Tensor<1>>,
-}
-
-impl<'a, F: Fn(usize) -> MergeInputs> Commit<'a, F> {
-    /// The model after optimizer step `step`, and for each weight the sum of the squares of its
-    /// update, `[1]`.
-    ///
-    /// `inputs` is called with the position of each weight when its turn comes, so that the
-    /// buffers of one weight at a time are live.
-    pub(super) fn apply<M: Module>(
-        model: M,
-        factors: &'a Factors,
-        companions: Companions,
-        step: u64,
-        inputs: F,
-    ) -> (M, Vec<Tensor<1>>) {
-        let frame = |factor: &Factor| (factor.id, factor.value.clone());
-        let weights = factors.weights.iter().enumerate();
-        let mut mapper = Self {
-            path: PathTracker::default(),
-            frames: factors.iter().map(|(_, _, _, f)| frame(f)).collect(),
-            weights: weights
-                .map(|(position, weight)| (weight.path.as_str(), (position, weight)))
-                .collect(),
-            companions,
-            step,
-            inputs,
-            squares: Vec::with_capacity(factors.weights.len()),
-        };
-        let model = model.map(&mut mapper);
-        (model, mapper.squares)
-    }
-}
-
-impl<F: Fn(usize) -> MergeInputs> ModuleMapper for Commit<'_, F> {
-    track_path!(path);
-
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        match self.path.place() {
-            Place::Shard { side: Some(_), .. } => match self.frames.remove(&param.id) {
-                Some(frame) => {
-                    let (id, _, mapper) = param.consume();
-                    let frame = Tensor::from_dispatch(frame.into_dispatch());
-                    Param::from_mapped_value(id, frame, mapper)
-                }
-                None => param,
-            },
-            Place::Other(path) => match self.weights.get(path.as_str()) {
-                Some(&(position, weight)) => {
-                    let (id, value, mapper) = param.consume();
-                    // A handle of the storage would make the merge copy: keep only the settings.
-                    let settings = Settings::of(&value);
-                    let value = Tensor::<2>::from_dispatch(value.inner().into_dispatch());
-                    let inputs = (self.inputs)(position);
-                    let (merged, squares) = match self.companions.remove(&path) {
-                        Some(companion) => {
-                            let (merged, companion, squares) =
-                                ops::merge_split(value, companion, inputs);
-                            // A traversal comes to the companion after the weight.
-                            self.companions.insert(path, companion);
-                            (merged, squares)
-                        }
-                        None => ops::merge_rounded(value, inputs, weight.rounding(self.step)),
-                    };
-                    self.squares.push(squares);
-                    let merged = Tensor::<D>::from_dispatch(merged.into_dispatch());
-                    Param::from_mapped_value(id, settings.restore(merged), mapper)
-                }
-                None => param,
-            },
-            _ => param,
-        }
-    }
-
-    fn map_int<const D: usize>(&mut self, param: Param<Tensor<D, Int>>) -> Param<Tensor<D, Int>> {
-        let companion = match self.path.place() {
-            Place::Companion { weight } => self.companions.remove(&weight),
-            _ => None,
-        };
-        match companion {
-            Some(companion) => {
-                let (id, _, mapper) = param.consume();
-                let companion = Tensor::from_dispatch(companion.into_dispatch());
-                Param::from_mapped_value(id, companion, mapper)
-            }
-            None => param,
-        }
-    }
-}
-
-/// `value`, which has no autodiff association, with that of `parameter`.
-fn like_parameter<const D: usize>(value: Tensor<D>, parameter: &Tensor<D>) -> Tensor<D> {
-    Settings::of(parameter).restore(value)
-}
-
-/// What a parameter's tensor carries besides its values.
-struct Settings {
-    autodiff: bool,
-    require_grad: bool,
-    checkpointing: Option<burn::backend::GradientCheckpointingStrategy>,
-}
-
-impl Settings {
-    fn of<const D: usize>(parameter: &Tensor<D>) -> Self {
-        Self {
-            autodiff: parameter.is_autodiff(),
-            require_grad: parameter.is_require_grad(),
-            checkpointing: parameter.gradient_checkpointing_strategy(),
-        }
-    }
-
-    fn restore<const D: usize>(self, value: Tensor<D>) -> Tensor<D> {
-        if !self.autodiff {
-            return value;
-        }
-        let value = Tensor::from_inner(value);
-        let value = match self.checkpointing {
-            Some(strategy) => value.with_gradient_checkpointing_strategy(strategy),
-            None => value,
-        };
-        value.set_require_grad(self.require_grad)
     }
 }
 
@@ -392,6 +287,7 @@ mod tests {
             };
             WeightFactors {
                 path: String::new(),
+                dtype: DType::F32,
                 shards: vec![ShardFactors {
                     index: 0,
                     a: factor([size - 1, 1]),
@@ -411,6 +307,7 @@ mod tests {
         assert_eq!(even.groups(3), [0..2, 2..4, 4..6]);
         // A small weight does not fill a group of its own.
         assert_eq!(even.groups(9), [0..2, 2..3, 3..4, 4..5, 5..6]);
+        assert_eq!(even.groups(usize::MAX), even.groups(9));
         let uneven = factors(&[2, 90, 2, 2, 4]);
         assert_eq!(uneven.groups(2), [0..2, 2..5]);
         assert_eq!(uneven.groups(4), [0..2, 2..3, 3..4, 4..5]);

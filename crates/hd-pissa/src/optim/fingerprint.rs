@@ -1,35 +1,72 @@
-//! Fingerprints of parameters: hashes of their bits, by which workers see that their copies agree.
+//! Fingerprints of parameters, by which workers see that their copies agree.
 
 use burn::module::{Module, ModuleVisitor, Param};
-use burn::tensor::{Int, Tensor, TensorData};
+use burn::tensor::{DType, Int, Tensor};
 
 use super::factors::Factors;
-use crate::adapter::path::{PathTracker, Place, track_path};
+use super::frames::Frames;
+use crate::adapter::path::{PathTracker, Place, hash, track_path};
+use crate::ops;
 
-/// Path and hash of every float parameter outside the factors, and of every companion.
-pub(super) fn of_all<M: Module>(model: &M) -> Vec<(String, u64)> {
-    collect(model, |_, _| true)
+/// Fingerprints by path, on their device until they are read.
+#[derive(Default)]
+pub(super) struct Fingerprints {
+    paths: Vec<String>,
+    /// `[2]` for each path.
+    words: Vec<Tensor<1, Int>>,
 }
 
-/// Path and hash of every parameter that a step moves.
-pub(super) fn of_trained<M: Module>(model: &M, factors: &Factors) -> Vec<(String, u64)> {
-    collect(model, |path, trained| {
-        trained || factors.weights.iter().any(|weight| weight.path == path)
-    })
+impl Fingerprints {
+    /// Of every float parameter outside the factors, and of every companion.
+    pub(super) fn of_all<M: Module>(model: &M) -> Self {
+        collect(model, |_, _| true)
+    }
+
+    /// Of every parameter that a step moves, and of the frames that it is made with.
+    pub(super) fn of_step<M: Module>(model: &M, factors: &Factors, frames: &Frames) -> Self {
+        let mut found = collect(model, |path, trained| {
+            trained || factors.weights.iter().any(|weight| weight.path == path)
+        });
+        for (weight, frames) in factors.weights.iter().zip(frames.all()) {
+            let path = format!("{}.hd_pissa", weight.path);
+            found.push(path, ops::fingerprint(frames.clone()));
+        }
+        found
+    }
+
+    fn push(&mut self, path: String, words: Tensor<1, Int>) {
+        self.paths.push(path);
+        self.words.push(words);
+    }
+
+    /// Reads them from the device, all at once.
+    pub(super) fn read(self) -> Vec<(String, u64)> {
+        if self.words.is_empty() {
+            return Vec::new();
+        }
+        let words = Tensor::cat(self.words, 0).into_data();
+        let words: Vec<u64> = words
+            .iter::<i32>()
+            .map(|word| u64::from(word as u32))
+            .collect();
+        let (pairs, _) = words.as_chunks::<2>();
+        let values = pairs.iter().map(|&[low, high]| high << 32 | low);
+        self.paths.into_iter().zip(values).collect()
+    }
+
+    /// One hash of all, with their paths.
+    pub(super) fn read_joined(self) -> u64 {
+        let all = self.read().into_iter();
+        let lines = all.map(|(path, value)| format!("{path} {value:016x}\n"));
+        hash(&lines.collect::<String>())
+    }
 }
 
-/// One hash of several.
-pub(super) fn join(fingerprints: &[(String, u64)]) -> u64 {
-    fingerprints.iter().fold(START, |hash, (path, own)| {
-        mix(mix(hash, crate::adapter::path::hash(path)), *own)
-    })
-}
-
-fn collect<M: Module>(model: &M, chosen: impl Fn(&str, bool) -> bool) -> Vec<(String, u64)> {
+fn collect<M: Module>(model: &M, chosen: impl Fn(&str, bool) -> bool) -> Fingerprints {
     let mut collector = Collector {
         path: PathTracker::default(),
         chosen,
-        found: Vec::new(),
+        found: Fingerprints::default(),
     };
     model.visit(&mut collector);
     collector.found
@@ -38,7 +75,7 @@ fn collect<M: Module>(model: &M, chosen: impl Fn(&str, bool) -> bool) -> Vec<(St
 struct Collector<F> {
     path: PathTracker,
     chosen: F,
-    found: Vec<(String, u64)>,
+    found: Fingerprints,
 }
 
 impl<F: Fn(&str, bool) -> bool> ModuleVisitor for Collector<F> {
@@ -48,29 +85,32 @@ impl<F: Fn(&str, bool) -> bool> ModuleVisitor for Collector<F> {
         if let Place::Other(path) = self.path.place()
             && (self.chosen)(&path, param.is_require_grad())
         {
-            let hash = hash_of(&param.base().inner().into_data());
-            self.found.push((path, hash));
+            let value = param.base().inner();
+            let value = match value.dtype() {
+                // Frozen, if it is quantized: what its values are read as.
+                DType::QFloat(_) => value.dequantize(),
+                _ => value,
+            };
+            self.found.push(path, ops::fingerprint(matrix(value)));
         }
     }
 
     fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
         if let Place::Companion { .. } = self.path.place() {
-            let hash = hash_of(&param.val().into_data());
-            self.found.push((self.path.path(), hash));
+            let value = Tensor::<2, Int>::from_dispatch(param.val().into_dispatch());
+            self.found
+                .push(self.path.path(), ops::fingerprint_int(value));
         }
     }
 }
 
-fn hash_of(data: &TensorData) -> u64 {
-    let (words, rest) = data.as_bytes().as_chunks::<8>();
-    let words = words.iter().map(|&word| u64::from_le_bytes(word));
-    let rest = rest.iter().map(|&byte| u64::from(byte));
-    words.chain(rest).fold(START, mix)
-}
-
-/// Start and factor of FNV-1a, here over words; one changed bit always changes the result.
-const START: u64 = 0xcbf2_9ce4_8422_2325;
-
-fn mix(hash: u64, word: u64) -> u64 {
-    (hash ^ word).wrapping_mul(0x0000_0100_0000_01b3)
+/// A tensor of any number of dimensions as one of two: a matrix without a copy.
+fn matrix<const D: usize>(value: Tensor<D>) -> Tensor<2> {
+    match D {
+        2 => Tensor::from_dispatch(value.into_dispatch()),
+        _ => {
+            let len = value.shape().num_elements();
+            value.reshape([1, len])
+        }
+    }
 }

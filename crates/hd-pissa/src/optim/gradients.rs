@@ -1,3 +1,5 @@
+//! The gradients of a step, shard by shard.
+
 use std::collections::BTreeMap;
 
 use burn::module::{Module, ModuleVisitor, Param, ParamId};
@@ -34,17 +36,17 @@ use super::factors::Factors;
 /// }
 /// model = optim.step(1e-4, model, gradients.into_mean()).unwrap();
 /// ```
-#[derive(Default)]
 pub struct ShardGradients {
     params: Vec<ParamSlot>,
     shards: BTreeMap<usize, ShardSum>,
-    /// One set of gradients whose shard is not known yet.
-    unassigned: Option<GradientsParams>,
 }
 
+#[derive(Default)]
 struct ShardSum {
     sum: GradientsParams,
     micro_batches: usize,
+    /// Gradients of parameters that are not among `params`.
+    unknown: usize,
 }
 
 /// A float parameter, with the operations that need its number of dimensions.
@@ -90,27 +92,18 @@ impl ShardGradients {
         model.visit(&mut slots);
         Self {
             params: slots.0,
-            ..Self::default()
+            shards: BTreeMap::new(),
         }
     }
 
     /// Adds the gradients of one micro-batch to those of `shard`.
     pub fn push(&mut self, shard: usize, mut gradients: GradientsParams) {
-        match self.shards.get_mut(&shard) {
-            Some(entry) => {
-                for slot in &self.params {
-                    (slot.add)(&mut entry.sum, &mut gradients, slot.id);
-                }
-                entry.micro_batches += 1;
-            }
-            None => {
-                let entry = ShardSum {
-                    sum: gradients,
-                    micro_batches: 1,
-                };
-                self.shards.insert(shard, entry);
-            }
+        let entry = self.shards.entry(shard).or_default();
+        for slot in &self.params {
+            (slot.add)(&mut entry.sum, &mut gradients, slot.id);
         }
+        entry.unknown += gradients.len();
+        entry.micro_batches += 1;
     }
 
     /// Divides each shard's sum by the number of its micro-batches.
@@ -131,17 +124,7 @@ impl ShardGradients {
     }
 
     /// The gradients of each hosted shard, in the order of `factors.hosted`.
-    pub(super) fn resolve(
-        mut self,
-        factors: &Factors,
-    ) -> Result<Vec<GradientsParams>, OptimizerError> {
-        if let Some(gradients) = self.unassigned.take() {
-            let shards = shards_in(&gradients, factors);
-            match shards[..] {
-                [shard] => self.push(shard, gradients),
-                _ => return Err(OptimizerError::AmbiguousShard { shards }),
-            }
-        }
+    fn resolve(mut self, factors: &Factors) -> Result<Vec<GradientsParams>, OptimizerError> {
         let hosted = &factors.hosted;
         if let Some(&shard) = self.shards.keys().find(|shard| !hosted.contains(shard)) {
             return Err(OptimizerError::UnknownShard {
@@ -153,14 +136,76 @@ impl ShardGradients {
             .iter()
             .map(|&shard| {
                 let entry = self.shards.remove(&shard);
-                let sum = entry.ok_or(OptimizerError::MissingShard { shard })?.sum;
-                match shards_in(&sum, factors).into_iter().find(|&s| s != shard) {
-                    Some(found) => Err(OptimizerError::WrongShard { shard, found }),
-                    None => Ok(sum),
+                let entry = entry.ok_or(OptimizerError::MissingShard { shard })?;
+                match entry.unknown {
+                    0 => complete(shard, entry.sum, factors),
+                    count => Err(OptimizerError::UnknownGradients { shard, count }),
                 }
             })
             .collect()
     }
+}
+
+/// The gradients that a step takes: of one shard ([`GradientsParams`]) or of several
+/// ([`ShardGradients`]).
+pub struct StepGradients(Source);
+
+enum Source {
+    /// Of one shard, which the gradients show.
+    One(GradientsParams),
+    Several(ShardGradients),
+}
+
+impl From<GradientsParams> for StepGradients {
+    fn from(gradients: GradientsParams) -> Self {
+        Self(Source::One(gradients))
+    }
+}
+
+impl From<ShardGradients> for StepGradients {
+    fn from(gradients: ShardGradients) -> Self {
+        Self(Source::Several(gradients))
+    }
+}
+
+impl StepGradients {
+    /// The gradients of each hosted shard, in the order of `factors.hosted`: every factor of that
+    /// shard has one, and no factor of another.
+    pub(super) fn resolve(self, factors: &Factors) -> Result<Vec<GradientsParams>, OptimizerError> {
+        match self.0 {
+            Source::Several(gradients) => gradients.resolve(factors),
+            Source::One(gradients) => {
+                let shards = shards_in(&gradients, factors);
+                let &[shard] = &shards[..] else {
+                    return Err(OptimizerError::AmbiguousShard { shards });
+                };
+                match factors.hosted.iter().find(|&&hosted| hosted != shard) {
+                    Some(&shard) => Err(OptimizerError::MissingShard { shard }),
+                    None => Ok(vec![complete(shard, gradients, factors)?]),
+                }
+            }
+        }
+    }
+}
+
+/// `gradients`, if they are those of `shard` and none is missing.
+fn complete(
+    shard: usize,
+    gradients: GradientsParams,
+    factors: &Factors,
+) -> Result<GradientsParams, OptimizerError> {
+    let shards = shards_in(&gradients, factors);
+    if let Some(&found) = shards.iter().find(|&&found| found != shard) {
+        return Err(OptimizerError::WrongShard { shard, found });
+    }
+    let own = factors.iter().filter(|&(_, index, _, _)| index == shard);
+    for (weight, _, side, factor) in own {
+        if gradients.get::<2>(factor.id).is_none() {
+            let path = format!("{}.{}", weight.shard_path(shard), side.name());
+            return Err(OptimizerError::MissingGradient { shard, path });
+        }
+    }
+    Ok(gradients)
 }
 
 /// The shards whose factors have a gradient in `gradients`.
@@ -173,14 +218,4 @@ fn shards_in(gradients: &GradientsParams, factors: &Factors) -> Vec<usize> {
     shards.sort_unstable();
     shards.dedup();
     shards
-}
-
-/// The gradients of the one shard that they were computed for.
-impl From<GradientsParams> for ShardGradients {
-    fn from(gradients: GradientsParams) -> Self {
-        Self {
-            unassigned: Some(gradients),
-            ..Self::default()
-        }
-    }
 }

@@ -1,28 +1,28 @@
+//! The optimizer: its settings and its step.
+
 use std::num::{NonZeroU64, NonZeroUsize};
-use std::path::Path;
 
 use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
 use burn::module::{Module, ParamId};
-use burn::optim::{GradientsParams, ModuleOptimizer, OptimizerRecord};
-use burn::tensor::{Bytes, Device, Tensor};
-use burn_pack::{Reader, Scalar, Writer};
+use burn::optim::{GradientsParams, ModuleOptimizer};
+use burn::tensor::Device;
 use hd_pissa_comm::{Communicator, Traffic};
 
-use super::exchange::{Pair, Roster, ShardDeltas, compare};
-use super::factors::{Commit, Companions, Factors, WeightFactors, ZeroFactors};
-use super::fingerprint;
-use super::gradients::ShardGradients;
-use super::others::{OthersBefore, mean_gradients};
+use super::checks::{Checks, DenseCounts, Verdict};
+use super::clip::clip;
+use super::commit::{Commit, Companions, ZeroFactors};
+use super::dense::{DenseBefore, mean_gradients, non_finite_values};
+use super::exchange::{Deltas, OwnDeltas, PendingDeltas, compare};
+use super::factors::{Factors, WeightFactors};
+use super::fingerprint::Fingerprints;
+use super::frames::Frames;
+use super::gradients::StepGradients;
+use super::layout::{RunSettings, ShardLayout};
+use super::packed::{RowStatistics, pack};
 use super::probe::Probe;
+use super::range::Range;
 use super::{OptimizerError, StepError, WireDtype};
-use crate::adapter::path::shard_path;
-use crate::checkpoint::check_record;
-use crate::ops::{self, MergeInputs};
-
-/// Version of the records that this build writes and reads.
-const FORMAT_VERSION: u64 = 1;
-const FORMAT_KEY: &str = "hd_pissa.format_version";
-const STEPS_KEY: &str = "hd_pissa.steps";
+use crate::ops::MergeInputs;
 
 /// Most of what more gathers gain (the book's chapter on workers); each is one more pass of the inner
 /// optimizer over the model.
@@ -59,19 +59,20 @@ const DEFAULT_GATHERS: NonZeroUsize = NonZeroUsize::new(4).unwrap();
 /// # }
 /// ```
 pub struct HdPissaOptimizer {
-    inner: ModuleOptimizer,
+    pub(super) inner: ModuleOptimizer,
     communicator: Box<dyn Communicator>,
     max_grad_norm: Option<f64>,
     fingerprint_every: Option<NonZeroU64>,
     wire: WireDtype,
     /// Gathers of a step, with several workers.
     gathers: NonZeroUsize,
-    roster: Option<Roster>,
+    /// What the workers have agreed on, and the frames of all shards.
+    shared: Option<Box<(ShardLayout, Frames)>>,
     /// Whether to measure updates, and the norm of the last one.
     measure: bool,
     update_norm: Option<f64>,
     /// Steps taken, which stochastic rounding draws from.
-    steps: u64,
+    pub(super) steps: u64,
 }
 
 impl HdPissaOptimizer {
@@ -107,7 +108,7 @@ impl HdPissaOptimizer {
             fingerprint_every: NonZeroU64::new(50),
             wire: WireDtype::default(),
             gathers: DEFAULT_GATHERS,
-            roster: None,
+            shared: None,
             measure: false,
             update_norm: None,
             steps: 0,
@@ -116,8 +117,8 @@ impl HdPissaOptimizer {
 
     /// Scales each shard's factor gradients down to this global (2-)norm where it is larger.
     ///
-    /// The norm runs over all factors of one shard. Gradients of parameters outside the adapters
-    /// are not clipped.
+    /// The norm runs over all factors of one shard. Gradients of dense parameters, those outside the
+    /// adapters, are not clipped.
     ///
     /// # Errors
     ///
@@ -130,9 +131,9 @@ impl HdPissaOptimizer {
         Ok(self)
     }
 
-    /// Before every `steps`-th step, compares every parameter that steps move with the other
-    /// workers' copies, bit for bit; 50 by default, `None` for never. A single worker compares
-    /// nothing. Reads all these parameters back from the device.
+    /// Before every `steps`-th step, compares every parameter that steps move, and all frames, with
+    /// the other workers' copies by a hash of 64 bits; 50 by default, `None` for never. A single worker
+    /// compares nothing. Devices compute the hashes; two words for each tensor are read back.
     pub fn with_fingerprint_every(mut self, steps: Option<NonZeroU64>) -> Self {
         self.fingerprint_every = steps;
         self
@@ -184,12 +185,15 @@ impl HdPissaOptimizer {
     }
 
     /// Takes one step: Burn's call, with the gradients of one shard (`GradientsParams`) or of
-    /// several ([`ShardGradients`]).
+    /// several ([`ShardGradients`](crate::ShardGradients)).
     ///
-    /// The gradients must cover every shard that this worker hosts. All workers step together.
-    /// Where no one else holds a weight's tensor it is updated in place; a clone of the model, a
-    /// copy from `valid()` or a live graph keeps its values, and the step copies. Reads back from
-    /// the device once.
+    /// The gradients must cover every factor of every shard that this worker hosts. All workers step
+    /// together. Where no one else holds a weight's tensor it is updated in place; a clone of the
+    /// model, a copy from `valid()` or a live graph keeps its values, and the step copies. Reads back
+    /// from the device once.
+    ///
+    /// The optimizer may be given another model, or the same one with other frames, from one step to
+    /// the next: workers agree anew. Moments belong to parameters by their ids, and stay.
     ///
     /// # Errors
     ///
@@ -199,50 +203,74 @@ impl HdPissaOptimizer {
         &mut self,
         lr: impl Into<ModuleLearningRate>,
         model: M,
-        grads: impl Into<ShardGradients>,
+        grads: impl Into<StepGradients>,
     ) -> Result<M, StepError<M>> {
-        let Prepared {
-            stepped,
-            companions,
-            others_before,
-            inner,
-            factors,
-            deltas,
-            bad_values,
-        } = match self.prepare(lr.into(), &model, grads.into()) {
+        let prepared = match self.prepare(lr.into(), &model, grads.into()) {
             Ok(prepared) => prepared,
             Err(cause) => return Err(StepError { model, cause }),
         };
         // The last handle to the old weights, so that the merge can write in place.
         drop(model);
-        let roster = self
-            .roster
-            .as_ref()
-            .expect("agreed on before the first step");
-        let moved = |weight: usize| deltas.iter().map(move |shard| shard.pairs[weight].clone());
-        let gate = bad_values.total();
-        let (stepped, squares) =
-            Commit::apply(stepped, &factors, companions, self.steps, |weight| {
-                MergeInputs {
-                    frames: rows(roster.frames(&factors, weight)),
-                    deltas: rows(moved(weight)),
-                    gate: gate.clone(),
-                    rank: factors.weights[weight].rank(),
-                    measure: self.measure,
+        self.commit(prepared)
+    }
+
+    /// Merges what is prepared, unless the checks keep the weights as they are.
+    fn commit<M: Module>(&mut self, prepared: Prepared<M>) -> Result<M, StepError<M>> {
+        let Prepared {
+            mut stepped,
+            mut companions,
+            dense_before,
+            inner,
+            factors,
+            mut deltas,
+            dense_counts: [dense_gradients, dense_values],
+            ranges,
+        } = prepared;
+        let (layout, frames) = &mut **self.shared.as_mut().expect("agreed on before");
+        let refuse = |stepped: M, cause| {
+            let model = dense_before.restore(stepped);
+            Err(StepError { model, cause })
+        };
+        loop {
+            let checks = Checks::of(
+                &factors,
+                frames,
+                &deltas,
+                &dense_gradients,
+                &dense_values,
+                &ranges,
+            );
+            let gate = checks.gate();
+            let (merged, squares) =
+                Commit::apply(stepped, &factors, companions, self.steps, |weight| {
+                    MergeInputs {
+                        frames: frames.of(weight),
+                        deltas: deltas.packed[weight].clone(),
+                        gate: gate.clone(),
+                        rank: factors.weights[weight].rank(),
+                        measure: self.measure,
+                    }
+                });
+            match checks.read(&factors, squares) {
+                Ok(Verdict::Merged { squared_norm }) => {
+                    frames.adopt(&factors);
+                    self.inner = inner;
+                    self.steps += 1;
+                    self.update_norm = self.measure.then(|| squared_norm.sqrt());
+                    return Ok(merged);
                 }
-            });
-        match bad_values.read(&factors, squares) {
-            Ok(squared_norm) => {
-                self.inner = inner;
-                self.steps += 1;
-                self.update_norm = self.measure.then(|| squared_norm.sqrt());
-                Ok(stepped)
+                // Every worker comes to this, and the gate has kept the weights of all of them.
+                Ok(Verdict::StaleFrames) => {
+                    *frames = match Frames::gather(&factors, layout, &*self.communicator) {
+                        Ok(frames) => frames,
+                        Err(cause) => return refuse(merged, cause),
+                    };
+                    deltas.stale_is_settled();
+                    (stepped, companions) = ZeroFactors::apply(merged);
+                }
+                // The gate has kept the weights, and the frames are back.
+                Err(cause) => return refuse(merged, cause),
             }
-            // The gate has kept the weights, and the frames are back.
-            Err(cause) => Err(StepError {
-                model: others_before.restore(stepped),
-                cause,
-            }),
         }
     }
 
@@ -251,78 +279,103 @@ impl HdPissaOptimizer {
         &mut self,
         lr: ModuleLearningRate,
         model: &M,
-        grads: ShardGradients,
+        grads: StepGradients,
     ) -> Result<Prepared<M>, OptimizerError> {
         let factors = Factors::of(model)?;
+        self.share(model, &factors)?;
+        let (layout, frames) = &**self.shared.as_ref().expect("just shared");
         let communicator = &*self.communicator;
-        let roster = match self.roster.take() {
-            Some(roster) => roster,
-            None => {
-                self.refuse_groups_that_read(&factors)?;
-                let (wire, gathers) = (self.wire, self.gathers.get());
-                Roster::agree(&factors, wire, gathers, communicator, || {
-                    fingerprint::join(&fingerprint::of_all(model))
-                })?
-            }
-        };
-        let roster = self.roster.insert(roster);
+        let workers = communicator.num_workers();
 
         let due = self
             .fingerprint_every
             .is_some_and(|every| self.steps > 0 && self.steps.is_multiple_of(every.get()));
-        if due && communicator.num_workers() > 1 {
-            compare(
-                &fingerprint::of_trained(model, &factors),
-                &factors,
-                communicator,
-            )?;
+        if due && workers > 1 {
+            let fingerprints = Fingerprints::of_step(model, &factors, frames);
+            compare(&fingerprints.read(), &factors, communicator)?;
         }
 
         let mut shards = grads.resolve(&factors)?;
+        let statistics = gradient_statistics(&shards, &factors);
         if let Some(max_norm) = self.max_grad_norm {
-            clip(&mut shards, &factors, max_norm);
+            clip(&mut shards, &factors, &statistics, max_norm);
         }
-        let others = mean_gradients(model, &mut shards, roster, communicator)?;
+        let dense = mean_gradients(model, &mut shards, layout, communicator)?;
 
         let mut inner = self.inner.clone();
         let (mut stepped, companions) = ZeroFactors::apply(model.clone());
-        let mut gradients = others.gradients;
+        let mut gradients = dense.gradients;
         let mut gathers = Vec::new();
-        let groups = match communicator.num_workers() {
+        let groups = match workers {
             1 => 1,
             _ => self.gathers.get(),
         };
+        let stale = frames.are_stale(&factors);
         for group in factors.groups(groups) {
-            let weights = &factors.weights[group.clone()];
-            let bad_gradients = take_gradients(&mut shards, weights, &mut gradients);
+            take_gradients(&mut shards, &factors.weights[group.clone()], &mut gradients);
             stepped = inner.step(lr.clone(), stepped, std::mem::take(&mut gradients));
             let moved = Factors::of(&stepped)?;
-            let hosted = deltas_of(&moved.weights[group], bad_gradients, self.wire);
-            gathers.push(roster.start_deltas(hosted, weights, self.wire, communicator)?);
+            let moved = moved.weights[group.clone()].iter();
+            let counts = statistics[group.clone()].iter();
+            let own = OwnDeltas {
+                packed: moved
+                    .map(|weight| self.wire.round(weight.packed()))
+                    .collect(),
+                bad_gradients: counts.map(RowStatistics::non_finite).collect(),
+                stale: stale.clone(),
+            };
+            gathers.push(PendingDeltas::start(own, group, self.wire, communicator)?);
         }
         // All of them before the first merge: a step that fails has changed nothing.
-        let deltas = roster.finish_deltas(gathers)?;
-        let bad_values = BadValues::of(&deltas, others.non_finite);
+        let deltas = Deltas::finish(gathers, &factors, layout, self.wire)?;
 
         Ok(Prepared {
+            dense_counts: [dense.non_finite, non_finite_values(&stepped)],
+            ranges: Range::of_weights(model, &factors),
             stepped,
             companions,
-            others_before: OthersBefore::of(model),
+            dense_before: DenseBefore::of(model),
             inner,
             factors,
             deltas,
-            bad_values,
         })
+    }
+
+    /// Agrees with the other workers on the adapters and shares the frames, where that is not done or
+    /// was done for others.
+    fn share<M: Module>(&mut self, model: &M, factors: &Factors) -> Result<(), OptimizerError> {
+        let communicator = &*self.communicator;
+        let layout = match self.shared.take() {
+            Some(shared) if shared.0.fits(factors) => {
+                // Several workers learn from each other whether one of them has new frames.
+                if communicator.num_workers() > 1 || shared.1.are_of(factors) {
+                    self.shared = Some(shared);
+                    return Ok(());
+                }
+                shared.0
+            }
+            _ => {
+                self.refuse_groups_that_read(factors)?;
+                let settings = RunSettings {
+                    wire: self.wire,
+                    gathers: self.gathers.get(),
+                };
+                let model_hash = || Fingerprints::of_all(model).read_joined();
+                ShardLayout::agree(factors, settings, communicator, model_hash)?
+            }
+        };
+        let frames = Frames::gather(factors, &layout, communicator)?;
+        self.shared = Some(Box::new((layout, frames)));
+        Ok(())
     }
 
     /// The probe of [`new`](Self::new) again, with the paths and ids that parameter groups match.
     fn refuse_groups_that_read(&self, factors: &Factors) -> Result<(), OptimizerError> {
         let params = factors.iter().map(|(weight, shard, side, factor)| {
-            let shard = shard_path(&weight.path, shard, factors.num_shards);
-            (format!("{shard}.{}", side.name()), factor.id)
+            let path = format!("{}.{}", weight.shard_path(shard), side.name());
+            (path, factor.id)
         });
-        let device = factors.weights[0].shards[0].a.value.device().inner();
-        match Probe::new(&device, params).reads_parameter(&self.inner) {
+        match Probe::new(&factors.device(), params).reads_parameter(&self.inner) {
             Some(path) => Err(OptimizerError::ReadsParameter { path: Some(path) }),
             None => Ok(()),
         }
@@ -333,269 +386,49 @@ impl HdPissaOptimizer {
     pub fn communicator(&self) -> &dyn Communicator {
         &*self.communicator
     }
-
-    /// Serializes the state of the inner optimizer (the moments of the hosted shards) in Burn's
-    /// format, with the number of steps and a format version.
-    ///
-    /// # Errors
-    ///
-    /// [`OptimizerError::InvalidRecord`] if the state cannot be serialized.
-    pub fn to_bytes(&self) -> Result<Bytes, OptimizerError> {
-        let reader = Reader::from_bytes(self.inner.into_bytes()?).map_err(invalid_record)?;
-        let scalars = reader.scalars().clone();
-        let metadata = reader.metadata().clone();
-        let mut writer = Writer::new(reader.into_tensors().map_err(invalid_record)?)
-            .with_scalar(FORMAT_KEY, Scalar::from(FORMAT_VERSION))
-            .with_scalar(STEPS_KEY, Scalar::from(self.steps));
-        for (key, value) in &scalars {
-            writer = writer.with_scalar(key, *value);
-        }
-        for (key, value) in &metadata {
-            writer = writer.with_metadata(key, value);
-        }
-        writer.into_bytes().map_err(invalid_record)
-    }
-
-    /// Restores a state written by [`to_bytes`](Self::to_bytes).
-    ///
-    /// # Errors
-    ///
-    /// [`OptimizerError::InvalidRecord`] or [`OptimizerError::UnsupportedVersion`]; `self` is then
-    /// lost, the record unread.
-    pub fn from_bytes(mut self, bytes: Bytes) -> Result<Self, OptimizerError> {
-        let reader = Reader::from_bytes(bytes.clone()).map_err(invalid_record)?;
-        let scalar = |key: &str| {
-            let value = reader.scalars().get(key).copied();
-            let value = value.and_then(|value| u64::try_from(value).ok());
-            value.ok_or_else(|| OptimizerError::InvalidRecord {
-                reason: format!("it has no scalar `{key}`"),
-            })
-        };
-        let found = scalar(FORMAT_KEY)?;
-        if found != FORMAT_VERSION {
-            return Err(OptimizerError::UnsupportedVersion {
-                found,
-                supported: FORMAT_VERSION,
-            });
-        }
-        self.steps = scalar(STEPS_KEY)?;
-        let scalars = reader.scalars().clone();
-        let tensors = reader.into_tensors().map_err(invalid_record)?;
-        check_record(&tensors, &scalars)
-            .map_err(|reason| OptimizerError::InvalidRecord { reason })?;
-        self.inner = self.inner.load_record(OptimizerRecord::from_bytes(bytes)?);
-        Ok(self)
-    }
-
-    /// Writes the state to a file, beside it first and then renamed: the file is complete or as
-    /// before.
-    ///
-    /// # Errors
-    ///
-    /// [`OptimizerError::Io`] with the path, and those of [`to_bytes`](Self::to_bytes).
-    pub fn save(&self, path: impl AsRef<Path>) -> Result<(), OptimizerError> {
-        let path = path.as_ref();
-        let bytes = self.to_bytes()?;
-        let write = || -> std::io::Result<()> {
-            let folder = match path.parent() {
-                Some(folder) if !folder.as_os_str().is_empty() => folder,
-                _ => Path::new("."),
-            };
-            let mut file = tempfile::NamedTempFile::new_in(folder)?;
-            std::io::Write::write_all(&mut file, &bytes)?;
-            file.as_file().sync_all()?;
-            file.persist(path)?;
-            Ok(())
-        };
-        write().map_err(|error| io_error(path, &error))
-    }
-
-    /// Restores a state written by [`save`](Self::save).
-    ///
-    /// # Errors
-    ///
-    /// [`OptimizerError::Io`] with the path, and those of [`from_bytes`](Self::from_bytes).
-    pub fn load(self, path: impl AsRef<Path>) -> Result<Self, OptimizerError> {
-        let path = path.as_ref();
-        let bytes = std::fs::read(path).map_err(|error| io_error(path, &error))?;
-        self.from_bytes(Bytes::from_bytes_vec(bytes))
-    }
 }
 
 /// A step that only remains to be committed.
 struct Prepared<M> {
-    /// The model after the inner step: deltas in the place of factors, other parameters updated.
+    /// The model after the inner step: deltas in the place of factors, dense parameters updated.
     stepped: M,
     companions: Companions,
-    others_before: OthersBefore,
+    dense_before: DenseBefore,
     inner: ModuleOptimizer,
     /// The factors of the model before the step.
     factors: Factors,
-    /// The deltas of every shard, by index.
-    deltas: Vec<ShardDeltas>,
-    bad_values: BadValues,
+    deltas: Deltas,
+    /// Bad values in the gradients of dense parameters, and in the stepped parameters themselves.
+    dense_counts: [DenseCounts; 2],
+    ranges: Vec<Range>,
 }
 
-fn invalid_record(error: impl std::fmt::Display) -> OptimizerError {
-    OptimizerError::InvalidRecord {
-        reason: error.to_string(),
-    }
-}
-
-fn io_error(path: &Path, error: &std::io::Error) -> OptimizerError {
-    OptimizerError::Io {
-        path: path.display().to_string(),
-        reason: error.to_string(),
-    }
-}
-
-/// Scales the factor gradients of each shard to a global norm of at most `max_norm`.
-fn clip(shards: &mut [GradientsParams], factors: &Factors, max_norm: f64) {
-    for (gradients, &shard) in shards.iter_mut().zip(&factors.hosted) {
-        let ids: Vec<ParamId> = factors
-            .iter()
-            .filter(|&(_, index, _, _)| index == shard)
-            .map(|(_, _, _, factor)| factor.id)
-            .collect();
-        let squares = ids
-            .iter()
-            .filter_map(|&id| gradients.get::<2>(id))
-            .map(|gradient| gradient.square().sum());
-        let Some(sum) = squares.reduce(|sum, square| sum + square) else {
-            continue;
-        };
-        // The small term is that of PyTorch's clip_grad_norm_.
-        let factor = (sum.sqrt() + 1e-6).recip() * max_norm;
-        let factor = factor.clamp_max(1.0).unsqueeze::<2>();
-        for id in ids {
-            if let Some(gradient) = gradients.remove::<2>(id) {
-                gradients.register(id, gradient * factor.clone());
-            }
-        }
-    }
+/// What is known of each weight's gradients, over the hosted shards.
+fn gradient_statistics(shards: &[GradientsParams], factors: &Factors) -> Vec<RowStatistics> {
+    let of_weight = |weight: &WeightFactors| {
+        let gradients = shards.iter().zip(&weight.shards).map(|(gradients, shard)| {
+            let gradient = |id| gradients.get::<2>(id).expect("no gradient is missing");
+            (gradient(shard.a.id), gradient(shard.b.id))
+        });
+        RowStatistics::of(pack(gradients), weight.split())
+    };
+    factors.weights.iter().map(of_weight).collect()
 }
 
 /// Moves the gradients of some weights from the hosted shards to those for the inner optimizer,
-/// whose parameters have different ids in each shard; for each shard and weight the number of bad
-/// values.
+/// whose parameters have different ids in each shard.
 fn take_gradients(
     shards: &mut [GradientsParams],
     weights: &[WeightFactors],
     joined: &mut GradientsParams,
-) -> Vec<Vec<Option<Tensor<1>>>> {
-    shards
-        .iter_mut()
-        .enumerate()
-        .map(|(position, gradients)| {
-            weights
-                .iter()
-                .map(|weight| {
-                    let shard = &weight.shards[position];
-                    [shard.a.id, shard.b.id]
-                        .into_iter()
-                        .filter_map(|id| {
-                            let gradient = gradients.remove::<2>(id)?;
-                            let count = ops::count_non_finite(gradient.clone());
-                            joined.register(id, gradient);
-                            Some(count)
-                        })
-                        .reduce(|sum, count| sum + count)
-                })
-                .collect()
-        })
-        .collect()
-}
-
-/// Reads the deltas of some weights out of the factors' places, shard by shard, as they arrive
-/// after the exchange.
-fn deltas_of(
-    stepped: &[WeightFactors],
-    bad_gradients: Vec<Vec<Option<Tensor<1>>>>,
-    wire: WireDtype,
-) -> Vec<ShardDeltas> {
-    bad_gradients
-        .into_iter()
-        .enumerate()
-        .map(|(position, bad_gradients)| {
-            let mut pairs = Vec::with_capacity(stepped.len());
-            let mut non_finite = Vec::with_capacity(stepped.len());
-            for (weight, bad_gradients) in stepped.iter().zip(bad_gradients) {
-                let shard = &weight.shards[position];
-                let pair = Pair {
-                    a: wire.round(shard.a.value.clone().inner()),
-                    b: wire.round(shard.b.value.clone().inner()),
-                };
-                // Rounding can carry a value to infinity.
-                let bad =
-                    ops::count_non_finite(pair.a.clone()) + ops::count_non_finite(pair.b.clone());
-                non_finite.push(match bad_gradients {
-                    Some(count) => bad + count,
-                    None => bad,
-                });
-                pairs.push(pair);
+) {
+    for weight in weights {
+        for (gradients, shard) in shards.iter_mut().zip(&weight.shards) {
+            for id in [shard.a.id, shard.b.id] {
+                if let Some(gradient) = gradients.remove::<2>(id) {
+                    joined.register(id, gradient);
+                }
             }
-            ShardDeltas { pairs, non_finite }
-        })
-        .collect()
-}
-
-/// How many NaN and infinite values a step's gradients and deltas hold, on the device.
-struct BadValues {
-    /// For each shard and weight, then for each other parameter, `[n]`.
-    counts: Tensor<1>,
-    shards: usize,
-    /// Paths of the other parameters.
-    others: Vec<String>,
-}
-
-impl BadValues {
-    fn of(all: &[ShardDeltas], others: Vec<(String, Tensor<1>)>) -> Self {
-        let (paths, others): (Vec<_>, Vec<_>) = others.into_iter().unzip();
-        let shards = all
-            .iter()
-            .flat_map(|shard| shard.non_finite.iter().cloned());
-        Self {
-            counts: Tensor::cat(shards.chain(others).collect(), 0),
-            shards: all.len(),
-            others: paths,
         }
     }
-
-    /// Zero if and only if there are none, `[1]`.
-    fn total(&self) -> Tensor<1> {
-        self.counts.clone().sum()
-    }
-
-    /// The step's one read-back: the sum of `squares`, unless there are bad values.
-    fn read(self, factors: &Factors, squares: Vec<Tensor<1>>) -> Result<f64, OptimizerError> {
-        let all = [vec![self.counts], squares].concat();
-        let all: Vec<f32> = Tensor::cat(all, 0).into_data().iter::<f32>().collect();
-        let weights = factors.weights.len();
-        let (counts, squares) = all.split_at(all.len() - weights);
-        let Some(position) = counts.iter().position(|&count| count != 0.0) else {
-            return Ok(squares.iter().map(|&square| f64::from(square)).sum());
-        };
-        let path = match position.checked_sub(self.shards * weights) {
-            Some(other) => self.others[other].clone(),
-            None => {
-                let (shard, weight) = (position / weights, position % weights);
-                shard_path(&factors.weights[weight].path, shard, factors.num_shards)
-            }
-        };
-        Err(OptimizerError::NonFinite {
-            path,
-            count: counts[position] as usize,
-        })
-    }
-}
-
-/// One row for each shard: its `a`, then its `b`, row by row.
-fn rows(pairs: impl Iterator<Item = Pair>) -> Tensor<2> {
-    let parts: Vec<Tensor<1>> = pairs
-        .flat_map(|pair| [pair.a.flatten(0, 1), pair.b.flatten(0, 1)])
-        .collect();
-    let shards = parts.len() / 2;
-    let all = Tensor::cat(parts, 0);
-    let len = all.dims()[0] / shards;
-    all.reshape([shards, len])
 }

@@ -1,3 +1,5 @@
+//! The precision in which deltas travel.
+
 use std::fmt::{self, Display, Formatter};
 
 use burn::tensor::{DType, Device, Tensor};
@@ -68,15 +70,16 @@ impl WireDtype {
         }
     }
 
-    /// Deltas `[n]` and counts `[m]` of an encoded buffer.
-    pub(super) fn decode(self, buffer: Tensor<1>, counts: usize) -> (Tensor<1>, Tensor<1>) {
-        let buffer = buffer.cast(DType::F32);
-        let deltas = buffer.dims()[0] - counts * self.count_len();
+    /// Deltas `[workers, n]` and counts `[workers, m]` of the encoded buffers of several workers,
+    /// `[workers, n + m · count_len]`.
+    pub(super) fn decode(self, buffers: Tensor<2>, counts: usize) -> (Tensor<2>, Tensor<2>) {
+        let buffers = buffers.cast(DType::F32);
+        let deltas = buffers.dims()[1] - counts * self.count_len();
         let digits = (0..self.count_len())
-            .map(|digit| buffer.clone().narrow(0, deltas + digit * counts, counts));
+            .map(|digit| buffers.clone().narrow(1, deltas + digit * counts, counts));
         let decoded = digits.reduce(|high, low| high * 256.0 + low);
         let decoded = decoded.expect("a count has a digit");
-        (buffer.narrow(0, 0, deltas), decoded)
+        (buffers.narrow(1, 0, deltas), decoded)
     }
 }
 
@@ -111,16 +114,24 @@ mod tests {
             let sent = wire.encode(deltas.clone(), Tensor::from_floats(counts, &device));
             assert_eq!(sent.dims(), [3 + counts.len() * wire.count_len()]);
             assert_eq!(sent.dtype().size() as u64 * 8, wire.bits());
+            // As two workers would send it.
+            let sent = Tensor::stack::<2>(vec![sent.clone(), sent], 0);
             let (received, decoded) = wire.decode(sent, counts.len());
-            received.into_data().assert_eq(&deltas.into_data(), true);
-            assert_eq!(decoded.into_data().as_slice::<f32>().unwrap(), counts);
+            for worker in 0..2 {
+                let received = received.clone().narrow(0, worker, 1).flatten::<1>(0, 1);
+                received
+                    .into_data()
+                    .assert_eq(&deltas.clone().into_data(), true);
+                let decoded = decoded.clone().narrow(0, worker, 1).into_data();
+                assert_eq!(decoded.as_slice::<f32>().unwrap(), counts);
+            }
         }
         // What does not fit stays a count.
         let sent = WireDtype::Bf16.encode(
             Tensor::zeros([1], &device),
             Tensor::<1>::from_floats([3e10], &device),
         );
-        let (_, decoded) = WireDtype::Bf16.decode(sent, 1);
+        let (_, decoded) = WireDtype::Bf16.decode(sent.unsqueeze(), 1);
         assert!(decoded.into_scalar::<f32>() > 1e10);
     }
 }

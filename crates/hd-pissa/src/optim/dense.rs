@@ -1,4 +1,4 @@
-//! Trainable parameters outside the adapters: they take the mean of all shards' gradients.
+//! Dense parameters, which train outside the adapters: they take the mean of all shards' gradients.
 
 use std::collections::HashMap;
 
@@ -9,9 +9,9 @@ use burn::tensor::{DType, Tensor};
 use hd_pissa_comm::Communicator;
 
 use super::OptimizerError;
-use super::exchange::Roster;
+use super::layout::ShardLayout;
+use super::packed::RowStatistics;
 use crate::adapter::path::{PathTracker, Place, track_path};
-use crate::ops;
 
 /// The mean gradients, and for each parameter its path and its number of bad values.
 #[derive(Default)]
@@ -26,7 +26,7 @@ pub(super) struct MeanGradients {
 pub(super) fn mean_gradients<M: Module>(
     model: &M,
     shards: &mut [GradientsParams],
-    roster: &Roster,
+    layout: &ShardLayout,
     communicator: &dyn Communicator,
 ) -> Result<MeanGradients, OptimizerError> {
     let mut flatten = Flatten {
@@ -38,12 +38,21 @@ pub(super) fn mean_gradients<M: Module>(
     if flatten.rows[0].is_empty() {
         return Ok(MeanGradients::default());
     }
-    let rows = flatten
+    let rows: Vec<Tensor<1>> = flatten
         .rows
         .into_iter()
         .map(|row| Tensor::cat(row, 0))
         .collect();
-    let rows = roster.gather_rows(rows, communicator)?;
+    let rows = match communicator.num_workers() {
+        1 => rows,
+        workers => {
+            let (hosted, len) = (rows.len(), rows[0].dims()[0]);
+            let gathered = communicator.all_gather(Tensor::cat(rows, 0))?;
+            let rows = layout.sorted(gathered.reshape([workers * hosted, len]));
+            let row = |shard| rows.clone().narrow(0, shard, 1).flatten(0, 1);
+            (0..workers * hosted).map(row).collect()
+        }
+    };
     let count = rows.len() as f64;
     let sum = rows.into_iter().reduce(|sum, row| sum + row);
     let mut unflatten = Unflatten {
@@ -56,7 +65,9 @@ pub(super) fn mean_gradients<M: Module>(
     Ok(unflatten.result)
 }
 
-fn is_other<const D: usize>(path: &PathTracker, param: &Param<Tensor<D>>) -> Option<String> {
+/// The path of a dense parameter. An adapted weight is none: it requires no gradient, or the step is
+/// refused before.
+fn dense_path<const D: usize>(path: &PathTracker, param: &Param<Tensor<D>>) -> Option<String> {
     match path.place() {
         Place::Other(path) if param.is_require_grad() => Some(path),
         _ => None,
@@ -74,7 +85,7 @@ impl ModuleVisitor for Flatten<'_> {
     track_path!(path);
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if is_other(&self.path, param).is_none() {
+        if dense_path(&self.path, param).is_none() {
             return;
         }
         for (shard, row) in self.shards.iter_mut().zip(&mut self.rows) {
@@ -99,30 +110,61 @@ impl ModuleVisitor for Unflatten {
     track_path!(path);
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let Some(path) = is_other(&self.path, param) else {
+        let Some(path) = dense_path(&self.path, param) else {
             return;
         };
         let shape = param.lazy_shape();
         let len = shape.num_elements();
         let mean = self.mean.clone().narrow(0, self.start, len);
         self.start += len;
-        self.result
-            .non_finite
-            .push((path, ops::count_non_finite(mean.clone())));
+        let count = non_finite(mean.clone());
+        self.result.non_finite.push((path, count));
         let gradient = mean.reshape::<D, _>(shape).cast(param.base().dtype());
         self.result.gradients.register(param.id, gradient);
     }
 }
 
-/// The trainable parameters outside the adapters as they are before a step, which a refusal puts
+/// The number of NaN and infinite values, `[1]`.
+fn non_finite<const D: usize>(values: Tensor<D>) -> Tensor<1> {
+    let len = values.shape().num_elements();
+    let row = values.reshape([1, len]).cast(DType::F32);
+    RowStatistics::of(row, len).non_finite()
+}
+
+/// For each dense parameter its path and the number of its values that are NaN or infinite, `[1]`.
+pub(super) fn non_finite_values<M: Module>(model: &M) -> Vec<(String, Tensor<1>)> {
+    struct Count {
+        path: PathTracker,
+        counts: Vec<(String, Tensor<1>)>,
+    }
+
+    impl ModuleVisitor for Count {
+        track_path!(path);
+
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            if let Some(path) = dense_path(&self.path, param) {
+                self.counts.push((path, non_finite(param.base().inner())));
+            }
+        }
+    }
+
+    let mut count = Count {
+        path: PathTracker::default(),
+        counts: Vec::new(),
+    };
+    model.visit(&mut count);
+    count.counts
+}
+
+/// The dense parameters as they are before a step, which a refusal puts
 /// back.
 #[derive(Default)]
-pub(super) struct OthersBefore {
+pub(super) struct DenseBefore {
     path: PathTracker,
     values: HashMap<ParamId, DispatchTensor>,
 }
 
-impl OthersBefore {
+impl DenseBefore {
     pub(super) fn of<M: Module>(model: &M) -> Self {
         let mut before = Self::default();
         model.visit(&mut before);
@@ -134,17 +176,17 @@ impl OthersBefore {
     }
 }
 
-impl ModuleVisitor for OthersBefore {
+impl ModuleVisitor for DenseBefore {
     track_path!(path);
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if is_other(&self.path, param).is_some() {
+        if dense_path(&self.path, param).is_some() {
             self.values.insert(param.id, param.base().into_dispatch());
         }
     }
 }
 
-impl ModuleMapper for OthersBefore {
+impl ModuleMapper for DenseBefore {
     track_path!(path);
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {

@@ -1,0 +1,50 @@
+//! Gradient clipping by the global norm of each shard.
+
+use burn::optim::GradientsParams;
+use burn::tensor::Tensor;
+
+use super::factors::Factors;
+use super::packed::RowStatistics;
+
+/// `2^80`, by which [`RowStatistics::scaled_squares`] divides.
+const SCALE: f64 = (1u128 << 80) as f64;
+
+/// Scales the factor gradients of each hosted shard to a norm of at most `max_norm` over all
+/// weights.
+///
+/// `statistics` are those of the gradients, for each weight. NaN and infinite values do not count, so
+/// that they stay where they are.
+pub(super) fn clip(
+    shards: &mut [GradientsParams],
+    factors: &Factors,
+    statistics: &[RowStatistics],
+    max_norm: f64,
+) {
+    let sum = |of: fn(&RowStatistics) -> Tensor<1>| {
+        let sums = statistics.iter().map(of);
+        sums.reduce(|sum, squares| sum + squares)
+            .expect("there is a weight")
+    };
+    let squares = sum(RowStatistics::squares);
+    let scaled_norm = sum(RowStatistics::scaled_squares).sqrt();
+    // Where the sum of squares is above the range of f32, gradients are divided by 2^80 first. That
+    // loses nothing that the norm leaves visible.
+    let is_huge = squares.clone().is_inf();
+    let first = squares.ones_like().mask_fill(is_huge.clone(), 1.0 / SCALE);
+    // The small term is that of PyTorch's clip_grad_norm_.
+    let second = ((squares.sqrt() + 1e-6).recip() * max_norm).clamp_max(1.0);
+    let huge = (scaled_norm.recip() * max_norm).clamp_max(SCALE);
+    let second = second.mask_where(is_huge, huge);
+    for (position, gradients) in shards.iter_mut().enumerate() {
+        let of_shard = |factor: &Tensor<1>| factor.clone().narrow(0, position, 1).unsqueeze::<2>();
+        let (first, second) = (of_shard(&first), of_shard(&second));
+        for weight in &factors.weights {
+            let shard = &weight.shards[position];
+            for id in [shard.a.id, shard.b.id] {
+                if let Some(gradient) = gradients.remove::<2>(id) {
+                    gradients.register(id, gradient * first.clone() * second.clone());
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! The two ends of a step: factors replaced by zeros, and updates merged with the frames put back.
+
+use std::collections::HashMap;
+
+use burn::backend::GradientCheckpointingStrategy;
+use burn::module::{Module, ModuleMapper, Param, ParamId};
+use burn::tensor::{Int, Tensor};
+
+use super::factors::{Factor, Factors, WeightFactors};
+use crate::adapter::path::{PathTracker, Place, track_path};
+use crate::ops::{self, MergeInputs};
+
+/// The companions of half-precision weights, by the weight's path.
+pub(super) type Companions = HashMap<String, Tensor<2, Int>>;
+
+/// Replaces every factor by zeros, so that an optimizer step leaves exactly its delta there, and
+/// takes the companions out.
+pub(super) struct ZeroFactors {
+    path: PathTracker,
+    companions: Companions,
+}
+
+impl ZeroFactors {
+    pub(super) fn apply<M: Module>(model: M) -> (M, Companions) {
+        let mut mapper = Self {
+            path: PathTracker::default(),
+            companions: Companions::new(),
+        };
+        let model = model.map(&mut mapper);
+        (model, mapper.companions)
+    }
+}
+
+impl ModuleMapper for ZeroFactors {
+    track_path!(path);
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        match self.path.place() {
+            Place::Shard { side: Some(_), .. } => {
+                let (id, value, mapper) = param.consume();
+                let zeros = value.clone().inner().zeros_like();
+                let zeros = Settings::of(id, &value).restore(zeros);
+                Param::from_mapped_value(id, zeros, mapper)
+            }
+            _ => param,
+        }
+    }
+
+    fn map_int<const D: usize>(&mut self, param: Param<Tensor<D, Int>>) -> Param<Tensor<D, Int>> {
+        match self.path.place() {
+            Place::Companion { weight } => {
+                let (id, value, mapper) = param.consume();
+                // In its place something that holds no memory of the weight's size.
+                let placeholder = Tensor::zeros([1; D], (&value.device(), value.dtype()));
+                let value = Tensor::from_dispatch(value.into_dispatch());
+                self.companions.insert(weight, value);
+                Param::from_mapped_value(id, placeholder, mapper)
+            }
+            _ => param,
+        }
+    }
+}
+
+/// Puts the frames back and merges the updates into the weights and their companions.
+pub(super) struct Commit<'a, F> {
+    path: PathTracker,
+    frames: HashMap<ParamId, Tensor<2>>,
+    /// The adapted weights with their positions.
+    weights: HashMap<&'a str, (usize, &'a WeightFactors)>,
+    companions: Companions,
+    step: u64,
+    inputs: F,
+    squares: Vec<Tensor<1>>,
+}
+
+impl<'a, F: Fn(usize) -> MergeInputs> Commit<'a, F> {
+    /// The model after optimizer step `step`, and for each weight the sum of the squares of its
+    /// update, `[1]`.
+    ///
+    /// `inputs` is called with the position of each weight when its turn comes, so that the
+    /// buffers of one weight at a time are live.
+    pub(super) fn apply<M: Module>(
+        model: M,
+        factors: &'a Factors,
+        companions: Companions,
+        step: u64,
+        inputs: F,
+    ) -> (M, Vec<Tensor<1>>) {
+        let frame = |factor: &Factor| (factor.id, factor.value.clone());
+        let weights = factors.weights.iter().enumerate();
+        let mut mapper = Self {
+            path: PathTracker::default(),
+            frames: factors.iter().map(|(_, _, _, f)| frame(f)).collect(),
+            weights: weights
+                .map(|(position, weight)| (weight.path.as_str(), (position, weight)))
+                .collect(),
+            companions,
+            step,
+            inputs,
+            squares: Vec::with_capacity(factors.weights.len()),
+        };
+        let model = model.map(&mut mapper);
+        (model, mapper.squares)
+    }
+}
+
+impl<F: Fn(usize) -> MergeInputs> ModuleMapper for Commit<'_, F> {
+    track_path!(path);
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        match self.path.place() {
+            Place::Shard { side: Some(_), .. } => match self.frames.remove(&param.id) {
+                Some(frame) => {
+                    let (id, _, mapper) = param.consume();
+                    let frame = Tensor::from_dispatch(frame.into_dispatch());
+                    Param::from_mapped_value(id, frame, mapper)
+                }
+                None => param,
+            },
+            Place::Other(path) => match self.weights.get(path.as_str()) {
+                Some(&(position, weight)) => {
+                    let (id, value, mapper) = param.consume();
+                    // A handle of the storage would make the merge copy: keep only the settings.
+                    let settings = Settings::of(id, &value);
+                    let value = Tensor::<2>::from_dispatch(value.inner().into_dispatch());
+                    let inputs = (self.inputs)(position);
+                    let (merged, squares) = match self.companions.remove(&path) {
+                        Some(companion) => {
+                            let (merged, companion, squares) =
+                                ops::merge_split(value, companion, inputs);
+                            // A traversal comes to the companion after the weight.
+                            self.companions.insert(path, companion);
+                            (merged, squares)
+                        }
+                        None => ops::merge_rounded(value, inputs, weight.rounding(self.step)),
+                    };
+                    self.squares.push(squares);
+                    let merged = Tensor::<D>::from_dispatch(merged.into_dispatch());
+                    Param::from_mapped_value(id, settings.restore(merged), mapper)
+                }
+                None => param,
+            },
+            _ => param,
+        }
+    }
+
+    fn map_int<const D: usize>(&mut self, param: Param<Tensor<D, Int>>) -> Param<Tensor<D, Int>> {
+        let companion = match self.path.place() {
+            Place::Companion { weight } => self.companions.remove(&weight),
+            _ => None,
+        };
+        match companion {
+            Some(companion) => {
+                let (id, _, mapper) = param.consume();
+                let companion = Tensor::from_dispatch(companion.into_dispatch());
+                Param::from_mapped_value(id, companion, mapper)
+            }
+            None => param,
+        }
+    }
+}
+
+/// What a parameter's tensor carries besides its values.
+struct Settings {
+    id: ParamId,
+    autodiff: bool,
+    require_grad: bool,
+    distributed: bool,
+    checkpointing: Option<GradientCheckpointingStrategy>,
+}
+
+impl Settings {
+    fn of<const D: usize>(id: ParamId, parameter: &Tensor<D>) -> Self {
+        let autodiff = parameter.is_autodiff();
+        Self {
+            id,
+            autodiff,
+            require_grad: parameter.is_require_grad(),
+            distributed: autodiff && parameter.is_distributed(),
+            checkpointing: parameter.gradient_checkpointing_strategy(),
+        }
+    }
+
+    fn restore<const D: usize>(self, value: Tensor<D>) -> Tensor<D> {
+        if !self.autodiff {
+            return value;
+        }
+        let value = Tensor::from_inner(value);
+        let value = match self.checkpointing {
+            Some(strategy) => value.with_gradient_checkpointing_strategy(strategy),
+            None => value,
+        };
+        let value = value.set_require_grad(self.require_grad);
+        match self.distributed {
+            true => value.set_distributed(self.id),
+            false => value,
+        }
+    }
+}

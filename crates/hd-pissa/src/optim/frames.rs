@@ -1,0 +1,92 @@
+//! The frames of all shards, packed once and kept from step to step.
+
+use burn::tensor::{DType, Int, Tensor};
+use burn_autodiff::NodeId;
+use hd_pissa_comm::Communicator;
+
+use super::OptimizerError;
+use super::factors::Factors;
+use super::layout::ShardLayout;
+use super::packed::RowStatistics;
+use crate::ops;
+
+/// The frames of every weight, as its merges read them.
+pub(super) struct Frames {
+    /// `[shards, row_len]` for each weight, rows by the index of the shard.
+    packed: Vec<Tensor<2>>,
+    statistics: Vec<RowStatistics>,
+    /// The tensors of this worker's factors that they were made from.
+    source: Option<Vec<NodeId>>,
+    /// With several workers: fingerprints of this worker's frames, `[2 · weights]`.
+    own: Option<Tensor<1, Int>>,
+}
+
+impl Frames {
+    /// Gathers the frames of all workers. Every worker calls it at the same time.
+    pub(super) fn gather(
+        factors: &Factors,
+        layout: &ShardLayout,
+        communicator: &dyn Communicator,
+    ) -> Result<Self, OptimizerError> {
+        let own: Vec<Tensor<2>> = factors.weights.iter().map(|w| w.packed()).collect();
+        let workers = communicator.num_workers();
+        let fingerprints = (workers > 1).then(|| fingerprints(own.iter().cloned()));
+        let packed = if workers == 1 {
+            own
+        } else {
+            let own = own.into_iter().map(|packed| packed.flatten(0, 1)).collect();
+            let gathered = communicator.all_gather(Tensor::cat(own, 0))?;
+            let len = gathered.dims()[0] / workers;
+            layout.by_weight(gathered.reshape([workers, len]), &factors.weights)
+        };
+        let statistics = packed.iter().zip(&factors.weights);
+        let statistics = statistics.map(|(packed, w)| RowStatistics::of(packed.clone(), w.split()));
+        Ok(Self {
+            statistics: statistics.collect(),
+            packed,
+            source: factors.identity(),
+            own: fingerprints,
+        })
+    }
+
+    /// Whether they were made from these very tensors.
+    pub(super) fn are_of(&self, factors: &Factors) -> bool {
+        self.source.is_some() && self.source == factors.identity()
+    }
+
+    /// Zero if this worker's factors have the values that the other workers know, `[1]`. For several
+    /// workers.
+    pub(super) fn are_stale(&self, factors: &Factors) -> Tensor<1> {
+        match &self.own {
+            Some(own) if !self.are_of(factors) => {
+                let now = fingerprints(factors.weights.iter().map(|weight| weight.packed()));
+                let differ = now.not_equal(own.clone()).float().cast(DType::F32);
+                differ.sum()
+            }
+            _ => Tensor::zeros([1], (&factors.device(), DType::F32)),
+        }
+    }
+
+    /// Takes note of tensors whose values turned out to be the same.
+    pub(super) fn adopt(&mut self, factors: &Factors) {
+        self.source = factors.identity();
+    }
+
+    /// The packed frames of a weight, `[shards, row_len]`.
+    pub(super) fn of(&self, weight: usize) -> Tensor<2> {
+        self.packed[weight].clone()
+    }
+
+    pub(super) fn statistics(&self, weight: usize) -> &RowStatistics {
+        &self.statistics[weight]
+    }
+
+    /// The frames of all weights, for the comparison of workers.
+    pub(super) fn all(&self) -> &[Tensor<2>] {
+        &self.packed
+    }
+}
+
+fn fingerprints(packed: impl Iterator<Item = Tensor<2>>) -> Tensor<1, Int> {
+    Tensor::cat(packed.map(ops::fingerprint).collect(), 0)
+}
