@@ -14,7 +14,7 @@ use hd_pissa::{
     HdPissaOptimizer, OptimizerError, ShardGradients,
 };
 use hd_pissa_tests::{
-    Dense, Lean, assert_close, base, bits, gpu, gpu_product_tolerance, normal, values,
+    Dense, Lean, assert_close, base, bits, gpu, gpu_product_tolerance, gpu_supports, normal, values,
 };
 
 fn on<const D: usize>(tensor: &Tensor<D>, device: &Device) -> Tensor<D> {
@@ -33,8 +33,7 @@ fn values_and_gradients() {
         ([7, 19, 23, 3], DType::F16, 5e-3),
         ([24, 64, 48, 4], DType::BF16, 4e-2),
     ] {
-        if !gpu.supports_dtype(dtype) {
-            println!("skipped: no {dtype:?} on this device");
+        if !gpu_supports(&gpu, dtype) {
             continue;
         }
         // The leaves of one run on each device; which inputs are tracked varies.
@@ -142,6 +141,14 @@ fn a_clone_is_unchanged_and_bad_steps_are_refused() {
     let model = optim.step(1e-2, model, grads).unwrap();
     assert_ne!(bits(&base(&model.weight)), before);
     assert_eq!(bits(&base(&clone.weight)), before);
+
+    // Burn's mark of a distributed parameter is not lost.
+    let mut model = model;
+    let id = model.weight.id;
+    model.weight = model.weight.map(|weight| weight.set_distributed(id));
+    let grads = gradients(&model, 1.0);
+    let model = optim.step(1e-2, model, grads).unwrap();
+    assert!(model.weight.base().is_distributed());
 
     for bad in [f32::NAN, f32::INFINITY] {
         let before = bits(&base(&model.weight));

@@ -172,7 +172,7 @@ fn gradients_agree_with_finite_differences() {
                 (DType::F16, 5e-3),
                 (DType::BF16, 4e-2),
             ] {
-                if gpu.supports_dtype(dtype) {
+                if hd_pissa_tests::gpu_supports(&gpu, dtype) {
                     check(&gpu, dtype, track_x, tolerance);
                 }
             }

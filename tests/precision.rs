@@ -294,8 +294,7 @@ fn the_gpu_rounds_as_flex_does() {
             (dtype, MergePrecision::Stochastic { seed: 5 }),
         ]
     }) {
-        if !gpu.supports_dtype(dtype) {
-            println!("skipped: no {dtype:?} on this device");
+        if !hd_pissa_tests::gpu_supports(&gpu, dtype) {
             continue;
         }
         let start = layer([13, 18], dtype);

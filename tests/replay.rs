@@ -35,8 +35,15 @@ fn committed_runs() {
         assert_replays(&data(name), SvdPrecision::F64, 2e-5);
         assert_replays(&data(name), SvdPrecision::F32, 1e-4);
     }
+    let name = "k4_r8_64x96.safetensors";
+    assert_replays(&data(name), SvdPrecision::F64, 1e-4);
+    // Adam's first step is close to a sign function. It makes whole steps of the rounding errors that
+    // an f32 decomposition leaves in gradients near zero; they depend on the processor (3.2e-4
+    // without AVX-512).
+    assert_replays(&data(name), SvdPrecision::F32, 1e-3);
 }
 
+/// Runs that the repository does not hold, where there are any. CI does not rely on them.
 #[test]
 fn shared_runs() {
     let Some(shared) = shared() else {
@@ -55,9 +62,6 @@ fn shared_runs() {
     assert!(!runs.is_empty());
     for run in runs {
         assert_replays(&run, SvdPrecision::F64, 1e-4);
-        // Adam's first step is close to a sign function, which makes whole steps of the rounding
-        // errors that an f32 decomposition leaves in gradients near zero; they depend on the
-        // processor (3.2e-4 without AVX-512).
         assert_replays(&run, SvdPrecision::F32, 1e-3);
     }
 }

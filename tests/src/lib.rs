@@ -122,11 +122,26 @@ pub fn assert_close<const D: usize>(actual: Tensor<D>, expected: Tensor<D>, tole
 }
 
 /// The folder with larger recorded runs and data, which the repository does not hold:
-/// `HD_PISSA_SHARED`, or `shared` beside the checkout.
+/// `HD_PISSA_SHARED`, which must be there if it is set, or `shared` beside the checkout.
 pub fn shared() -> Option<PathBuf> {
+    if let Some(folder) = std::env::var_os("HD_PISSA_SHARED").map(PathBuf::from) {
+        assert!(
+            folder.is_dir(),
+            "HD_PISSA_SHARED: no folder {}",
+            folder.display()
+        );
+        return Some(folder);
+    }
     let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared");
-    let folder = std::env::var_os("HD_PISSA_SHARED").map_or(beside, PathBuf::from);
-    folder.is_dir().then_some(folder)
+    beside.is_dir().then_some(beside)
+}
+
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+const REQUIRE_GPU: [&str; 2] = ["HD_PISSA_REQUIRE_CUDA", "HD_PISSA_REQUIRE_WGPU"];
+
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+fn is_required(variable: &str) -> bool {
+    std::env::var_os(variable).is_some_and(|value| value == "1")
 }
 
 /// The CUDA device in a build with that feature, else the WGPU one; `None` where there is none, which
@@ -143,13 +158,30 @@ pub fn gpu() -> Option<Device> {
     });
     let device = found.ok();
     if device.is_none() {
-        for variable in ["HD_PISSA_REQUIRE_CUDA", "HD_PISSA_REQUIRE_WGPU"] {
-            let required = std::env::var_os(variable).is_some_and(|value| value == "1");
-            assert!(!required, "{variable}=1, but no device was found");
+        for variable in REQUIRE_GPU {
+            assert!(
+                !is_required(variable),
+                "{variable}=1, but no device was found"
+            );
         }
         println!("skipped: no GPU and no software driver of one");
     }
     device
+}
+
+/// Whether the GPU has a dtype. Every device that a test run requires must have `f16`.
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+pub fn gpu_supports(device: &Device, dtype: DType) -> bool {
+    let supported = device.supports_dtype(dtype);
+    if !supported {
+        let required = REQUIRE_GPU.iter().any(|variable| is_required(variable));
+        assert!(
+            !required || dtype == DType::BF16,
+            "no {dtype:?} on {device:?}"
+        );
+        println!("skipped: no {dtype:?} on this device");
+    }
+    supported
 }
 
 /// How far `f32` products of the GPU backend may be from exact ones, relative to the largest: Burn's

@@ -15,7 +15,13 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
-use common::{floats, integers, largest, largest_difference, recorded, tokens};
+use common::{floats, integers, largest, largest_difference, tokens};
+
+/// The recorded run, which the repository holds.
+fn run() -> Vec<u8> {
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data");
+    std::fs::read(data.join("tiny_llama_k2_r4.safetensors")).unwrap()
+}
 
 /// Writes the recorded initial model as a checkpoint.
 fn write_checkpoint(file: &SafeTensors, case: &Value, folder: &Path) {
@@ -40,10 +46,7 @@ fn size(case: &Value, key: &str) -> usize {
 
 #[test]
 fn logits_of_the_recorded_model() {
-    let Some(path) = recorded("tiny_llama_k2_r4.safetensors") else {
-        return;
-    };
-    let bytes = std::fs::read(path).unwrap();
+    let bytes = run();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let folder = tempfile::tempdir().unwrap();
     write_checkpoint(&file, &case(&bytes), folder.path());
@@ -79,10 +82,7 @@ fn logits_of_the_recorded_model() {
 
 #[test]
 fn training_reaches_the_recorded_weights() {
-    let Some(path) = recorded("tiny_llama_k2_r4.safetensors") else {
-        return;
-    };
-    let bytes = std::fs::read(path).unwrap();
+    let bytes = run();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let case = case(&bytes);
     let folder = tempfile::tempdir().unwrap();

@@ -15,7 +15,7 @@ use burn_autodiff::{
 };
 
 use super::contract::{dense_linear, factor_product, flatten, readable, transposed_factor_product};
-use super::{HdPissaOps, MixedProduct, Rounding};
+use super::{FactorProduct, HdPissaOps, Rounding};
 
 /// Backward of [`HdPissaOps::hd_pissa_linear`], parents `x`, `a`, `b`.
 #[derive(Debug)]
@@ -108,9 +108,9 @@ fn scaled<B: Backend>(x: FloatTensor<B>, scale: f64) -> FloatTensor<B> {
     }
 }
 
-impl<B: MixedProduct, C: CheckpointStrategy> MixedProduct for Autodiff<B, C> {
-    fn has_mixed_product(device: &Device<Self>, dtype: DType) -> bool {
-        B::has_mixed_product(device, dtype)
+impl<B: FactorProduct, C: CheckpointStrategy> FactorProduct for Autodiff<B, C> {
+    fn has_factor_product(device: &Device<Self>, dtype: DType) -> bool {
+        B::has_factor_product(device, dtype)
     }
 }
 

@@ -21,7 +21,7 @@ use super::Rounding;
     Cube: cfg(feature = "cubecl-backend"),
     Fusion: cfg(feature = "fusion"),
 )]
-pub trait HdPissaOps: Backend + MixedProduct {
+pub trait HdPissaOps: Backend + FactorProduct {
     /// `x · w` for `x: [.., d_input]`, of rank 2 or more; shape `[.., d_output]`, dtype of `x`.
     ///
     /// The value does not depend on the factors. Its gradient is that of `x · (w + scale · a · b)`
@@ -42,7 +42,7 @@ pub trait HdPissaOps: Backend + MixedProduct {
     /// columns: the projections `x·a` and `G·bᵀ` and, of transposed operands, the gradients of the
     /// factors.
     ///
-    /// Called where [`MixedProduct::has_mixed_product`] says that no copy of `x` in `f32` is made.
+    /// Called where [`FactorProduct::has_factor_product`] says so.
     #[fusion(meta = |x, f| TensorSpec::new(Shape::new([x.shape[0], f.shape[1]]), f.dtype))]
     fn hd_pissa_factor_product(x: FloatTensor<Self>, f: FloatTensor<Self>) -> FloatTensor<Self> {
         product::<Self>(cast::<Self>(x, DType::F32), f)
@@ -141,24 +141,24 @@ fn scalar(like: &TensorSpec) -> TensorSpec {
 
 /// What a backend can multiply. Apart from [`HdPissaOps`], because the answer is needed before
 /// anything is queued.
-pub trait MixedProduct: Backend {
-    /// Whether [`HdPissaOps::hd_pissa_factor_product`] reads operands of `dtype`, not `f32`, without a copy
-    /// in `f32`.
-    fn has_mixed_product(device: &Device<Self>, dtype: DType) -> bool {
+pub trait FactorProduct: Backend {
+    /// Whether [`HdPissaOps::hd_pissa_factor_product`] of an `x` of `dtype` is better than Burn's
+    /// product: because Burn would need a copy of `x` in `f32`, or because it is faster.
+    fn has_factor_product(device: &Device<Self>, dtype: DType) -> bool {
         let _ = (device, dtype);
         false
     }
 }
 
 /// Only backends compute.
-impl MixedProduct for Dispatch {}
+impl FactorProduct for Dispatch {}
 
 #[cfg(feature = "fusion")]
-impl<B: burn::backend::fusion::FusionBackend + MixedProduct> MixedProduct
+impl<B: burn::backend::fusion::FusionBackend + FactorProduct> FactorProduct
     for burn::backend::fusion::Fusion<B>
 {
-    fn has_mixed_product(device: &Device<Self>, dtype: DType) -> bool {
-        B::has_mixed_product(device, dtype)
+    fn has_factor_product(device: &Device<Self>, dtype: DType) -> bool {
+        B::has_factor_product(device, dtype)
     }
 }
 
@@ -192,10 +192,9 @@ fn product<B: Backend>(lhs: FloatTensor<B>, rhs: FloatTensor<B>) -> FloatTensor<
 
 /// `x` as [`factor_product`] takes it: unchanged where the backend reads its dtype, else in `f32`.
 pub(super) fn readable<B: HdPissaOps>(x: FloatTensor<B>) -> FloatTensor<B> {
-    if x.dtype() == DType::F32 || B::has_mixed_product(&x.device(), x.dtype()) {
-        x
-    } else {
-        cast::<B>(x, DType::F32)
+    match B::has_factor_product(&x.device(), x.dtype()) {
+        true => x,
+        false => cast::<B>(x, DType::F32),
     }
 }
 
@@ -204,10 +203,9 @@ pub(super) fn factor_product<B: HdPissaOps>(
     x: FloatTensor<B>,
     f: FloatTensor<B>,
 ) -> FloatTensor<B> {
-    if x.dtype() == DType::F32 {
-        product::<B>(x, f)
-    } else {
-        B::hd_pissa_factor_product(x, f)
+    match B::has_factor_product(&x.device(), x.dtype()) {
+        true => B::hd_pissa_factor_product(x, f),
+        false => product::<B>(x, f),
     }
 }
 
@@ -216,10 +214,9 @@ pub(super) fn transposed_factor_product<B: HdPissaOps>(
     f: FloatTensor<B>,
     x: FloatTensor<B>,
 ) -> FloatTensor<B> {
-    if x.dtype() == DType::F32 {
-        product::<B>(B::float_transpose(f), x)
-    } else {
-        B::float_transpose(B::hd_pissa_factor_product(B::float_transpose(x), f))
+    match B::has_factor_product(&x.device(), x.dtype()) {
+        true => B::float_transpose(B::hd_pissa_factor_product(B::float_transpose(x), f)),
+        false => product::<B>(B::float_transpose(f), x),
     }
 }
 

@@ -16,11 +16,12 @@ use hd_pissa_kernels::{
     factor_product, merge,
 };
 
-use super::{HdPissaOps, MixedProduct, Rounding};
+use super::{FactorProduct, HdPissaOps, Rounding};
 
-impl MixedProduct for CubeBackend {
-    fn has_mixed_product(device: &Device<Self>, dtype: DType) -> bool {
-        known(dtype).is_some_and(|dtype| dtype.is_supported(&device.client()))
+impl FactorProduct for CubeBackend {
+    fn has_factor_product(device: &Device<Self>, dtype: DType) -> bool {
+        let known = known(dtype).filter(|_| dtype != DType::F32);
+        known.is_some_and(|dtype| dtype.is_supported(&device.client()))
     }
 }
 
@@ -31,7 +32,7 @@ impl HdPissaOps for CubeBackend {
         let (client, device) = (x.client.clone(), x.device.clone());
         let p = empty_device_contiguous_dtype(client, device, shape, f.dtype);
         let [input, factor, output] = [&x, &f, &p].map(matrix);
-        let arguments = FactorProduct {
+        let arguments = FactorProductArguments {
             input,
             factor,
             output,

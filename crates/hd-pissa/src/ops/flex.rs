@@ -2,7 +2,7 @@
 
 use burn::backend::{
     Flex,
-    tensor::{FloatTensor, IntTensor},
+    tensor::{Device, FloatTensor, IntTensor},
 };
 use burn::tensor::{DType, Element, TensorData};
 use burn_flex::FlexTensor;
@@ -15,12 +15,25 @@ use rayon::prelude::*;
 use super::contract::cast;
 use super::fingerprint::{SEEDS, mix};
 use super::rounding::Half;
-use super::{HdPissaOps, MixedProduct, Rounding};
+use super::thin_product::{Large, multiply};
+use super::{FactorProduct, HdPissaOps, Rounding};
 
-/// Flex multiplies matrices of one dtype.
-impl MixedProduct for Flex {}
+/// Every float that Flex holds in 32 bits or fewer.
+impl FactorProduct for Flex {
+    fn has_factor_product(_: &Device<Self>, dtype: DType) -> bool {
+        matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
+    }
+}
 
 impl HdPissaOps for Flex {
+    fn hd_pissa_factor_product(x: FloatTensor<Self>, f: FloatTensor<Self>) -> FloatTensor<Self> {
+        match x.dtype() {
+            DType::F16 => factor_product(x, f, f16::to_f32),
+            DType::BF16 => factor_product(x, f, bf16::to_f32),
+            _ => factor_product(x, f, |x: f32| x),
+        }
+    }
+
     fn hd_pissa_merge(
         w: FloatTensor<Self>,
         frames: FloatTensor<Self>,
@@ -116,6 +129,38 @@ impl HdPissaOps for Flex {
     fn hd_pissa_fingerprint_int(x: IntTensor<Self>) -> IntTensor<Self> {
         fingerprint(&x, |x: i32| x as u32)
     }
+}
+
+/// `x · f` for an `f32` matrix `f` of few columns.
+fn factor_product<E: Element + Pod + Sync>(
+    x: FlexTensor,
+    f: FlexTensor,
+    widen: impl Fn(E) -> f32 + Copy + Sync,
+) -> FlexTensor {
+    let f = readable(f);
+    let rank = f.layout().shape()[1];
+    let strides = |x: &FlexTensor| {
+        let (row, col) = (x.layout().strides()[0], x.layout().strides()[1]);
+        Some((usize::try_from(row).ok()?, usize::try_from(col).ok()?))
+    };
+    let (x, (row_stride, col_stride)) = match strides(&x) {
+        Some(strides) if strides.0 == 1 || strides.1 == 1 => (x, strides),
+        _ => {
+            let x = x.to_contiguous();
+            let cols = x.layout().shape()[1];
+            (x, (cols, 1))
+        }
+    };
+    let (rows, cols) = (x.layout().shape()[0], x.layout().shape()[1]);
+    let large = Large {
+        values: &x.storage::<E>()[x.layout().start_offset()..],
+        rows,
+        cols,
+        row_stride,
+        col_stride,
+    };
+    let product = multiply(large, f.storage::<f32>(), rank, widen);
+    FlexTensor::from_data(TensorData::new(product, [rows, rank]))
 }
 
 /// The number of NaN and infinite values, and the sum of the squares of all others.

@@ -11,8 +11,10 @@ mod fingerprint;
 mod flex;
 mod rounding;
 mod tensor;
+#[cfg(feature = "flex")]
+mod thin_product;
 
-pub use contract::{HdPissaOps, MixedProduct};
+pub use contract::{FactorProduct, HdPissaOps};
 pub use rounding::{Rounding, StochasticKey};
 pub(crate) use tensor::{
     MergeInputs, fingerprint, fingerprint_int, identity, is_supported, max_abs, merge_rounded,
