@@ -53,6 +53,7 @@ mod linear;
 mod message;
 pub mod ops;
 mod optim;
+mod parallel;
 mod pissa;
 mod plan;
 mod svd;
@@ -66,5 +67,6 @@ pub use linear::{HdPissaLinear, HdPissaLinearConfig};
 pub use optim::{
     HdPissaOptimizer, OptimizerError, ShardGradients, StepError, StepGradients, WireDtype,
 };
+pub use parallel::side_by_side;
 pub use pissa::{Pissa, PissaConfig, PissaModule};
 pub use plan::{HdPissaPlan, LeftOut, LeftOutReason, PlannedWeight};

@@ -10,6 +10,7 @@ use hd_pissa_comm::Communicator;
 use super::module::{HdPissaAdapter, HdPissaShard};
 use super::path::{Side, companion_id, factor_id};
 use super::select::select_shard;
+use crate::parallel;
 use crate::plan::Target;
 use crate::svd::{TruncatedSvd, window_energy};
 use crate::{HdPissaConfig, HdPissaError, MergePrecision};
@@ -62,13 +63,22 @@ impl HdPissa {
     ) -> Result<Self, HdPissaError> {
         let Selected { hosted, targets } = Selected::of(model, config, hosted_shards)?;
         let mut adapters = HashMap::with_capacity(targets.len());
-        for (index, target) in targets.iter().enumerate() {
-            let (svd, layer) = decompose(&targets, index, config)?;
-            progress(layer);
-            let window = |shard: usize| svd.window(shard * target.rank, target.rank, 1.0);
-            let adapter = adapter(target, window, config, &hosted);
-            adapters.insert(target.path.clone(), adapter);
-        }
+        parallel::try_for_each(
+            (0..targets.len()).collect(),
+            |index| {
+                let target = &targets[index];
+                let (svd, layer) = decompose(&targets, index, config)?;
+                let window = |shard: usize| svd.window(shard * target.rank, target.rank, 1.0);
+                let adapter = adapter(target, window, config, &hosted);
+                Ok((target.path.clone(), adapter, layer))
+            },
+            |result: Result<_, HdPissaError>| {
+                let (path, adapter, layer) = result?;
+                progress(layer);
+                adapters.insert(path, adapter);
+                Ok::<(), HdPissaError>(())
+            },
+        )?;
         Ok(Self { adapters })
     }
 }

@@ -1,0 +1,357 @@
+//! Independent work side by side, each piece on one thread.
+//!
+//! On a CPU, many operations of a model run on one thread, and products gain little from a second
+//! one. Micro-batches and decompositions are independent of each other: one on each core uses all of
+//! them.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::num::NonZeroUsize;
+use std::sync::{Condvar, Mutex, PoisonError};
+
+use burn::module::Module;
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+/// Applies `work` to the model and each of `batches`, on up to `threads` threads, and hands the results
+/// to `collect` in the order of `batches`, on this thread.
+///
+/// Every thread has a [fork](Module::fork) of the model, which shares the memory of its parameters
+/// and has their ids. With frozen weights, as HD-PiSSA's, threads therefore need no more memory than
+/// the activations of their own batch. `work` runs in a [rayon] pool of its own: of one thread, or of
+/// more if there are fewer batches than threads. Results that `collect` has not seen are at most twice
+/// as many as threads.
+///
+/// What `collect` sees does not depend on `threads`, bit for bit on Flex, unless `work` draws random
+/// numbers from the device. On a GPU, take one thread: its operations run side by side anyway.
+///
+/// ```
+/// use std::num::NonZeroUsize;
+/// use burn::nn::LinearConfig;
+/// use burn::optim::{AdamConfig, GradientsParams};
+/// use burn::tensor::{Device, Distribution, Tensor};
+/// use hd_pissa::{HdPissaConfig, HdPissaModule, HdPissaOptimizer, ShardGradients, comm::Solo};
+/// use hd_pissa::side_by_side;
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let device = Device::flex().autodiff();
+/// let config = HdPissaConfig::new().with_rank(2).with_shards(2);
+/// let mut model = LinearConfig::new(8, 8).init(&device).apply_hd_pissa(&config, 0..2)?;
+/// let mut optim = HdPissaOptimizer::new(AdamConfig::new().init(), Solo)?;
+///
+/// // Two micro-batches for each of two shards.
+/// let batch = || Tensor::<2>::random([4, 8], Distribution::Default, &device);
+/// let batches: Vec<_> = [0, 0, 1, 1].map(|shard| (shard, batch())).into();
+/// let mut gradients = ShardGradients::new(&model);
+/// side_by_side(
+///     &model,
+///     batches,
+///     NonZeroUsize::new(2).unwrap(),
+///     |model, (shard, batch)| {
+///         let model = model.clone().select_shard(shard);
+///         let loss = model.forward(batch).square().mean();
+///         (shard, GradientsParams::from_grads(loss.backward(), &model))
+///     },
+///     |(shard, of_batch)| gradients.push(shard, of_batch),
+/// );
+/// model = optim.step(1e-4, model, gradients.into_mean())?;
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Panics
+///
+/// If `work` or `collect` panics, or the system refuses to start a thread.
+pub fn side_by_side<M: Module, B: Send, R: Send>(
+    model: &M,
+    batches: Vec<B>,
+    threads: NonZeroUsize,
+    work: impl Fn(&M, B) -> R + Sync,
+    mut collect: impl FnMut(R),
+) {
+    if threads.get() == 1 || batches.len() < 2 {
+        return batches
+            .into_iter()
+            .map(|batch| work(model, batch))
+            .for_each(collect);
+    }
+    let device = model.devices().into_iter().next();
+    let fork = || {
+        let fork = model.clone();
+        match &device {
+            Some(device) => fork.fork(device),
+            None => fork,
+        }
+    };
+    let workers = (0..threads.get().min(batches.len())).map(|_| fork());
+    let collect = |result| {
+        collect(result);
+        Ok(())
+    };
+    let Ok(()) = spread::<_, _, _, Infallible>(workers.collect(), batches, threads, work, collect);
+}
+
+/// Applies `work` to each item, on as many threads as the current rayon pool has, and hands the
+/// results to `collect` in the order of `items`. An error of `collect` ends it all: no further item is
+/// started.
+pub(crate) fn try_for_each<T: Send, R: Send, E>(
+    items: Vec<T>,
+    work: impl Fn(T) -> R + Sync,
+    collect: impl FnMut(R) -> Result<(), E>,
+) -> Result<(), E> {
+    let threads = NonZeroUsize::new(rayon::current_num_threads()).unwrap_or(NonZeroUsize::MIN);
+    if threads.get() == 1 || items.len() < 2 {
+        return items.into_iter().map(work).try_for_each(collect);
+    }
+    let workers = vec![(); threads.get().min(items.len())];
+    spread(workers, items, threads, |(), item| work(item), collect)
+}
+
+/// One thread for each worker, which takes item after item. Together they have `threads` compute threads.
+fn spread<W: Send, T: Send, R: Send, E>(
+    workers: Vec<W>,
+    items: Vec<T>,
+    threads: NonZeroUsize,
+    work: impl Fn(&W, T) -> R + Sync,
+    mut collect: impl FnMut(R) -> Result<(), E>,
+) -> Result<(), E> {
+    let (count, total) = (workers.len(), items.len());
+    let queue = Queue::new(items, 2 * count);
+    std::thread::scope(|scope| {
+        for (index, worker) in workers.into_iter().enumerate() {
+            let compute = threads.get() / count + usize::from(index < threads.get() % count);
+            let (queue, work) = (&queue, &work);
+            let pool = pool(compute);
+            scope.spawn(move || {
+                let _end = queue.guard();
+                pool.install(move || {
+                    while let Some((index, item)) = queue.next_item() {
+                        queue.done(index, work(&worker, item));
+                    }
+                });
+            });
+        }
+        // Ends the threads if `collect` panics.
+        let _end = queue.guard();
+        for index in 0..total {
+            // Without a result a thread has panicked, which the end of the scope passes on.
+            let Some(result) = queue.result(index) else {
+                return Ok(());
+            };
+            if let Err(error) = collect(result) {
+                queue.stop();
+                return Err(error);
+            }
+        }
+        Ok(())
+    })
+}
+
+fn pool(threads: usize) -> ThreadPool {
+    let builder = ThreadPoolBuilder::new().num_threads(threads);
+    builder.build().expect("the system starts threads")
+}
+
+/// Items on their way to threads, and results on their way back.
+struct Queue<T, R> {
+    state: Mutex<State<T, R>>,
+    changed: Condvar,
+    /// How far threads may be ahead of the results that were taken.
+    ahead: usize,
+}
+
+struct State<T, R> {
+    items: std::iter::Enumerate<std::vec::IntoIter<T>>,
+    /// The number of items handed out, and of results taken.
+    started: usize,
+    taken: usize,
+    results: BTreeMap<usize, R>,
+    /// Whether some thread has panicked, or nobody wants further results.
+    stopped: bool,
+}
+
+impl<T, R> Queue<T, R> {
+    fn new(items: Vec<T>, ahead: usize) -> Self {
+        Self {
+            state: Mutex::new(State {
+                items: items.into_iter().enumerate(),
+                started: 0,
+                taken: 0,
+                results: BTreeMap::new(),
+                stopped: false,
+            }),
+            changed: Condvar::new(),
+            ahead,
+        }
+    }
+
+    /// Waits until `ready` says what to do.
+    fn wait<A>(&self, ready: impl Fn(&mut State<T, R>) -> Option<A>) -> A {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if let Some(answer) = ready(&mut state) {
+                self.changed.notify_all();
+                return answer;
+            }
+            let waited = self.changed.wait(state);
+            state = waited.unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// The next item with its index; `None` if there is none, or the queue is stopped.
+    fn next_item(&self) -> Option<(usize, T)> {
+        self.wait(|state| {
+            if state.stopped {
+                return Some(None);
+            }
+            (state.started < state.taken + self.ahead).then(|| {
+                state.started += 1;
+                state.items.next()
+            })
+        })
+    }
+
+    fn done(&self, index: usize, result: R) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.results.insert(index, result);
+        self.changed.notify_all();
+    }
+
+    /// The result of item `index`; `None` if the queue is stopped.
+    fn result(&self, index: usize) -> Option<R> {
+        self.wait(|state| {
+            if let Some(result) = state.results.remove(&index) {
+                state.taken += 1;
+                return Some(Some(result));
+            }
+            state.stopped.then_some(None)
+        })
+    }
+
+    /// Hands out nothing more, and wakes everybody who waits.
+    fn stop(&self) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.stopped = true;
+        self.changed.notify_all();
+    }
+
+    /// Stops the queue if its owner panics.
+    fn guard(&self) -> Guard<'_, T, R> {
+        Guard(self)
+    }
+}
+
+struct Guard<'a, T, R>(&'a Queue<T, R>);
+
+impl<T, R> Drop for Guard<'_, T, R> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.stop();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn results_come_in_order_and_never_too_far_ahead() {
+        for threads in 1..6 {
+            let (running, seen) = (Mutex::new(0usize), Mutex::new(Vec::new()));
+            spread(
+                vec![(); threads],
+                (0..50usize).collect(),
+                NonZeroUsize::new(threads).unwrap(),
+                |(), item| {
+                    *running.lock().unwrap() += 1;
+                    std::thread::sleep(Duration::from_micros((item as u64 * 7919) % 400));
+                    item * item
+                },
+                |result| {
+                    let mut seen = seen.lock().unwrap();
+                    let started = *running.lock().unwrap();
+                    assert!(started <= seen.len() + 2 * threads + 1);
+                    seen.push(result);
+                    Ok::<(), Infallible>(())
+                },
+            )
+            .unwrap();
+            let expected: Vec<usize> = (0..50).map(|item| item * item).collect();
+            assert_eq!(*seen.lock().unwrap(), expected);
+        }
+    }
+
+    #[test]
+    fn compute_threads_are_shared_out() {
+        for (threads, items, expected) in
+            [(4, 2, vec![2, 2]), (3, 2, vec![1, 2]), (2, 5, vec![1; 5])]
+        {
+            let mut counts = Vec::new();
+            let workers = vec![(); threads.min(items)];
+            spread(
+                workers,
+                vec![(); items],
+                NonZeroUsize::new(threads).unwrap(),
+                |(), ()| {
+                    // Long enough that every thread takes one.
+                    std::thread::sleep(Duration::from_millis(20));
+                    rayon::current_num_threads()
+                },
+                |count| {
+                    counts.push(count);
+                    Ok::<(), Infallible>(())
+                },
+            )
+            .unwrap();
+            counts.sort_unstable();
+            assert_eq!(counts, expected);
+        }
+    }
+
+    #[test]
+    fn a_panic_ends_everything() {
+        for bad in [0usize, 7, 19] {
+            let caught = std::panic::catch_unwind(|| {
+                spread(
+                    vec![(); 3],
+                    (0..20usize).collect(),
+                    NonZeroUsize::new(3).unwrap(),
+                    |(), item| assert_ne!(item, bad, "as wanted"),
+                    |()| Ok::<(), Infallible>(()),
+                )
+            });
+            assert!(caught.is_err());
+        }
+        let caught = std::panic::catch_unwind(|| {
+            spread(
+                vec![(); 3],
+                (0..20usize).collect(),
+                NonZeroUsize::new(3).unwrap(),
+                |(), item| item,
+                |item| {
+                    assert_ne!(item, 5, "as wanted");
+                    Ok::<(), Infallible>(())
+                },
+            )
+        });
+        assert!(caught.is_err());
+    }
+
+    #[test]
+    fn an_error_starts_nothing_more() {
+        let started = Mutex::new(0);
+        let result = spread(
+            vec![(); 2],
+            (0..100usize).collect(),
+            NonZeroUsize::new(2).unwrap(),
+            |(), item| {
+                *started.lock().unwrap() += 1;
+                item
+            },
+            |item| if item == 3 { Err("enough") } else { Ok(()) },
+        );
+        assert_eq!(result, Err("enough"));
+        assert!(*started.lock().unwrap() <= 4 + 4);
+    }
+}
