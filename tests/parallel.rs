@@ -1,7 +1,5 @@
 //! Micro-batches and decompositions side by side: the same bits on any number of threads.
 
-use std::num::NonZeroUsize;
-
 use burn::optim::{AdamConfig, GradientsParams};
 use burn::tensor::{Device, Tensor, TensorData};
 use hd_pissa::comm::Solo;
@@ -58,21 +56,25 @@ fn steps_do_not_depend_on_the_number_of_threads() {
         }
         weights(&model)
     };
-    for threads in [1, 2, 4, 16] {
+    for threads in [1, 2, 4, 24] {
         let (mut model, mut optim) = (start.clone(), optimizer());
         for batches in &data {
             let mut all = ShardGradients::new(&model);
             let mut order = Vec::new();
-            side_by_side(
-                &model,
-                batches.clone(),
-                NonZeroUsize::new(threads).unwrap(),
-                |model, (shard, batch)| (shard, gradients(model, shard, batch)),
-                |(shard, of_batch)| {
-                    order.push(shard);
-                    all.push(shard, of_batch);
-                },
-            );
+            in_pool(threads, || {
+                side_by_side(
+                    &model.clone(),
+                    batches.clone(),
+                    |model, (shard, batch)| {
+                        assert_eq!(rayon::current_num_threads(), (threads / 12).max(1));
+                        (shard, gradients(model, shard, batch))
+                    },
+                    |(shard, of_batch)| {
+                        order.push(shard);
+                        all.push(shard, of_batch);
+                    },
+                );
+            });
             assert!(order.is_sorted() && order.len() == batches.len());
             model = optim.step(1e-2, model, all.into_mean()).unwrap();
         }

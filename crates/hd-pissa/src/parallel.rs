@@ -12,8 +12,14 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use burn::module::Module;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-/// Applies `work` to the model and each of `batches`, on up to `threads` threads, and hands the results
-/// to `collect` in the order of `batches`, on this thread.
+use crate::ops;
+
+/// Applies `work` to the model and each of `batches`, several at a time, and hands the results to
+/// `collect` in the order of `batches`, on this thread.
+///
+/// On Flex, as many threads work as the current [rayon] pool has; a pool of another size, or
+/// `RAYON_NUM_THREADS`, changes that. On a GPU one thread works: its operations run side by side
+/// anyway.
 ///
 /// Every thread has a [fork](Module::fork) of the model, which shares the memory of its parameters
 /// and has their ids. With frozen weights, as HD-PiSSA's, threads therefore need no more memory than
@@ -21,11 +27,10 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 /// more if there are fewer batches than threads. Results that `collect` has not seen are at most twice
 /// as many as threads.
 ///
-/// What `collect` sees does not depend on `threads`, bit for bit on Flex, unless `work` draws random
-/// numbers from the device. On a GPU, take one thread: its operations run side by side anyway.
+/// What `collect` sees does not depend on the number of threads, bit for bit on Flex, unless `work` draws
+/// random numbers from the device.
 ///
 /// ```
-/// use std::num::NonZeroUsize;
 /// use burn::nn::LinearConfig;
 /// use burn::optim::{AdamConfig, GradientsParams};
 /// use burn::tensor::{Device, Distribution, Tensor};
@@ -45,7 +50,6 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 /// side_by_side(
 ///     &model,
 ///     batches,
-///     NonZeroUsize::new(2).unwrap(),
 ///     |model, (shard, batch)| {
 ///         let model = model.clone().select_shard(shard);
 ///         let loss = model.forward(batch).square().mean();
@@ -64,17 +68,20 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 pub fn side_by_side<M: Module, B: Send, R: Send>(
     model: &M,
     batches: Vec<B>,
-    threads: NonZeroUsize,
     work: impl Fn(&M, B) -> R + Sync,
     mut collect: impl FnMut(R),
 ) {
+    let device = model.devices().into_iter().next();
+    let threads = match &device {
+        Some(device) if !ops::is_cpu(device) => NonZeroUsize::MIN,
+        _ => current_threads(),
+    };
     if threads.get() == 1 || batches.len() < 2 {
         return batches
             .into_iter()
             .map(|batch| work(model, batch))
             .for_each(collect);
     }
-    let device = model.devices().into_iter().next();
     let fork = || {
         let fork = model.clone();
         match &device {
@@ -98,12 +105,16 @@ pub(crate) fn try_for_each<T: Send, R: Send, E>(
     work: impl Fn(T) -> R + Sync,
     collect: impl FnMut(R) -> Result<(), E>,
 ) -> Result<(), E> {
-    let threads = NonZeroUsize::new(rayon::current_num_threads()).unwrap_or(NonZeroUsize::MIN);
+    let threads = current_threads();
     if threads.get() == 1 || items.len() < 2 {
         return items.into_iter().map(work).try_for_each(collect);
     }
     let workers = vec![(); threads.get().min(items.len())];
     spread(workers, items, threads, |(), item| work(item), collect)
+}
+
+fn current_threads() -> NonZeroUsize {
+    NonZeroUsize::new(rayon::current_num_threads()).unwrap_or(NonZeroUsize::MIN)
 }
 
 /// One thread for each worker, which takes item after item. Together they have `threads` compute threads.

@@ -125,6 +125,10 @@ struct Options {
     /// Threads that share the shards of HD-PiSSA; must divide their number. The result is the same
     #[arg(long, value_name = "N", requires = "model", default_value_t = 1, value_parser = at_least(1))]
     workers: usize,
+    /// Compute threads of this process, shared out among its workers; the result is the same
+    /// [default: as many as cores]
+    #[arg(long, value_name = "N", value_parser = at_least(1))]
+    threads: Option<usize>,
     /// One worker in each of the processes that an MPI launcher starts, as in `mpirun -np 4
     /// llama_math --mpi ...`; their number must divide that of shards. Takes a build with the
     /// feature `mpi`
@@ -344,6 +348,13 @@ impl Cli {
     ///
     /// Whatever goes wrong; [`Error::exit_code`] tells usage errors from others.
     pub fn run(self) -> Result<(), Error> {
+        if let Some(threads) = self.options.threads {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+            pool.build_global().map_err(|error| Error::Option {
+                option: "threads",
+                reason: error.to_string(),
+            })?;
+        }
         match self.command {
             Some(Task::Pretrain(options)) => {
                 let device = device::parse(options.device.as_deref())?;

@@ -298,13 +298,18 @@ impl<'a> Training<'a> {
         timeout: Duration,
     ) -> Result<Outcome, Error> {
         let group = thread_group(devices.len(), timeout);
+        let compute = (rayon::current_num_threads() / devices.len()).max(1);
         let mut results = std::thread::scope(|scope| {
             let threads: Vec<_> = group
                 .into_iter()
                 .zip(devices)
                 .map(|(communicator, device)| {
                     let model = model.clone().fork(&device.clone().autodiff());
-                    scope.spawn(move || self.work(model, communicator))
+                    scope.spawn(move || {
+                        let pool = rayon::ThreadPoolBuilder::new().num_threads(compute);
+                        let pool = pool.build().expect("the system starts threads");
+                        pool.install(|| self.work(model, communicator))
+                    })
                 })
                 .collect();
             // So that the workers' own copies are the only ones.

@@ -1,5 +1,6 @@
 //! Steps of training, the same micro-batches for every method.
 
+use std::borrow::Borrow;
 use std::ops::Range;
 
 use burn::module::{Module, ModuleVisitor, Param};
@@ -9,7 +10,9 @@ use burn::optim::{
 use burn::tensor::{Bytes, Device, Tensor};
 use hd_pissa::checkpoint::Checkpoint;
 use hd_pissa::comm::{Communicator, Solo};
-use hd_pissa::{HdPissaModule, HdPissaOptimizer, OptimizerError, ShardGradients, WireDtype};
+use hd_pissa::{
+    HdPissaModule, HdPissaOptimizer, OptimizerError, ShardGradients, WireDtype, side_by_side,
+};
 
 use crate::batch::MicroBatch;
 use crate::method::{Adaptation, Method};
@@ -262,24 +265,22 @@ struct Norms {
 /// HD-PiSSA: every shard's mean gradient goes to its own factors and moments.
 fn step_of_shards(
     optimizer: &mut HdPissaOptimizer,
-    mut model: Llama,
+    model: Llama,
     lr: f64,
     first: usize,
     shards: &[Vec<MicroBatch>],
     device: &Device,
     total: &mut Total,
 ) -> (Llama, Result<Norms, Error>) {
+    let means = match mean_gradients(&model, Some(first), shards, device, total) {
+        Ok(means) => means,
+        Err(error) => return (model, Err(error)),
+    };
     let mut gradients = ShardGradients::new(&model);
     let mut squared_gradients = Vec::with_capacity(shards.len());
-    for (shard, micro_batches) in (first..).zip(shards) {
-        model = model.select_shard(shard);
-        match mean_gradients(&model, &[micro_batches], device, total) {
-            Ok(mean) => {
-                squared_gradients.push(squared_gradient_norm(&model, &mean));
-                gradients.push(shard, mean);
-            }
-            Err(error) => return (model, Err(error)),
-        }
+    for (shard, mean) in (first..).zip(means) {
+        squared_gradients.push(squared_gradient_norm(&model, &mean));
+        gradients.push(shard, mean);
     }
     match optimizer.step(lr, model, gradients) {
         Ok(model) => {
@@ -309,9 +310,9 @@ fn step_of_mean(
     device: &Device,
     total: &mut Total,
 ) -> (Llama, Result<Norms, Error>) {
-    let all: Vec<&[MicroBatch]> = shards.iter().map(Vec::as_slice).collect();
-    let mut mean = match mean_gradients(&model, &all, device, total) {
-        Ok(mean) => mean,
+    let all = [shards.iter().flatten().collect::<Vec<_>>()];
+    let mut mean = match mean_gradients(&model, None, &all, device, total) {
+        Ok(mut means) => means.remove(0),
         Err(error) => return (model, Err(error)),
     };
     let squared_norm = squared_gradient_norm(&model, &mean);
@@ -352,31 +353,58 @@ struct Total {
     tokens: usize,
 }
 
-/// The mean over all micro-batches of the gradients of their mean loss per target.
-fn mean_gradients(
+/// For each group of micro-batches the mean of the gradients of their mean loss per target. With HD-PiSSA
+/// a group is a shard, and `first_shard` the first of them.
+fn mean_gradients<B: Borrow<MicroBatch>>(
     model: &Llama,
-    groups: &[&[MicroBatch]],
+    first_shard: Option<usize>,
+    groups: &[impl AsRef<[B]>],
     device: &Device,
     total: &mut Total,
-) -> Result<GradientsParams, Error> {
-    let count: usize = groups.iter().map(|group| group.len()).sum();
-    let mut accumulator = GradientsAccumulator::new();
-    for micro_batch in groups.iter().copied().flatten() {
-        let targets = micro_batch.targets();
-        let loss = model.target_loss(micro_batch.tokens(device), targets) / targets.len() as f64;
-        let value: f64 = loss.clone().into_scalar();
-        if !value.is_finite() {
-            return Err(Error::NonFiniteLoss {
-                step: total.step,
-                loss: value,
+) -> Result<Vec<GradientsParams>, Error> {
+    let micro_batches = groups
+        .iter()
+        .enumerate()
+        .flat_map(|(group, micro_batches)| {
+            let micro_batches = micro_batches.as_ref();
+            let count = micro_batches.len();
+            let of_group = micro_batches.iter().map(Borrow::borrow);
+            of_group.map(move |micro_batch: &MicroBatch| (group, count, micro_batch))
+        });
+    let mut accumulators: Vec<_> = groups.iter().map(|_| GradientsAccumulator::new()).collect();
+    let mut failed = None;
+    side_by_side(
+        model,
+        micro_batches.collect(),
+        |model, (group, count, micro_batch)| {
+            let selected = first_shard.map(|first| model.clone().select_shard(first + group));
+            let model = selected.as_ref().unwrap_or(model);
+            let targets = micro_batch.targets();
+            let loss = model.target_loss(micro_batch.tokens(device), targets);
+            let loss = loss / targets.len() as f64;
+            let value: f64 = loss.clone().into_scalar();
+            let gradients = value.is_finite().then(|| {
+                let gradients = (loss / count as f64).backward();
+                GradientsParams::from_grads(gradients, model)
             });
-        }
-        total.losses.push(value);
-        total.tokens += micro_batch.num_tokens();
-        let gradients = (loss / count as f64).backward();
-        accumulator.accumulate(model, GradientsParams::from_grads(gradients, model));
+            (group, micro_batch.num_tokens(), value, gradients)
+        },
+        |(group, tokens, loss, gradients)| {
+            total.losses.push(loss);
+            total.tokens += tokens;
+            match gradients {
+                Some(gradients) => accumulators[group].accumulate(model, gradients),
+                None => {
+                    let step = total.step;
+                    failed.get_or_insert(Error::NonFiniteLoss { step, loss });
+                }
+            }
+        },
+    );
+    match failed {
+        Some(error) => Err(error),
+        None => Ok(accumulators.iter_mut().map(|all| all.grads()).collect()),
     }
-    Ok(accumulator.grads())
 }
 
 fn squared_gradient_norm(model: &Llama, gradients: &GradientsParams) -> f64 {

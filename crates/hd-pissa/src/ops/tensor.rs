@@ -208,6 +208,20 @@ pub(crate) fn identity(tensor: &Tensor<2>) -> Option<NodeId> {
     }
 }
 
+/// Whether the device computes on the threads that call it.
+pub(crate) fn is_cpu(device: &Device) -> bool {
+    fn is_cpu(device: &DispatchDevice) -> bool {
+        match device {
+            DispatchDevice::Autodiff(device) => is_cpu(&device.clone().inner()),
+            #[cfg(feature = "flex")]
+            DispatchDevice::Flex(_) => true,
+            #[allow(unreachable_patterns)]
+            _ => false,
+        }
+    }
+    is_cpu(device.as_dispatch())
+}
+
 /// Whether [`HdPissaOps`] is implemented for the device's backend in this build.
 pub(crate) fn is_supported(device: &Device) -> bool {
     fn supported(device: &DispatchDevice) -> bool {
