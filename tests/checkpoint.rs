@@ -360,6 +360,104 @@ fn what_a_killed_run_leaves_is_no_checkpoint_and_goes_away() {
     assert!(three.checkpoints.latest().unwrap().checkpoint.is_none());
 }
 
+/// Names under which a program that ends while it replaces a checkpoint leaves both.
+#[test]
+fn a_checkpoint_that_is_being_replaced_is_not_lost() {
+    let three = Three::new();
+    let folder = three.checkpoints.folder();
+    let (path, old) = (three.folder(3), folder.join(".step-000000003.old"));
+    std::fs::rename(&path, &old).unwrap();
+    std::fs::create_dir(folder.join(".step-000000003.partial")).unwrap();
+    assert_eq!(three.checkpoints.steps().unwrap(), [1, 2, 3]);
+    let found = three.checkpoints.latest().unwrap();
+    assert_eq!(found.checkpoint.unwrap().step(), 3);
+    // The next save gives it its name back.
+    three.checkpoints.save(&three.snapshot(4), &Solo).unwrap();
+    assert_eq!(names(folder).len(), 4);
+    Checkpoint::open(&path).unwrap();
+    // Beside its replacement it is a left-over.
+    std::fs::create_dir(&old).unwrap();
+    assert_eq!(three.checkpoints.steps().unwrap(), [1, 2, 3, 4]);
+    three.checkpoints.save(&three.snapshot(5), &Solo).unwrap();
+    assert!(!old.exists() && path.exists());
+    std::fs::create_dir(&old).unwrap();
+    three.checkpoints.discard_all().unwrap();
+    assert!(!folder.exists());
+}
+
+/// Variable that makes [`saves_until_it_is_killed`] save into a folder.
+const KILLED_IN: &str = "HD_PISSA_TEST_KILLED_IN";
+
+/// Not a test of its own: the program that [`every_moment_of_a_replacement`] kills.
+#[test]
+fn saves_until_it_is_killed() {
+    let Some(folder) = std::env::var_os(KILLED_IN) else {
+        return;
+    };
+    let model = Lean::new(&Device::flex());
+    let snapshot = Snapshot::new(4, &model, adam().into_bytes().unwrap());
+    for _ in 0..2 {
+        Checkpoints::new(&folder).save(&snapshot, &Solo).unwrap();
+    }
+}
+
+/// A program that replaces a checkpoint is killed before each of the calls that change names or
+/// delete: afterwards there is always a complete one.
+#[cfg(target_os = "linux")]
+#[test]
+fn every_moment_of_a_replacement() {
+    use std::process::{Command, Stdio};
+
+    let calls = "rename,renameat,renameat2,unlink,unlinkat,rmdir";
+    let run = |folder: &Path, kill: usize| {
+        let trace = tempfile::NamedTempFile::new().unwrap();
+        let status = Command::new("strace")
+            .args(["-f", "-o"])
+            .arg(trace.path())
+            .args(["-e", &format!("trace={calls}")])
+            .args(["-e", &format!("inject={calls}:signal=SIGKILL:when={kill}")])
+            .arg(std::env::current_exe().unwrap())
+            .args(["--exact", "saves_until_it_is_killed"])
+            .env(KILLED_IN, folder)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status();
+        status.map(|status| status.success())
+    };
+    if let Err(error) = Command::new("strace")
+        .arg("-V")
+        .stdout(Stdio::null())
+        .status()
+    {
+        let required = std::env::var_os("HD_PISSA_REQUIRE_STRACE").is_some_and(|v| v == "1");
+        assert!(!required, "HD_PISSA_REQUIRE_STRACE=1, but strace: {error}");
+        return eprintln!("skipped: strace does not start: {error}");
+    }
+    let mut replacing = 0;
+    for kill in 1..200 {
+        let root = tempfile::tempdir().unwrap();
+        let folder = root.path().join("run");
+        let finished = run(&folder, kill).unwrap();
+        let checkpoints = Checkpoints::new(&folder);
+        let found = checkpoints.latest().unwrap();
+        assert!(found.damaged.is_empty(), "call {kill}: {:?}", found.damaged);
+        // Only the first save may end with nothing.
+        let is_there = found.checkpoint.is_some();
+        assert!(is_there || kill == 1, "call {kill}: no checkpoint is left");
+        replacing += usize::from(names(&folder).iter().any(|name| name.ends_with(".old")));
+        // Whatever is left does not keep the next run from saving.
+        let model = Lean::new(&Device::flex());
+        let snapshot = Snapshot::new(4, &model, adam().into_bytes().unwrap());
+        checkpoints.save(&snapshot, &Solo).unwrap();
+        assert_eq!(names(&folder), ["step-000000004"], "call {kill}");
+        if finished {
+            assert!(kill > 4 && replacing > 1, "{kill} {replacing}");
+            return;
+        }
+    }
+    panic!("the program never ends by itself");
+}
+
 #[test]
 fn a_model_that_does_not_fit_is_refused_with_the_parameter() {
     let three = Three::new();

@@ -1,3 +1,5 @@
+//! Workers that exchange by Burn's own collectives.
+
 use std::time::Duration;
 
 use burn::tensor::distributed::{ReduceOperation, all_reduce};

@@ -1,3 +1,5 @@
+//! What every transport does, and how it fails.
+
 use std::fmt::{self, Display, Formatter};
 use std::time::Duration;
 
@@ -80,8 +82,9 @@ impl Traffic {
 /// The exchange of flat buffers between workers.
 ///
 /// Every worker calls the same methods in the same order. A call returns when all workers have
-/// made it, or fails on every worker that is still there; no call waits for ever. Buffers are of
-/// any float dtype that the device holds, and arrive with the bits they were sent with.
+/// made it, or fails on every worker that is still there, within the transport's time limit. Buffers
+/// are of any float dtype that the device holds, and arrive with the bits they were sent with.
+/// Transports say where they fall short of this.
 ///
 /// A worker that learns of a failure after its own call has succeeded fails at its next one.
 ///

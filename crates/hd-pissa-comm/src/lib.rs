@@ -10,8 +10,10 @@
 //! | `collective_group` | the same, by Burn's own collectives: NCCL on CUDA | `collectives` |
 //! | `MpiCommunicator` | processes, on one machine or many | `mpi` |
 //!
-//! No call waits for ever: a worker that panics, ends, is killed or stalls ends the calls of all
-//! others with a [`CommError`] that names it, within a time limit.
+//! Every call has a time limit. A worker that panics, ends, is killed or stalls ends the calls of all
+//! others with a [`CommError`] that names it, within that limit. One part of `collective_group` has
+//! none: its workers agree on each call within the limit, but the sum that follows is NCCL's, and waits
+//! for a worker that is killed between the two.
 
 #![warn(missing_docs)]
 #![deny(unsafe_code)]

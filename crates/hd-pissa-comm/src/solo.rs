@@ -1,3 +1,5 @@
+//! The transport of a single worker.
+
 use burn::tensor::Tensor;
 
 use crate::communicator::check_root;

@@ -1,3 +1,5 @@
+//! Workers that are threads of one process.
+
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -10,7 +12,8 @@ use crate::{CommError, Communicator, PendingGather, Traffic};
 /// One communicator for each of `workers` threads of this process.
 ///
 /// A call that not every worker joins within `timeout` fails on those that did, and so does every
-/// later call.
+/// later call. A `timeout` beyond what the system's clock can count, such as [`Duration::MAX`], is
+/// none: then only a worker that ends fails the calls of the others.
 ///
 /// # Panics
 ///
@@ -76,8 +79,8 @@ struct Round {
     to_collect: usize,
 }
 
-/// What a worker hands in: its call, and the buffer that goes with it.
-type HandedIn = (Call, Tensor<1>);
+/// What a worker hands in: its call, and the buffer that goes with it, if one does.
+type HandedIn = (Call, Option<Tensor<1>>);
 
 impl State {
     fn round(&mut self, number: usize) -> &mut Round {
@@ -115,7 +118,8 @@ impl Group {
 
     /// Waits until every worker has handed in, for a failure, or for the time limit.
     fn wait(&self, number: usize) -> Result<MutexGuard<'_, State>, CommError> {
-        let deadline = Instant::now() + self.timeout;
+        // `None` for a limit beyond what the clock can count: no limit.
+        let deadline = Instant::now().checked_add(self.timeout);
         let mut state = self.lock();
         loop {
             let missing = state.missing(number);
@@ -126,20 +130,25 @@ impl Group {
             if let Some(error) = &state.failure {
                 return Err(error.clone());
             }
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             let gone = missing.iter().find(|&&worker| state.gone[worker]);
             let error = match gone {
                 Some(&worker) => CommError::WorkerGone { worker },
-                None if left.is_zero() => CommError::TimedOut {
+                None if left == Some(Duration::ZERO) => CommError::TimedOut {
                     missing,
                     after: self.timeout,
                 },
                 None => {
-                    state = self
-                        .changed
-                        .wait_timeout(state, left)
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .0;
+                    state = match left {
+                        Some(left) => {
+                            let waited = self.changed.wait_timeout(state, left);
+                            waited.unwrap_or_else(PoisonError::into_inner).0
+                        }
+                        None => {
+                            let waited = self.changed.wait(state);
+                            waited.unwrap_or_else(PoisonError::into_inner)
+                        }
+                    };
                     continue;
                 }
             };
@@ -151,14 +160,14 @@ impl Group {
 }
 
 impl ThreadCommunicator {
-    /// The buffers of all workers, once all made the same call with buffers of equal length.
+    /// The buffers of all workers, once all made the same call.
     fn exchange(&self, call: Call, buffer: Tensor<1>) -> Result<Vec<Tensor<1>>, CommError> {
-        let round = self.hand_in(call, buffer)?;
+        let round = self.hand_in(call, Some(buffer))?;
         self.collect(round)
     }
 
     /// Hands in this worker's call and buffer; the number of the round.
-    fn hand_in(&self, call: Call, buffer: Tensor<1>) -> Result<usize, CommError> {
+    fn hand_in(&self, call: Call, buffer: Option<Tensor<1>>) -> Result<usize, CommError> {
         let mut state = self.group.lock();
         if let Some(error) = &state.failure {
             return Err(error.clone());
@@ -176,6 +185,7 @@ impl ThreadCommunicator {
         Ok(number)
     }
 
+    /// The buffers of a round, once every worker has handed in.
     fn collect(&self, round: usize) -> Result<Vec<Tensor<1>>, CommError> {
         let mut state = self.group.wait(round)?;
         let all: Vec<HandedIn> = state
@@ -188,13 +198,13 @@ impl ThreadCommunicator {
         state.collect(round);
         let calls: Vec<_> = all
             .iter()
-            .map(|(call, buffer)| (*call, buffer.dims()[0]))
+            .map(|(call, buffer)| (*call, buffer.as_ref().map_or(0, |buffer| buffer.dims()[0])))
             .collect();
         if let Err(error) = agree(&calls) {
             self.group.changed.notify_all();
             return Err(state.fail(error));
         }
-        Ok(all.into_iter().map(|(_, buffer)| buffer).collect())
+        Ok(all.into_iter().filter_map(|(_, buffer)| buffer).collect())
     }
 
     /// The part of a gather before the transfer: all workers call it with buffers alike.
@@ -238,7 +248,7 @@ impl Communicator for ThreadCommunicator {
         buffer: Tensor<1>,
     ) -> Result<Box<dyn PendingGather + '_>, CommError> {
         let (device, bytes) = (buffer.device(), byte_len(&buffer));
-        let round = self.hand_in(Call::AllGather(buffer.dtype()), buffer)?;
+        let round = self.hand_in(Call::AllGather(buffer.dtype()), Some(buffer))?;
         Ok(Box::new(Pending {
             communicator: self,
             round: Some(round),
@@ -262,8 +272,8 @@ impl Communicator for ThreadCommunicator {
     }
 
     fn barrier(&self) -> Result<(), CommError> {
-        let nothing = Tensor::empty([0], &Default::default());
-        self.exchange(Call::Barrier, nothing).map(|_| ())
+        let round = self.hand_in(Call::Barrier, None)?;
+        self.collect(round).map(|_| ())
     }
 
     fn traffic(&self) -> Traffic {

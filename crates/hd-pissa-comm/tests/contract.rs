@@ -5,6 +5,7 @@
 
 mod common;
 
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -26,6 +27,42 @@ fn threads() {
         thread::scope(|scope| {
             for communicator in thread_group(workers, CONTRACT_TIMEOUT) {
                 scope.spawn(move || contract(&communicator));
+            }
+        });
+    }
+}
+
+/// What Burn reads the default device's name from; no device has this one.
+const NO_DEFAULT_DEVICE: (&str, &str) = ("BURN_DEVICE", "none");
+
+/// The default device is a GPU where there is one: a worker on another device must not touch it.
+#[test]
+fn no_call_takes_the_default_device() {
+    let (variable, none) = NO_DEFAULT_DEVICE;
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "solo", "threads"])
+        .env(variable, none)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(output.status.success(), "{text}");
+    assert!(text.contains("2 passed"), "{text}");
+}
+
+#[test]
+fn a_time_limit_beyond_the_clock_is_none() {
+    let longest = Duration::from_secs(i64::MAX as u64);
+    for timeout in [Duration::MAX, longest, longest / 2] {
+        thread::scope(|scope| {
+            for communicator in thread_group(2, timeout) {
+                scope.spawn(move || {
+                    contract(&communicator);
+                    if communicator.worker_index() == 0 {
+                        // The other one leaves while this one waits, or before.
+                        let gone = CommError::WorkerGone { worker: 1 };
+                        assert_eq!(communicator.barrier(), Err(gone));
+                    }
+                });
             }
         });
     }
@@ -114,6 +151,10 @@ mod mpi {
     use common::mpirun;
     use hd_pissa_comm::MpiCommunicator;
 
+    /// The job without a fault.
+    const CONTRACT: &str = "contract";
+    /// The job that makes, uses and drops the communicator on different threads.
+    const THREADS: &str = "threads";
     /// Of a job with a gather under way.
     const UNDER_WAY: &str = "+gather";
 
@@ -124,14 +165,17 @@ mod mpi {
         let Ok(job) = std::env::var(mpirun::JOB) else {
             return println!("skipped: not started under mpirun by a test");
         };
-        let timeout = if job == "contract" {
+        if job == THREADS {
+            return changing_threads();
+        }
+        let timeout = if job == CONTRACT {
             CONTRACT_TIMEOUT
         } else {
             SHORT_TIMEOUT
         };
         let communicator = MpiCommunicator::new(timeout).unwrap();
         let worker = communicator.worker_index();
-        if job == "contract" {
+        if job == CONTRACT {
             assert_eq!(communicator.local_index(), worker, "all on one machine");
             contract(&communicator);
             return println!("worker {worker}: passed");
@@ -155,19 +199,86 @@ mod mpi {
         std::process::exit(1);
     }
 
+    /// MPI asks that the thread that initialized it also shuts it down. These two functions stand
+    /// before MPI's own, as its profiling interface allows, and note the thread of their call.
+    mod noted {
+        use std::ffi::c_int;
+        use std::sync::Mutex;
+        use std::thread::{self, ThreadId};
+
+        pub static CALLS: Mutex<Vec<(&str, ThreadId)>> = Mutex::new(Vec::new());
+
+        fn note(call: &'static str) {
+            CALLS.lock().unwrap().push((call, thread::current().id()));
+        }
+
+        unsafe extern "C" {
+            fn PMPI_Init_thread(
+                argc: *mut c_int,
+                argv: *mut *mut *mut std::ffi::c_char,
+                required: c_int,
+                provided: *mut c_int,
+            ) -> c_int;
+            fn PMPI_Finalize() -> c_int;
+        }
+
+        #[unsafe(no_mangle)]
+        extern "C" fn MPI_Init_thread(
+            argc: *mut c_int,
+            argv: *mut *mut *mut std::ffi::c_char,
+            required: c_int,
+            provided: *mut c_int,
+        ) -> c_int {
+            note("init");
+            // SAFETY: what the caller hands over, handed on.
+            unsafe { PMPI_Init_thread(argc, argv, required, provided) }
+        }
+
+        #[unsafe(no_mangle)]
+        extern "C" fn MPI_Finalize() -> c_int {
+            note("finalize");
+            // SAFETY: as above.
+            unsafe { PMPI_Finalize() }
+        }
+    }
+
+    fn changing_threads() {
+        let on_a_thread = |work: &mut (dyn FnMut() + Send)| {
+            thread::scope(|scope| scope.spawn(work).join().unwrap());
+        };
+        let mut communicator = None;
+        on_a_thread(&mut || communicator = Some(MpiCommunicator::new(CONTRACT_TIMEOUT).unwrap()));
+        on_a_thread(&mut || contract(communicator.as_ref().unwrap()));
+        let worker = communicator.as_ref().unwrap().worker_index();
+        on_a_thread(&mut || drop(communicator.take()));
+        match &noted::CALLS.lock().unwrap()[..] {
+            [("init", init), ("finalize", finalize)] => assert_eq!(init, finalize),
+            calls => panic!("{calls:?}"),
+        }
+        println!("worker {worker}: passed");
+    }
+
+    /// Runs a job in which no worker fails.
+    fn all_pass(workers: usize, job: &str) {
+        let Some(run) = mpirun::run(workers, job, &[]) else {
+            return;
+        };
+        assert!(run.success, "{}", run.output);
+        let passed = run.output.matches(": passed").count();
+        assert_eq!(passed, workers, "{}", run.output);
+    }
+
     #[test]
     fn processes() {
         for workers in [1, 2, 4] {
-            let Some(run) = mpirun::run(workers, "contract", &[]) else {
-                return;
-            };
-            assert!(run.success, "{}", run.output);
-            assert_eq!(
-                run.output.matches(": passed").count(),
-                workers,
-                "{}",
-                run.output
-            );
+            all_pass(workers, CONTRACT);
+        }
+    }
+
+    #[test]
+    fn a_communicator_may_change_its_thread() {
+        for workers in [1, 2] {
+            all_pass(workers, THREADS);
         }
     }
 

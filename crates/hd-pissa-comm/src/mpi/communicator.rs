@@ -1,3 +1,5 @@
+//! A worker that is an MPI process.
+
 use std::cell::{Cell, RefCell};
 use std::fmt::{self, Debug, Formatter};
 use std::time::Duration;

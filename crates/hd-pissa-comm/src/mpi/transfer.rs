@@ -7,6 +7,8 @@ use std::os::raw::{c_char, c_int};
 use std::ptr::null_mut;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::thread::JoinHandle;
 
 use mpi_sys as ffi;
 
@@ -28,7 +30,13 @@ pub(super) enum Tag {
 ///
 /// Dropping it leaves MPI as it is: shutting it down waits for every other process, which
 /// [`finalize`](Self::finalize) does.
+///
+/// MPI must be shut down by the thread that initialized it. A communicator may move from thread to
+/// thread, so that a thread of its own does both, and nothing else.
 pub(super) struct World {
+    keeper: JoinHandle<()>,
+    /// Tells the keeper to shut MPI down.
+    end: Sender<()>,
     comm: ffi::MPI_Comm,
     pub(super) index: usize,
     pub(super) size: usize,
@@ -46,21 +54,36 @@ impl World {
         };
         // MPI allows one call of its initialization, and no two at a time.
         static INITIALIZED: AtomicBool = AtomicBool::new(false);
-        let (mut before, mut threading): (c_int, c_int) = (0, 0);
+        let mut before: c_int = 0;
         // SAFETY: may be called at any time, with a valid place for the result.
         unsafe { ffi::MPI_Initialized(&mut before) };
         if INITIALIZED.swap(true, Ordering::SeqCst) || before != 0 {
             return Err(unavailable("MPI is already initialized in this process"));
         }
-        // SAFETY: MPI is not initialized; it takes null for the arguments of the program.
-        let code = unsafe {
-            ffi::MPI_Init_thread(
-                null_mut(),
-                null_mut(),
-                ffi::RSMPI_THREAD_SERIALIZED,
-                &mut threading,
-            )
-        };
+        let (started, start) = channel();
+        let (end, ended) = channel();
+        let keeper = std::thread::Builder::new()
+            .name("mpi".into())
+            .spawn(move || {
+                let mut threading: c_int = 0;
+                // SAFETY: MPI is not initialized; it takes null for the arguments of the program.
+                let code = unsafe {
+                    ffi::MPI_Init_thread(
+                        null_mut(),
+                        null_mut(),
+                        ffi::RSMPI_THREAD_SERIALIZED,
+                        &mut threading,
+                    )
+                };
+                let is_told = started.send((code, threading)).is_ok();
+                // An error means that the communicator was dropped without a shutdown.
+                if is_told && ended.recv().is_ok() {
+                    // SAFETY: MPI is initialized, and nobody uses it after this.
+                    unsafe { ffi::MPI_Finalize() };
+                }
+            });
+        let keeper = keeper.map_err(|error| unavailable(&error.to_string()))?;
+        let (code, threading) = start.recv().expect("the thread sends before it ends");
         if code != SUCCESS {
             return Err(unavailable(&describe(code)));
         }
@@ -81,6 +104,8 @@ impl World {
             comm
         };
         Ok(Self {
+            keeper,
+            end,
             comm,
             index: index as usize,
             size: size as usize,
@@ -147,8 +172,9 @@ impl World {
 
     /// Shuts MPI down, which waits for every other process to do the same.
     pub(super) fn finalize(self) {
-        // SAFETY: MPI is initialized, and nobody uses it after this.
-        unsafe { ffi::MPI_Finalize() };
+        let sent = self.end.send(());
+        let ended = self.keeper.join();
+        debug_assert!(sent.is_ok() && ended.is_ok(), "the keeper waits for it");
     }
 }
 

@@ -83,7 +83,8 @@ impl Farewell {
             Self::Gone => (1, 0, 0, &[][..], ""),
             Self::Failed(CommError::WorkerGone { worker }) => (2, *worker, 0, &[][..], ""),
             Self::Failed(CommError::TimedOut { missing, after }) => {
-                (3, after.as_millis() as usize, 0, &missing[..], "")
+                let (seconds, nanoseconds) = (after.as_secs() as usize, after.subsec_nanos());
+                (3, seconds, nanoseconds as usize, &missing[..], "")
             }
             Self::Failed(CommError::Transfer { workers, reason }) => {
                 (4, workers[0], workers[1], &[][..], &reason[..])
@@ -112,7 +113,7 @@ impl Farewell {
             2 => CommError::WorkerGone { worker: first },
             3 => CommError::TimedOut {
                 missing: list.iter().copied().take(len).collect(),
-                after: Duration::from_millis(first as u64),
+                after: Duration::new(first as u64, second.min(999_999_999) as u32),
             },
             4 => CommError::Transfer {
                 workers: [first, second],
@@ -155,24 +156,31 @@ mod tests {
         assert_eq!(Header::decode(&[]), None);
     }
 
+    fn survives(farewell: Farewell) {
+        let bytes = farewell.encode(5);
+        assert_eq!(bytes.len(), Farewell::len(5));
+        assert_eq!(Farewell::decode(&bytes), farewell);
+    }
+
     #[test]
     fn farewells_survive_the_wire() {
         for farewell in [
             Farewell::Done,
             Farewell::Gone,
             Farewell::Failed(CommError::WorkerGone { worker: 3 }),
-            Farewell::Failed(CommError::TimedOut {
-                missing: vec![1, 4],
-                after: Duration::from_millis(1500),
-            }),
             Farewell::Failed(CommError::Transfer {
                 workers: [0, 2],
                 reason: "a reason".into(),
             }),
         ] {
-            let bytes = farewell.encode(5);
-            assert_eq!(bytes.len(), Farewell::len(5));
-            assert_eq!(Farewell::decode(&bytes), farewell);
+            survives(farewell);
+        }
+        let (long, short) = (Duration::from_secs(40), Duration::from_nanos(1));
+        for after in [Duration::ZERO, short, long + short, Duration::MAX] {
+            survives(Farewell::Failed(CommError::TimedOut {
+                missing: vec![1, 4],
+                after,
+            }));
         }
         assert_eq!(Farewell::decode(&[]), Farewell::Gone);
     }

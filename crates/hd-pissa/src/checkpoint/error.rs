@@ -1,3 +1,5 @@
+//! Why a checkpoint cannot be written or used.
+
 use std::path::{Path, PathBuf};
 
 use hd_pissa_comm::CommError;

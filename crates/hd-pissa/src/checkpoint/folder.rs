@@ -1,3 +1,5 @@
+//! The folder of a run's checkpoints: writing, finding and removing them.
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -13,6 +15,8 @@ use super::states::States;
 use super::{CheckpointError, files};
 
 const PREFIX: &str = "step-";
+/// Ending of the hidden name of a checkpoint that is being replaced.
+const REPLACED: &str = "old";
 
 /// What goes into a checkpoint.
 #[derive(Clone, Debug)]
@@ -98,9 +102,13 @@ impl Checkpoints {
     /// [`CheckpointError::Io`] if the folder cannot be read.
     pub fn steps(&self) -> Result<Vec<u64>, CheckpointError> {
         let names = self.names()?;
-        let step = |name: &String| name.strip_prefix(PREFIX)?.parse().ok();
+        let step = |name: &String| match replaced_step(name) {
+            Some(step) => Some(step),
+            None => name.strip_prefix(PREFIX)?.parse().ok(),
+        };
         let mut steps: Vec<u64> = names.iter().filter_map(step).collect();
         steps.sort_unstable();
+        steps.dedup();
         Ok(steps)
     }
 
@@ -122,9 +130,35 @@ impl Checkpoints {
         self.folder.join(format!("{PREFIX}{step:09}"))
     }
 
-    /// A hidden folder, which no reader takes for a checkpoint.
+    /// A hidden folder beside the checkpoint.
     fn hidden(&self, step: u64, what: &str) -> PathBuf {
         self.folder.join(format!(".{PREFIX}{step:09}.{what}"))
+    }
+
+    /// Where the checkpoint of `step` is: a program that ends while it replaces one leaves the old one
+    /// under a hidden name, complete.
+    fn located(&self, step: u64) -> PathBuf {
+        let (path, old) = (self.path(step), self.hidden(step, REPLACED));
+        match !path.exists() && old.exists() {
+            true => old,
+            false => path,
+        }
+    }
+
+    /// Deletes what programs that ended early have left, and gives back the names of checkpoints
+    /// that they were about to replace.
+    fn tidy(&self) -> Result<(), CheckpointError> {
+        for name in self.names()? {
+            if !name.starts_with(&format!(".{PREFIX}")) {
+                continue;
+            }
+            let hidden = self.folder.join(&name);
+            match replaced_step(&name).map(|step| self.path(step)) {
+                Some(path) if !path.exists() => rename(&hidden, &path)?,
+                _ => remove(&hidden)?,
+            }
+        }
+        Ok(())
     }
 
     /// The newest checkpoint whose files are all as they were written.
@@ -140,14 +174,14 @@ impl Checkpoints {
             damaged_folders: Vec::new(),
         };
         for step in self.steps()?.into_iter().rev() {
-            match Checkpoint::open(self.path(step)) {
+            match Checkpoint::open(self.located(step)) {
                 Ok(checkpoint) => {
                     found.checkpoint = Some(checkpoint);
                     break;
                 }
                 Err(error) => {
                     found.damaged.push(error);
-                    found.damaged_folders.push(self.path(step));
+                    found.damaged_folders.push(self.located(step));
                 }
             }
         }
@@ -211,12 +245,7 @@ impl Checkpoints {
     fn begin(&self, draft: &Path) -> Result<(), CheckpointError> {
         std::fs::create_dir_all(&self.folder)
             .map_err(|error| CheckpointError::io(&self.folder, error))?;
-        // Whatever a run that was killed has left.
-        for name in self.names()? {
-            if name.starts_with(&format!(".{PREFIX}")) {
-                remove(&self.folder.join(name))?;
-            }
-        }
+        self.tidy()?;
         std::fs::create_dir(draft).map_err(|error| CheckpointError::io(draft, error))
     }
 
@@ -232,15 +261,20 @@ impl Checkpoints {
         Manifest::new(snapshot.step, shards, settings, progress).write(draft)?;
         files::sync_folder(draft)?;
         if path.exists() {
-            // One of the same step, which a resumed run takes again.
-            let old = self.hidden(snapshot.step, "old");
+            // One of the same step, which a resumed run takes again. Whenever the program ends, one of
+            // both can be found.
+            let old = self.hidden(snapshot.step, REPLACED);
             rename(path, &old)?;
-            rename(draft, path)?;
+            if let Err(error) = rename(draft, path) {
+                rename(&old, path)?;
+                return Err(error);
+            }
+            files::sync_folder(&self.folder)?;
             remove(&old)?;
         } else {
             rename(draft, path)?;
+            files::sync_folder(&self.folder)?;
         }
-        files::sync_folder(&self.folder)?;
         self.prune(snapshot.step)
     }
 
@@ -258,7 +292,8 @@ impl Checkpoints {
     /// A folder that is being deleted no longer has the name of a checkpoint.
     fn discard(&self, step: u64) -> Result<(), CheckpointError> {
         let hidden = self.hidden(step, "discarded");
-        rename(&self.path(step), &hidden)?;
+        rename(&self.located(step), &hidden)?;
+        remove(&self.hidden(step, REPLACED))?;
         remove(&hidden)
     }
 
@@ -271,16 +306,17 @@ impl Checkpoints {
         for step in self.steps()? {
             self.discard(step)?;
         }
-        let names = self.names()?;
-        for name in &names {
-            if name.starts_with(&format!(".{PREFIX}")) {
-                remove(&self.folder.join(name))?;
-            }
-        }
+        self.tidy()?;
         // Fails where other files are left, which are not ours.
         let _ = std::fs::remove_dir(&self.folder);
         Ok(())
     }
+}
+
+/// The step of a checkpoint that was being replaced, by the name of its folder.
+fn replaced_step(name: &str) -> Option<u64> {
+    let name = name.strip_prefix('.')?.strip_prefix(PREFIX)?;
+    name.strip_suffix(REPLACED)?.strip_suffix('.')?.parse().ok()
 }
 
 fn write_parts<M: Module>(

@@ -1,3 +1,5 @@
+//! A checkpoint that has been written.
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 

@@ -13,9 +13,10 @@ use burn_cubecl::{
 };
 use hd_pissa_kernels::{
     Buffer, FactorProduct, FloatType, Matrix, Merge, MergePrecision, ShardedFactors,
-    factor_product, merge,
+    factor_product, fingerprint, merge, row_statistics,
 };
 
+use super::contract::cast;
 use super::{FactorProduct, HdPissaOps, Rounding};
 
 impl FactorProduct for CubeBackend {
@@ -96,6 +97,41 @@ impl HdPissaOps for CubeBackend {
         let squares = update.add_to(&w, Some(&companion));
         (w, companion, squares)
     }
+
+    fn hd_pissa_row_statistics(x: FloatTensor<Self>, split: usize) -> FloatTensor<Self> {
+        let x = untile(x);
+        let shape = Shape::new([x.shape()[0], 4]);
+        let statistics = match row_statistics(&x.client, matrix(&x), split) {
+            Ok(statistics) => statistics,
+            Err(error) => panic!("statistics of rows on {:?}: {error}", x.device),
+        };
+        CubeTensor::new_contiguous(x.client, x.device, shape, statistics, DType::F32)
+    }
+
+    fn hd_pissa_fingerprint(x: FloatTensor<Self>) -> IntTensor<Self> {
+        let x = match known(x.dtype) {
+            Some(_) => untile(x),
+            // Burn's other floats are no weights of ours.
+            None => untile(cast::<Self>(x, DType::F32)),
+        };
+        let matrix = matrix(&x);
+        words_of(x, matrix)
+    }
+
+    fn hd_pissa_fingerprint_int(x: IntTensor<Self>) -> IntTensor<Self> {
+        let x = untile(x);
+        // Elements of 32 bits count by their bits.
+        let matrix = matrix_of(&x, FloatType::F32);
+        words_of(x, matrix)
+    }
+}
+
+fn words_of(x: CubeTensor, matrix: Matrix) -> CubeTensor {
+    let words = match fingerprint(&x.client, matrix) {
+        Ok(words) => words,
+        Err(error) => panic!("fingerprint on {:?}: {error}", x.device),
+    };
+    CubeTensor::new_contiguous(x.client, x.device, Shape::new([2]), words, DType::I32)
 }
 
 /// `tensor`, or a copy of it if someone else holds its memory.
@@ -163,13 +199,19 @@ impl Update {
 
 /// What the kernels see of a tensor of two dimensions.
 fn matrix(tensor: &CubeTensor) -> Matrix {
+    let dtype = known(tensor.dtype)
+        .unwrap_or_else(|| panic!("{:?} is refused when adapters are attached", tensor.dtype));
+    matrix_of(tensor, dtype)
+}
+
+/// As [`matrix`], of elements that count as `dtype`.
+fn matrix_of(tensor: &CubeTensor, dtype: FloatType) -> Matrix {
     let (shape, strides) = (tensor.shape(), tensor.meta.strides());
     Matrix {
         handle: tensor.handle.clone(),
         shape: [shape[0], shape[1]],
         strides: [strides[0], strides[1]],
-        dtype: known(tensor.dtype)
-            .unwrap_or_else(|| panic!("{:?} is refused when adapters are attached", tensor.dtype)),
+        dtype,
     }
 }
 
