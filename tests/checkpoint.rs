@@ -360,6 +360,26 @@ fn what_a_killed_run_leaves_is_no_checkpoint_and_goes_away() {
     assert!(three.checkpoints.latest().unwrap().checkpoint.is_none());
 }
 
+#[test]
+fn what_somebody_else_puts_into_the_folder_ends_no_run() {
+    let three = Three::new();
+    let folder = three.checkpoints.folder();
+    std::fs::create_dir(folder.join("step-1")).unwrap();
+    std::fs::create_dir(folder.join("step-999")).unwrap();
+    std::fs::write(folder.join("step-000000777"), "a file").unwrap();
+    assert_eq!(three.checkpoints.steps().unwrap(), [1, 2, 3]);
+    let found = three.checkpoints.latest().unwrap();
+    assert_eq!(
+        (found.checkpoint.unwrap().step(), found.damaged.len()),
+        (3, 0)
+    );
+    let few = three.checkpoints.clone().with_keep_last(1);
+    few.save(&three.snapshot(4), &Solo).unwrap();
+    assert_eq!(few.steps().unwrap(), [4]);
+    few.discard_all().unwrap();
+    assert_eq!(names(folder), ["step-000000777", "step-1", "step-999"]);
+}
+
 /// Names under which a program that ends while it replaces a checkpoint leaves both.
 #[test]
 fn a_checkpoint_that_is_being_replaced_is_not_lost() {

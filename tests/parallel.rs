@@ -1,10 +1,13 @@
 //! Micro-batches and decompositions side by side: the same bits on any number of threads.
 
+use std::time::Duration;
+
 use burn::optim::{AdamConfig, GradientsParams};
 use burn::tensor::{Device, Tensor, TensorData};
-use hd_pissa::comm::Solo;
+use hd_pissa::comm::{Solo, thread_group};
 use hd_pissa::{
-    HdPissaAdapter, HdPissaConfig, HdPissaModule, HdPissaOptimizer, ShardGradients, side_by_side,
+    HdPissaAdapter, HdPissaConfig, HdPissaLinearConfig, HdPissaModule, HdPissaOptimizer,
+    ShardGradients, side_by_side,
 };
 use hd_pissa_tests::{Lean, base, bits, normal};
 
@@ -84,7 +87,12 @@ fn steps_do_not_depend_on_the_number_of_threads() {
 
 #[test]
 fn factors_do_not_depend_on_the_number_of_threads() {
-    let start = Lean::new(&Device::flex());
+    // Of a size at which the decomposition itself would use several threads.
+    let device = Device::flex();
+    let start = Lean {
+        first: HdPissaLinearConfig::new(320, 352).init(&device),
+        second: HdPissaLinearConfig::new(352, 300).init(&device),
+    };
     let config = HdPissaConfig::new().with_rank(2).with_shards(SHARDS);
     let factors = |threads| {
         let model = in_pool(threads, || {
@@ -103,4 +111,30 @@ fn factors_do_not_depend_on_the_number_of_threads() {
     assert_eq!(expected.len(), 4 * SHARDS);
     assert_eq!(factors(2), expected);
     assert_eq!(factors(5), expected);
+    // One weight alone, and several workers that share the work.
+    let alone = in_pool(2, || {
+        let model = start.first.clone().apply_hd_pissa(&config, 0..SHARDS);
+        let model = model.unwrap();
+        let adapter = model.weight.reparameterization::<HdPissaAdapter>().unwrap();
+        bits(&adapter.shards[0].a.val())
+    });
+    assert_eq!(alone, expected[0]);
+    let shared = std::thread::scope(|scope| {
+        let workers: Vec<_> = thread_group(2, Duration::from_secs(60))
+            .into_iter()
+            .map(|communicator| {
+                let (start, config) = (start.clone(), &config);
+                scope.spawn(move || {
+                    let model = start.apply_hd_pissa_shared(config, 0..SHARDS, &communicator);
+                    let model = model.unwrap();
+                    let weight = model.first.weight;
+                    let adapter = weight.reparameterization::<HdPissaAdapter>().unwrap();
+                    bits(&adapter.shards[0].a.val())
+                })
+            })
+            .collect();
+        let join = |worker: std::thread::ScopedJoinHandle<_>| worker.join().unwrap();
+        workers.into_iter().map(join).collect::<Vec<_>>()
+    });
+    assert_eq!(shared, vec![expected[0].clone(); 2]);
 }

@@ -248,7 +248,11 @@ mod mpi {
         };
         let mut communicator = None;
         on_a_thread(&mut || communicator = Some(MpiCommunicator::new(CONTRACT_TIMEOUT).unwrap()));
-        on_a_thread(&mut || contract(communicator.as_ref().unwrap()));
+        on_a_thread(&mut || {
+            let own = communicator.take().unwrap();
+            contract(&own);
+            communicator = Some(own);
+        });
         let worker = communicator.as_ref().unwrap().worker_index();
         on_a_thread(&mut || drop(communicator.take()));
         match &noted::CALLS.lock().unwrap()[..] {

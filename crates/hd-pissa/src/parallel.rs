@@ -113,6 +113,15 @@ pub(crate) fn try_for_each<T: Send, R: Send, E>(
     spread(workers, items, threads, |(), item| work(item), collect)
 }
 
+/// Runs `work` on one compute thread, whatever the current rayon pool has: what depends on their
+/// number in its last bits then does not.
+pub(crate) fn on_one_thread<R: Send>(work: impl FnOnce() -> R + Send) -> R {
+    match rayon::current_num_threads() {
+        1 => work(),
+        _ => pool(1).install(work),
+    }
+}
+
 fn current_threads() -> NonZeroUsize {
     NonZeroUsize::new(rayon::current_num_threads()).unwrap_or(NonZeroUsize::MIN)
 }

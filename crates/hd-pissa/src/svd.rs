@@ -4,6 +4,7 @@ use burn::tensor::{DType, Tensor};
 use faer::traits::ComplexField;
 use faer::{Mat, MatRef};
 
+use crate::parallel::on_one_thread;
 use crate::{HdPissaError, SvdMethod, SvdPrecision};
 
 /// The leading triples of `W = U Σ Vᵀ`, by descending singular value.
@@ -31,10 +32,12 @@ impl TruncatedSvd {
     ) -> Result<Self, HdPissaError> {
         let host = HostMatrix::read(path, weight)?;
         let SvdMethod::Exact(precision) = method;
-        let svd = match precision {
+        // Workers of any number of threads get the same bits. The decomposition itself is no faster
+        // with two threads.
+        let svd = on_one_thread(|| match precision {
             SvdPrecision::F32 => exact(host.f32(), count),
             SvdPrecision::F64 => exact(host.f64().as_ref(), count),
-        };
+        });
         let svd = svd.ok_or_else(|| HdPissaError::NoConvergence { path: path.into() })?;
         host.check_rank(path, &svd.values, count)?;
         Ok(svd)
@@ -81,13 +84,13 @@ pub(crate) fn singular_values(
 ) -> Result<Vec<f64>, HdPissaError> {
     let host = HostMatrix::read(path, weight)?;
     let SvdMethod::Exact(precision) = method;
-    let values = match precision {
+    let values = on_one_thread(|| match precision {
         SvdPrecision::F32 => host
             .f32()
             .singular_values()
             .map(|values| values.into_iter().map(f64::from).collect()),
         SvdPrecision::F64 => host.f64().singular_values(),
-    };
+    });
     let values = values.map_err(|_| HdPissaError::NoConvergence { path: path.into() })?;
     host.check_rank(path, &values, count)?;
     Ok(values)

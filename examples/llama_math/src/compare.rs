@@ -10,6 +10,7 @@ use burn::tensor::Device;
 use serde::{Deserialize, Serialize};
 
 use crate::batch::FeedConfig;
+use crate::console::say;
 use crate::data::Record;
 use crate::evaluate::{Solver, mean_loss};
 use crate::method::{Adaptation, Method};
@@ -102,7 +103,7 @@ impl Comparison {
         let start = Instant::now();
         let staged = Staged::new(output, overwrite)?;
         let (_, test) = self.problems();
-        println!(
+        say!(
             "tiny Llama, {} steps of {} micro-batches, rank {}, {} shards, {} test problems",
             self.steps,
             self.shards,
@@ -121,7 +122,7 @@ impl Comparison {
         }
 
         let table = self.table(base_loss, &base_answers, &results);
-        println!("\n{table}");
+        say!("\n{table}");
         self.show_answers(&test, &base_answers, &results);
         let path = staged.path().join("table.txt");
         std::fs::write(&path, table).map_err(Error::io(&path))?;
@@ -135,7 +136,7 @@ impl Comparison {
             &curves,
         )?;
         staged.commit()?;
-        println!(
+        say!(
             "{:.0} s in all; table, losses and picture (loss.svg) are in {}",
             start.elapsed().as_secs_f64(),
             output.display()
@@ -322,7 +323,7 @@ impl Comparison {
 
     fn show_answers(&self, test: &[Record], base: &[(String, bool)], results: &[MethodResult]) {
         for (index, record) in test.iter().take(SHOWN).enumerate() {
-            println!("{}", record.instruction);
+            say!("{}", record.instruction);
             let rows = results
                 .iter()
                 .map(|result| (result.method.to_string(), &result.answers[index]));
@@ -331,9 +332,9 @@ impl Comparison {
             {
                 let mark = if *correct { "right" } else { "wrong" };
                 let text = text.trim().replace('\n', " ");
-                println!("  {label:9} {mark}  {text}");
+                say!("  {label:9} {mark}  {text}");
             }
-            println!();
+            say!("");
         }
     }
 }

@@ -115,6 +115,19 @@ pub enum Error {
         /// Its value on worker 0.
         theirs: String,
     },
+    /// An output is written, but could not be moved to its place.
+    #[error(
+        "{}: {source}; the complete output is in {}, move it to where it should be",
+        target.display(), kept.display()
+    )]
+    NotMoved {
+        /// Where it should be.
+        target: PathBuf,
+        /// Where it is.
+        kept: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// A child process of the comparison failed.
     #[error("the run of {method} failed: {reason}")]
     Child {

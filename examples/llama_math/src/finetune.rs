@@ -9,12 +9,15 @@ use burn::module::Module;
 use burn::tensor::Device;
 use hd_pissa::checkpoint::{Checkpoint as Saved, Checkpoints};
 use hd_pissa::comm::{Communicator, Solo};
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::batch::Sequence;
+use crate::console::{complain, say};
 use crate::data::{Fields, Record, read_records};
 use crate::evaluate::{Solver, mean_loss};
-use crate::output::Staged;
+use crate::lock::Lock;
+use crate::output::{RECORD, Staged, normalized};
 use crate::progress::Progress;
 use crate::run::{METRICS, Outcome, RunConfig, Saving, Trained, Training};
 use crate::stop::Stop;
@@ -83,6 +86,16 @@ struct HeldOut {
     sequences: Vec<Sequence>,
 }
 
+/// What the first worker finds before anyone reads.
+#[derive(Default)]
+struct Places {
+    _lock: Option<Lock>,
+    /// The checkpoint to go on from.
+    saved: Option<Saved>,
+    /// The settings of the output that is there already, for a run that resumes.
+    finished: Option<Value>,
+}
+
 /// What a run reads before it trains.
 struct Inputs {
     template: PromptTemplate,
@@ -104,7 +117,8 @@ impl FineTuning {
     /// # Errors
     ///
     /// Whatever is wrong with the files or the settings; nothing is written then but the
-    /// checkpoints that were asked for.
+    /// checkpoints that were asked for. After the training [`Error::NotMoved`], which says where the
+    /// model is, and what the evaluation finds once the model is written.
     pub fn run(&self, devices: &[Device]) -> Result<(), Error> {
         self.run_with(&devices[0], Solo, |training, model, solo| {
             match devices.len() {
@@ -146,16 +160,35 @@ impl FineTuning {
 
         // Only the first looks for output and checkpoints while others could still change them.
         let (this, own) = (self.clone(), checkpoints.clone());
-        let saved = team.together(move || match is_first {
+        let places = team.together(move || match is_first {
             true => this.check_places(&own),
-            false => Ok(None),
+            false => Ok(Places::default()),
         })?;
+        // Held until this run ends.
+        let Places {
+            _lock,
+            saved,
+            finished,
+        } = places;
         let (this, own) = (self.clone(), checkpoints.clone());
         let inputs = team.together(move || match is_first {
             true => this.read(saved),
             false => this.read(this.find(&own, false)?),
         })?;
         team.agree(compare_with_first(&team, &inputs))?;
+        if let Some(settings) = &finished {
+            team.agree(self.refuse_other_output(settings, &inputs.settings))?;
+            say!("finished already: {}", self.output.display());
+        } else {
+            team.agree(Ok(()))?;
+        }
+        // The others need not know of the output.
+        if !team
+            .text_of_first(if finished.is_some() { "yes" } else { "" })?
+            .is_empty()
+        {
+            return Ok(());
+        }
         if is_first {
             self.announce(&inputs, workers);
         }
@@ -184,7 +217,7 @@ impl FineTuning {
                 && is_first
             {
                 let loss = held_out_loss(&model.valid(), held_out);
-                println!(
+                say!(
                     "held-out loss before: {loss:.4} ({} records)",
                     held_out.sequences.len()
                 );
@@ -193,7 +226,9 @@ impl FineTuning {
         })?;
         let stop = training.stop.clone();
         // The communicator ends with the steps: what the first does afterwards keeps nobody.
-        let outcome = stop.steps(|| train(&training, model, communicator))?;
+        let outcome = train(&training, model, communicator);
+        stop.end_steps();
+        let outcome = outcome?;
         if !is_first {
             return Ok(());
         }
@@ -204,7 +239,7 @@ impl FineTuning {
                 total,
                 checkpoint,
             } => {
-                println!(
+                say!(
                     "stopped after step {step} of {total}; saved: {}\nthe same command with \
                      --resume goes on from there",
                     checkpoint.display()
@@ -218,12 +253,52 @@ impl FineTuning {
 
     /// What the first worker checks before anyone reads: the output, and the checkpoints. Returns
     /// the one to go on from.
-    fn check_places(&self, checkpoints: &Checkpoints) -> Result<Option<Saved>, Error> {
-        Staged::check(&self.output, self.overwrite)?;
+    fn check_places(&self, checkpoints: &Checkpoints) -> Result<Places, Error> {
+        let folder = checkpoints.folder();
+        let mut kept = vec![&*self.model, &*self.data, folder, Path::new(".")];
+        kept.extend(self.template.as_deref());
+        kept.extend(self.eval.as_ref().map(|(path, _)| &**path));
+        let finished = match self.saving.resume {
+            Some(Resume::Latest) if !self.overwrite => record_of(&self.output),
+            _ => None,
+        };
+        if finished.is_none() {
+            Staged::check(&self.output, self.overwrite, &kept)?;
+        }
+        let lock = Lock::take(folder)?;
         if self.saving.resume.is_none() && !self.overwrite {
             refuse_earlier_run(checkpoints)?;
         }
-        self.find(checkpoints, true)
+        let saved = match finished {
+            Some(_) => None,
+            None => self.find(checkpoints, true)?,
+        };
+        Ok(Places {
+            _lock: Some(lock),
+            saved,
+            finished,
+        })
+    }
+
+    /// Refuses a finished output of other settings, which is not what this run would make.
+    fn refuse_other_output(
+        &self,
+        theirs: &Value,
+        ours: &BTreeMap<String, String>,
+    ) -> Result<(), Error> {
+        let differs = |(name, value): &(&String, &String)| theirs.get(name) != Some(&json!(value));
+        match ours.iter().find(differs) {
+            None => Ok(()),
+            Some((name, ours)) => Err(Error::Option {
+                option: "output",
+                reason: format!(
+                    "{} exists, made with {name} {} where this run has {ours}; --overwrite replaces \
+                     it",
+                    self.output.display(),
+                    theirs.get(name).and_then(Value::as_str).unwrap_or("none")
+                ),
+            }),
+        }
     }
 
     fn read(&self, saved: Option<Saved>) -> Result<Inputs, Error> {
@@ -263,7 +338,7 @@ impl FineTuning {
     }
 
     fn announce(&self, inputs: &Inputs, workers: usize) {
-        println!(
+        say!(
             "{}: {} records, {} with a target within {} tokens",
             self.data.display(),
             inputs.records,
@@ -272,13 +347,13 @@ impl FineTuning {
         );
         if workers > 1 {
             let shards = self.run.adaptation.shards;
-            println!(
+            say!(
                 "{workers} processes, {} of {shards} shards each",
                 shards / workers
             );
         }
         if let Some(saved) = &inputs.saved {
-            println!(
+            say!(
                 "resumed: {} of {} steps are taken ({})",
                 saved.step(),
                 inputs.settings["--steps"],
@@ -287,7 +362,8 @@ impl FineTuning {
         }
     }
 
-    /// Evaluates and writes.
+    /// Writes, then evaluates: whatever fails or ends the program after the training, the model is
+    /// there.
     fn finish(
         &self,
         inputs: &Inputs,
@@ -296,39 +372,43 @@ impl FineTuning {
     ) -> Result<(), Error> {
         // A merged model decodes without the cost of its adapters.
         let model = trained.model.valid().materialize();
-        if let Some(held_out) = &inputs.held_out {
-            println!(
-                "held-out loss after: {:.4}",
-                held_out_loss(&model, held_out)
-            );
-            if self.max_new_tokens > 0 {
-                self.answer(&model, held_out, &inputs.tokens, &inputs.template)?;
-            }
-        }
-
         let staged = Staged::new(&self.output, self.overwrite)?;
         inputs.checkpoint.export(&model, staged.path())?;
+        let settings = serde_json::to_value(&inputs.settings);
+        staged.record(settings.expect("a map of texts has a JSON form"))?;
         let path = staged.path().join(METRICS);
         std::fs::write(&path, &trained.lines).map_err(Error::io(&path))?;
         let losses = trained.metrics.iter().map(|metrics| metrics.loss).collect();
         let method = self.run.adaptation.method.to_string();
         let title = format!("{method} on {}", file_name(&self.data));
-        picture::losses(&staged.path().join("loss.svg"), &title, &[(method, losses)])?;
+        let picture = staged.path().join("loss.svg");
+        if let Err(error) = picture::losses(&picture, &title, &[(method, losses)]) {
+            complain!("without a picture: {error}");
+        }
         staged.commit()?;
-        println!("written: {}", self.output.display());
-        if !checkpoints.steps()?.is_empty() {
-            checkpoints.discard_all()?;
-            println!(
-                "removed: the checkpoints in {}, which the output replaces",
-                checkpoints.folder().display()
-            );
+        say!("written: {}", self.output.display());
+        let folder = checkpoints.folder().display();
+        match checkpoints.steps() {
+            Ok(steps) if steps.is_empty() => {}
+            _ => match checkpoints.discard_all() {
+                Ok(()) => say!("removed: the checkpoints in {folder}, which the output replaces"),
+                Err(error) => complain!("the checkpoints in {folder} are not removed: {error}"),
+            },
+        }
+
+        if let Some(held_out) = &inputs.held_out {
+            let loss = held_out_loss(&model, held_out);
+            say!("held-out loss after: {loss:.4}");
+            if self.max_new_tokens > 0 {
+                self.answer(&model, held_out, &inputs.tokens, &inputs.template)?;
+            }
         }
         Ok(())
     }
 
     fn checkpoint_folder(&self) -> PathBuf {
         self.saving.folder.clone().unwrap_or_else(|| {
-            let mut name = self.output.as_os_str().to_os_string();
+            let mut name = normalized(&self.output).into_os_string();
             name.push(".checkpoints");
             name.into()
         })
@@ -349,7 +429,7 @@ impl FineTuning {
             }
         };
         for damaged in found.damaged.iter().filter(|_| is_first) {
-            eprintln!("skipped a damaged checkpoint: {damaged}");
+            complain!("skipped a damaged checkpoint: {damaged}");
         }
         let folder = checkpoints.folder().display();
         let invalid = |reason: String| Error::Option {
@@ -364,7 +444,7 @@ impl FineTuning {
             }
             None if required => return Err(invalid(format!("{folder} holds no checkpoint"))),
             None if is_first => {
-                println!("no checkpoint in {folder} yet: starting from the beginning");
+                say!("no checkpoint in {folder} yet: starting from the beginning");
             }
             None => {}
         }
@@ -459,13 +539,20 @@ impl FineTuning {
             progress.tick();
         }
         progress.finish();
-        println!("exact match: {correct} of {}", held_out.records.len());
+        say!("exact match: {correct} of {}", held_out.records.len());
         for (record, answer) in shown {
-            println!("\n{}\n-> {}", record.instruction, answer.text.trim());
+            say!("\n{}\n-> {}", record.instruction, answer.text.trim());
         }
-        println!();
+        say!("");
         Ok(())
     }
+}
+
+/// The settings of a finished output.
+fn record_of(output: &Path) -> Option<Value> {
+    let bytes = std::fs::read(output.join(RECORD)).ok()?;
+    let record: Value = serde_json::from_slice(&bytes).ok()?;
+    record.get("settings").cloned()
 }
 
 /// Whether this worker has read the same as worker 0.
@@ -509,7 +596,7 @@ fn read_template(path: Option<&Path>) -> Result<PromptTemplate, Error> {
 }
 
 fn print_summary(method: &str, trained: &Trained) {
-    println!(
+    say!(
         "{method}: {} steps in {:.1} s after {:.1} s of preparation, {:.0} tokens/s, {} trainable \
          parameters, peak memory {}",
         trained.metrics.len(),
@@ -520,9 +607,10 @@ fn print_summary(method: &str, trained: &Trained) {
         mebibytes(trained.peak_memory)
     );
     if let (Some(first), Some(last)) = (trained.metrics.first(), trained.metrics.last()) {
-        println!(
+        say!(
             "training loss: {:.4} in the first step, {:.4} in the last",
-            first.loss, last.loss
+            first.loss,
+            last.loss
         );
     }
 }

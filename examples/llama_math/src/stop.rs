@@ -2,37 +2,56 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::flag;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 
 use crate::Error;
+use crate::console::complain;
+
+/// Signals that come so soon after the first are the same request: `timeout` sends two.
+const ONE_REQUEST: Duration = Duration::from_millis(500);
 
 /// Whether the run is asked to stop.
 #[derive(Clone, Debug, Default)]
 pub struct Stop {
     requested: Arc<AtomicBool>,
-    /// Whether the next signal ends the process without further ado.
-    at_once: Arc<AtomicBool>,
+    /// Whether steps are being taken, of which the current one is finished first.
+    in_steps: Arc<AtomicBool>,
 }
 
 impl Stop {
-    /// Listens to SIGTERM and SIGINT. Outside of [`steps`](Self::steps) they end the process, and
-    /// so does the second one.
+    /// Listens to SIGTERM, SIGINT and SIGHUP. While steps are taken the first one asks the run to stop
+    /// and to save, and says so; the second ends the process. At any other time the first one does,
+    /// because nothing is lost then.
     ///
     /// # Errors
     ///
     /// [`Error::Io`] if the system does not let it.
     pub fn on_signals() -> Result<Self, Error> {
         let stop = Self::default();
-        stop.at_once.store(true, Ordering::SeqCst);
-        for signal in [SIGTERM, SIGINT] {
-            // In this order: the first signal sees `at_once` as it was.
-            flag::register_conditional_shutdown(signal, 128 + signal, stop.at_once.clone())
-                .and_then(|_| flag::register(signal, stop.requested.clone()))
-                .and_then(|_| flag::register(signal, stop.at_once.clone()))
-                .map_err(Error::io("signal handlers"))?;
-        }
+        let mut signals =
+            Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(Error::io("signal handlers"))?;
+        let own = stop.clone();
+        let listen = move || {
+            let mut first = None;
+            for signal in signals.forever() {
+                let first = *first.get_or_insert_with(Instant::now);
+                if !own.in_steps.load(Ordering::SeqCst) {
+                    std::process::exit(128 + signal);
+                }
+                if !own.requested.swap(true, Ordering::SeqCst) {
+                    complain!("stopping: the step is finished and saved first; again ends at once");
+                } else if first.elapsed() > ONE_REQUEST {
+                    std::process::exit(128 + signal);
+                }
+            }
+        };
+        std::thread::Builder::new()
+            .name("signals".into())
+            .spawn(listen)
+            .map_err(Error::io("signal handlers"))?;
         Ok(stop)
     }
 
@@ -46,11 +65,14 @@ impl Stop {
         self.requested.store(true, Ordering::SeqCst);
     }
 
-    /// Runs steps, between which somebody asks [`requested`](Self::requested).
-    pub fn steps<T>(&self, run: impl FnOnce() -> T) -> T {
-        self.at_once.store(false, Ordering::SeqCst);
-        let result = run();
-        self.at_once.store(true, Ordering::SeqCst);
-        result
+    /// From now on steps are taken, after each of which somebody asks
+    /// [`requested`](Self::requested).
+    pub fn begin_steps(&self) {
+        self.in_steps.store(true, Ordering::SeqCst);
+    }
+
+    /// No further steps are taken.
+    pub fn end_steps(&self) {
+        self.in_steps.store(false, Ordering::SeqCst);
     }
 }

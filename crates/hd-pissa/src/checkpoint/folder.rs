@@ -102,9 +102,13 @@ impl Checkpoints {
     /// [`CheckpointError::Io`] if the folder cannot be read.
     pub fn steps(&self) -> Result<Vec<u64>, CheckpointError> {
         let names = self.names()?;
-        let step = |name: &String| match replaced_step(name) {
-            Some(step) => Some(step),
-            None => name.strip_prefix(PREFIX)?.parse().ok(),
+        let step = |name: &String| {
+            let own = || name.strip_prefix(PREFIX)?.parse().ok();
+            let step = replaced_step(name).or_else(own)?;
+            // A folder that somebody else called `step-1` is none of ours.
+            let names = [self.path(step), self.hidden(step, REPLACED)];
+            let is_ours = names.contains(&self.folder.join(name));
+            (is_ours && self.folder.join(name).is_dir()).then_some(step)
         };
         let mut steps: Vec<u64> = names.iter().filter_map(step).collect();
         steps.sort_unstable();
@@ -284,7 +288,10 @@ impl Checkpoints {
         let steps = self.steps()?;
         let old = steps.into_iter().filter(|&other| other <= step).rev();
         for step in old.skip(self.keep_last) {
-            self.discard(step)?;
+            // The new one is there: one too many is no reason to end a run.
+            if let Err(error) = self.discard(step) {
+                log::warn!("an old checkpoint is not removed: {error}");
+            }
         }
         Ok(())
     }
