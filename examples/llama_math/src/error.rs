@@ -116,10 +116,7 @@ pub enum Error {
         theirs: String,
     },
     /// An output is written, but could not be moved to its place.
-    #[error(
-        "{}: {source}; the complete output is in {}, move it to where it should be",
-        target.display(), kept.display()
-    )]
+    #[error("{}: {source}; {}", target.display(), whereabouts(target, kept))]
     NotMoved {
         /// Where it should be.
         target: PathBuf,
@@ -144,6 +141,16 @@ pub enum Error {
         /// What failed.
         reason: String,
     },
+}
+
+fn whereabouts(target: &Path, kept: &Path) -> String {
+    match kept == target {
+        true => "the complete output is there, but the disk may not have all of it yet".into(),
+        false => format!(
+            "the complete output is in {}, move it to where it should be",
+            kept.display()
+        ),
+    }
 }
 
 impl Error {

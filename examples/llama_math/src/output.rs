@@ -239,7 +239,11 @@ impl Staged {
         let place = &self.place;
         move_to(&staging, place).map_err(|source| Error::NotMoved {
             target: place.target.clone(),
-            kept: staging,
+            // It may be there already, and only not be on disk for certain.
+            kept: match staging.exists() {
+                true => staging,
+                false => place.target.clone(),
+            },
             source,
         })
     }
@@ -257,7 +261,17 @@ fn move_to(staging: &Path, place: &Place) -> std::io::Result<()> {
     let names = fs::read_dir(staging)?.map(|entry| Ok(entry?.file_name()));
     let mut names: Vec<_> = names.collect::<std::io::Result<_>>()?;
     for name in &names {
-        sync(&staging.join(name))?;
+        let path = staging.join(name);
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt;
+            // Some libraries write private files; the folder has what the user's mask allows.
+            let mode = staging.metadata()?.permissions().mode() & 0o666;
+            if path.is_file() {
+                fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
+            }
+        }
+        sync(&path)?;
     }
     sync(staging)?;
     let target = &place.target;

@@ -12,8 +12,8 @@ use burn_cubecl::{
     tensor::CubeTensor,
 };
 use hd_pissa_kernels::{
-    Buffer, FactorProduct, FloatType, Matrix, Merge, MergePrecision, ShardedFactors,
-    factor_product, fingerprint, merge, row_statistics,
+    Buffer, FactorProduct as FactorProductArguments, FloatType, Matrix, Merge, MergePrecision,
+    ShardedFactors, factor_product, fingerprint, merge, row_statistics,
 };
 
 use super::contract::cast;
