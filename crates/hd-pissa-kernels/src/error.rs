@@ -52,6 +52,14 @@ pub enum KernelError {
         /// Elements up to the last one touched.
         elements: u64,
     },
+    /// The column at which rows are split lies outside of them.
+    #[error("rows of {columns} columns cannot be split at column {split}")]
+    Split {
+        /// First column of the second part.
+        split: usize,
+        /// Columns of a row.
+        columns: usize,
+    },
     /// The grid of tiles exceeds what the device launches at once.
     #[error("{cubes:?} tiles exceed the device's limit of {limit:?}")]
     TooManyTiles {

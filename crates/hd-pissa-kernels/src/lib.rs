@@ -9,7 +9,9 @@
 //! - [`low_rank_product`]: `y = x·W` and `p = x·a` in one launch; with the feature `pipeline`,
 //!   `low_rank_product_by_pipeline` does the same on the device's matrix units, where it has them;
 //! - [`factor_product()`]: `p = x·a` alone, and the gradients of the factors, without a copy of `x` in
-//!   `f32`.
+//!   `f32`;
+//! - [`row_statistics()`]: what is not finite, and sums of squares, row by row;
+//! - [`fingerprint()`]: 64 bits that tell whether two matrices hold the same bits.
 //!
 //! [`mod@reference`] holds the same functions in plain Rust, slow and obvious.
 //!
@@ -18,6 +20,7 @@
 
 mod error;
 mod factor_product;
+mod fingerprint;
 mod matrix;
 mod merge;
 mod merge_kernel;
@@ -28,12 +31,14 @@ mod product;
 mod reduce;
 pub mod reference;
 mod rounding;
+mod row_statistics;
 mod tile;
 
 /// The kernels themselves, for building their source without a device. Not a stable interface.
 #[doc(hidden)]
 pub mod kernels {
     pub use crate::factor_product::kernel as factor_product;
+    pub use crate::fingerprint::{kernel as fingerprint, storage_type};
     pub use crate::merge_kernel::{Engine, OperandsLaunch, TargetLaunch, kernel as merge};
     #[cfg(feature = "pipeline")]
     pub use crate::pipeline::{
@@ -43,11 +48,13 @@ pub mod kernels {
     pub use crate::product::kernel as product;
     pub use crate::reduce::kernel as reduce;
     pub use crate::rounding::Rounding;
+    pub use crate::row_statistics::kernel as row_statistics;
     pub use crate::tile::{Access, OperandLaunch, Tile};
 }
 
 pub use error::KernelError;
 pub use factor_product::{FactorProduct, factor_product};
+pub use fingerprint::fingerprint;
 pub use matrix::{Buffer, FloatType, Matrix};
 pub use merge::{
     Arithmetic, Merge, MergePrecision, ShardedFactors, companion_len, companion_shape, merge,
@@ -58,3 +65,4 @@ pub use pipeline::low_rank_product_by_pipeline;
 pub use product::{LowRankProduct, has_matrix_units, low_rank_product};
 pub use reduce::{count_non_finite, new_counter};
 pub use rounding::{StochasticKey, path_hash};
+pub use row_statistics::row_statistics;

@@ -115,20 +115,26 @@ impl Matrix {
         if self.shape.contains(&0) {
             return 0;
         }
-        let last = |axis: usize| (self.shape[axis] as u64 - 1) * self.strides[axis] as u64;
-        last(0) + last(1) + 1
+        let last =
+            |axis: usize| (self.shape[axis] as u64 - 1).saturating_mul(self.strides[axis] as u64);
+        last(0).saturating_add(last(1)).saturating_add(1)
+    }
+
+    /// Elements of the matrix. With a stride of zero they can be more than those in memory.
+    fn elements(&self) -> u64 {
+        (self.shape[0] as u64).saturating_mul(self.shape[1] as u64)
     }
 
     pub(crate) fn check_read(&self, operand: &'static str) -> Result<(), KernelError> {
-        in_buffer(operand, &self.handle, self.dtype.size(), self.span())
+        in_buffer(operand, &self.handle, self.dtype.size(), self.span())?;
+        index_fits(operand, self.elements())
     }
 
     pub(crate) fn check_write(&self, operand: &'static str) -> Result<(), KernelError> {
         let minor = self.minor_axis();
         let [near, far] = [minor, 1 - minor].map(|axis| (self.shape[axis], self.strides[axis]));
-        let run = (near.0.max(1) - 1) * near.1;
-        let elements = near.0 * far.0;
-        if elements > 0 && ((near.0 > 1 && near.1 == 0) || (far.0 > 1 && far.1 <= run)) {
+        let run = (near.0.max(1) - 1).saturating_mul(near.1);
+        if self.elements() > 0 && ((near.0 > 1 && near.1 == 0) || (far.0 > 1 && far.1 <= run)) {
             let strides = self.strides;
             return Err(KernelError::Overlap { operand, strides });
         }
@@ -237,11 +243,12 @@ pub(crate) fn in_buffer(
             available,
         });
     }
-    if needed > i32::MAX as u64 {
-        return Err(KernelError::TooLarge {
-            operand,
-            elements: needed,
-        });
+    index_fits(operand, needed)
+}
+
+fn index_fits(operand: &'static str, elements: u64) -> Result<(), KernelError> {
+    if elements > i32::MAX as u64 {
+        return Err(KernelError::TooLarge { operand, elements });
     }
     Ok(())
 }

@@ -345,9 +345,10 @@ pub fn kernel<F: Float, N: Size, M: Size>(
             }
         }
     }
+    let squares = Vector::<f32, Const<1>>::new(squares);
     let total = reduce::cube_sum(squares, comptime!(engine.units()));
     if UNIT_POS == 0 {
-        partials[CUBE_POS] = total;
+        partials[CUBE_POS] = total.extract(0usize);
     }
 }
 

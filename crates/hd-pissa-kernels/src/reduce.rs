@@ -33,14 +33,7 @@ pub fn count_non_finite(
     dtype.check(client)?;
     values.check("values")?;
     in_buffer("counter", counter, 4, 1)?;
-    let word = Type::atomic(ElemType::UInt(UIntKind::U32));
-    if !client
-        .properties()
-        .atomic_type_usage(word)
-        .contains(AtomicUsage::Add)
-    {
-        return Err(KernelError::NoAtomics);
-    }
+    check_atomics(client)?;
     if values.len == 0 {
         return Ok(());
     }
@@ -59,6 +52,17 @@ pub fn count_non_finite(
         );
     }
     Ok(())
+}
+
+/// Whether the device adds to 32-bit integers atomically.
+pub(crate) fn check_atomics(client: &Client) -> Result<(), KernelError> {
+    let word = Type::atomic(ElemType::UInt(UIntKind::U32));
+    let usage = client.properties().atomic_type_usage(word);
+    if usage.contains(AtomicUsage::Add) {
+        Ok(())
+    } else {
+        Err(KernelError::NoAtomics)
+    }
 }
 
 /// Writes the sum of `partials` (buffer and length; zero for `None`) to element `slot` of `output`.
@@ -111,8 +115,11 @@ pub(crate) fn sum_chunks(client: &Client, sums: Matrix, chunks: usize, output: M
 
 /// The sum of `value` over the cube's `units`, in a fixed order; every unit gets it.
 #[cube]
-pub(crate) fn cube_sum(value: f32, #[comptime] units: usize) -> f32 {
-    let mut sums = Shared::<[f32]>::new_slice(units);
+pub(crate) fn cube_sum<T: Numeric, N: Size>(
+    value: Vector<T, N>,
+    #[comptime] units: usize,
+) -> Vector<T, N> {
+    let mut sums = Shared::<[Vector<T, N>]>::new_slice(units);
     let unit = UNIT_POS as usize;
     sums[unit] = value;
     sync_cube();
@@ -166,15 +173,15 @@ pub mod kernel {
         slot: usize,
         #[comptime] units: usize,
     ) {
-        let mut total = 0.0f32;
+        let mut total = Vector::<f32, Const<1>>::new(0.0);
         let mut place = UNIT_POS as usize;
         while place < len {
-            total += values[place];
+            total += Vector::new(values[place]);
             place += units;
         }
         let total = cube_sum(total, units);
         if UNIT_POS == 0 {
-            output[slot] = total;
+            output[slot] = total.extract(0usize);
         }
     }
 

@@ -3,6 +3,7 @@
 
 use half::{bf16, f16};
 
+use crate::fingerprint::SEEDS;
 use crate::rounding::{F16_FINE, F16_FINE_INVERSE, F16_NORMAL, KEY_PARITY, ROTATIONS};
 use crate::{FloatType, StochasticKey};
 
@@ -77,6 +78,42 @@ pub fn update(shards: &[Shard], [d_input, rank, d_output]: [usize; 3]) -> Exact 
 /// The number of NaN and infinite values.
 pub fn count_non_finite(values: &[f32]) -> u32 {
     values.iter().filter(|value| !value.is_finite()).count() as u32
+}
+
+/// What [`row_statistics`](crate::row_statistics()) gives for one row, in `f64`.
+pub fn row_statistics(row: &[f32], split: usize) -> [f64; 4] {
+    let scale = 2f64.powi(-80);
+    let mut statistics = [0.0; 4];
+    for (column, value) in row.iter().enumerate() {
+        let square = f64::from(*value).powi(2);
+        if value.is_finite() {
+            statistics[if column < split { 1 } else { 2 }] += square;
+            statistics[3] += square * scale * scale;
+        } else {
+            statistics[0] += 1.0;
+        }
+    }
+    statistics
+}
+
+/// What [`fingerprint`](crate::fingerprint()) gives for the bits of the elements, row by row.
+pub fn fingerprint(bits: impl IntoIterator<Item = u32>) -> [u32; 2] {
+    let mut words = [0u32; 2];
+    for (index, bits) in bits.into_iter().enumerate() {
+        for (word, seed) in words.iter_mut().zip(SEEDS) {
+            *word = word.wrapping_add(mix(bits ^ mix(index as u32 ^ seed)));
+        }
+    }
+    words
+}
+
+/// The finalizer of MurmurHash3.
+fn mix(mut x: u32) -> u32 {
+    x ^= x >> 16;
+    x = x.wrapping_mul(0x85eb_ca6b);
+    x ^= x >> 13;
+    x = x.wrapping_mul(0xc2b2_ae35);
+    x ^ x >> 16
 }
 
 /// The nearest `bf16` (ties away from zero) and the 16 bits that [`join_bf16`] needs to recover the
@@ -183,6 +220,13 @@ mod tests {
             threefry([0x243f_6a88, 0x85a3_08d3], [0x1319_8a2e, 0x0370_7344]),
             [0xc492_3a9c, 0x483d_f7a0]
         );
+    }
+
+    /// Published hashes of the empty text by MurmurHash3 for these seeds: the finalizer of the seed.
+    #[test]
+    fn mix_gives_the_published_words() {
+        let seeds = [0, 1, u32::MAX];
+        assert_eq!(seeds.map(mix), [0, 0x514e_28b7, 0x81f1_6f39]);
     }
 
     /// A walk over all exponents and both signs, with ties and their neighbours.

@@ -35,7 +35,7 @@ use cubecl_runtime::kernel::CubeKernel;
 use hd_pissa_kernels::FloatType;
 use hd_pissa_kernels::kernels::{
     Access, Engine, OperandLaunch, OperandsLaunch, PlaneTile, Rounding, TargetLaunch, Tile,
-    factor_product, merge, product, reduce,
+    factor_product, fingerprint, merge, product, reduce, row_statistics, storage_type,
 };
 
 use nvrtc::{Nvrtc, NvrtcError};
@@ -434,6 +434,64 @@ fn reductions(kernels: &mut Vec<Kernel>) {
     kernels.push(Kernel::ours("sum of chunks", build));
 }
 
+/// Statistics of rows, and fingerprints.
+fn audits(kernels: &mut Vec<Kernel>) {
+    let build = |version| {
+        let kernel = row_statistics::chunks::create_dummy_kernel(
+            properties(version),
+            Arc::new(TargetProperties::default()),
+            CubeCount::Static(1, 1, 1),
+            CubeDim::new_1d(256),
+            buffer(),
+            buffer(),
+            8,
+            4,
+            8,
+            8,
+            1,
+            256,
+        );
+        cpp(kernel, version)
+    };
+    kernels.push(Kernel::ours("statistics of the chunks of rows", build));
+    let build = |version| {
+        let kernel = row_statistics::totals::create_dummy_kernel(
+            properties(version),
+            Arc::new(TargetProperties::default()),
+            CubeCount::Static(1, 1, 1),
+            CubeDim::new_1d(256),
+            buffer(),
+            buffer(),
+            8,
+            256,
+        );
+        cpp(kernel, version)
+    };
+    kernels.push(Kernel::ours("sums of the statistics of chunks", build));
+    for dtype in TYPES {
+        let build = move |version| {
+            let kernel = fingerprint::create_dummy_kernel(
+                properties(version),
+                Arc::new(TargetProperties::default()),
+                CubeCount::Static(1, 1, 1),
+                CubeDim::new_1d(256),
+                buffer(),
+                buffer(),
+                8,
+                8,
+                8,
+                1,
+                8,
+                1,
+                256,
+                storage_type(dtype),
+            );
+            cpp(kernel, version)
+        };
+        kernels.push(Kernel::ours(format!("fingerprint {dtype:?}"), build));
+    }
+}
+
 /// The end of the last array that the source places in dynamic shared memory, of which the assembler
 /// knows nothing: lines such as `array<float_4, 264> * const v2 = reinterpret_cast<array<float_4,
 /// 264> *>(&v1[4224]);`.
@@ -451,7 +509,7 @@ fn dynamic_shared_bytes(source: &str) -> u64 {
             };
             let size = lanes.parse::<u64>().ok()?
                 * match scalar {
-                    "float" => 4,
+                    "float" | "uint32_t" => 4,
                     "__half" | "__nv_bfloat16" => 2,
                     other => panic!("shared memory of {other}"),
                 };
@@ -465,6 +523,7 @@ fn dynamic_shared_bytes(source: &str) -> u64 {
 fn every_kernel_compiles_for_cuda_without_spills() {
     let mut kernels: Vec<Kernel> = Vec::new();
     reductions(&mut kernels);
+    audits(&mut kernels);
     products(&mut kernels);
     factor_products(&mut kernels);
     #[cfg(feature = "pipeline")]
