@@ -33,6 +33,11 @@ pub struct Usage {
     pub cubin_bytes: usize,
 }
 
+/// Whether the environment names the folder to look in.
+pub fn is_named() -> bool {
+    std::env::var_os("HD_PISSA_NVRTC").is_some()
+}
+
 pub struct Nvrtc {
     nvrtc: Library,
     includes: Vec<PathBuf>,
