@@ -530,10 +530,6 @@ fn every_kernel_compiles_for_cuda_without_spills() {
     pipelines::all(&mut kernels);
     merges(&mut kernels);
     if let Ok(part) = std::env::var("HD_PISSA_KERNEL") {
-        let names: Vec<String> = kernels
-            .iter()
-            .map(|kernel| kernel.name.to_string())
-            .collect();
         kernels.retain(|kernel| kernel.name.contains(&part));
         assert!(
             !kernels.is_empty(),

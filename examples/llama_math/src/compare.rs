@@ -153,7 +153,9 @@ impl Comparison {
         let checkpoint = tiny::checkpoint()?;
         let tokens = Tokens::of(&checkpoint)?;
         let (train, _) = self.problems();
-        let sequences = tokens.sequences(&train, &tiny::template(), MAX_LENGTH)?;
+        let sequences = tokens
+            .sequences(&train, &tiny::template(), MAX_LENGTH)?
+            .usable;
         device.seed(self.seed);
         let config = self.config(method);
         let model = checkpoint.load(&device.clone().autodiff())?;
@@ -214,7 +216,7 @@ impl Comparison {
         let tokens = Tokens::of(&tiny::checkpoint()?)?;
         let template = tiny::template();
         let (_, test) = self.problems();
-        let sequences = tokens.sequences(&test, &template, MAX_LENGTH)?;
+        let sequences = tokens.sequences(&test, &template, MAX_LENGTH)?.usable;
         let loss = mean_loss(model, &sequences, || ());
         let solver = Solver {
             model,
@@ -226,7 +228,7 @@ impl Comparison {
         let mut answers = Vec::with_capacity(test.len());
         for record in &test {
             let answer = solver.answer(record)?;
-            answers.push((answer.text, answer.correct));
+            answers.push((answer.text, answer.correct == Some(true)));
             progress.tick();
         }
         progress.finish();

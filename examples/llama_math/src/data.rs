@@ -11,6 +11,8 @@ use crate::Error;
 pub struct Record {
     /// What the model is asked.
     pub instruction: String,
+    /// Alpaca's context of the instruction; empty if there is none.
+    pub input: String,
     /// What it is to answer.
     pub answer: String,
 }
@@ -74,7 +76,13 @@ impl Fields {
 /// (of an array) for data that is empty, malformed, or lacks a field.
 pub fn read_records(path: &Path, fields: Option<&Fields>) -> Result<Vec<Record>, Error> {
     let bytes = std::fs::read(path).map_err(Error::io(path))?;
-    let text = std::str::from_utf8(&bytes).map_err(|error| {
+    if let Some(kind) = kind_of(&bytes) {
+        let reason = format!("is {kind}, not JSON lines or a JSON array");
+        return Err(Error::field(path, "content", reason));
+    }
+    // A byte order mark says nothing in UTF-8.
+    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
+    let text = std::str::from_utf8(bytes).map_err(|error| {
         let line = 1 + bytes[..error.valid_up_to()]
             .iter()
             .filter(|&&b| b == b'\n')
@@ -119,19 +127,43 @@ pub fn read_records(path: &Path, fields: Option<&Fields>) -> Result<Vec<Record>,
                     format!("has no field `{name}`"),
                 )),
             };
-            let mut instruction = text(&fields.instruction)?;
-            if fields.instruction == "instruction"
-                && let Some(Value::String(context)) = record.get(CONTEXT)
-                && !context.is_empty()
-            {
-                instruction = format!("{instruction}\n\n{context}");
+            let instruction = text(&fields.instruction)?;
+            if instruction.trim().is_empty() {
+                let reason = format!("field `{}` is empty", fields.instruction);
+                return Err(Error::field(path, place.clone(), reason));
             }
+            let input = match record.get(CONTEXT) {
+                Some(Value::String(context)) if fields.instruction == "instruction" => {
+                    context.clone()
+                }
+                _ => String::new(),
+            };
             Ok(Record {
                 instruction,
+                input,
                 answer: text(&fields.answer)?,
             })
         })
         .collect()
+}
+
+/// What a file is that people take for data or weights, by its first bytes.
+pub(crate) fn kind_of(bytes: &[u8]) -> Option<&'static str> {
+    const KINDS: [(&[u8], &str); 8] = [
+        (b"\x1f\x8b", "a gzip archive; unpack it first"),
+        (b"PK\x03\x04", "a zip archive; unpack it first"),
+        (b"\x28\xb5\x2f\xfd", "a zstandard archive; unpack it first"),
+        (b"PAR1", "a parquet file; convert it first"),
+        (b"\xff\xfe", "text in UTF-16; convert it to UTF-8"),
+        (b"\xfe\xff", "text in UTF-16; convert it to UTF-8"),
+        (
+            b"version https://git-lfs",
+            "a Git LFS pointer; `git lfs pull` brings the file itself",
+        ),
+        (b"<!DOCTYPE", "a web page; the download has failed"),
+    ];
+    let found = KINDS.iter().find(|(start, _)| bytes.starts_with(start));
+    found.map(|(_, kind)| *kind)
 }
 
 fn array(text: &str, path: &Path) -> Result<Vec<(String, Value)>, Error> {
@@ -179,6 +211,7 @@ mod tests {
     fn published_styles_are_found() {
         let expected = [Record {
             instruction: "2+2?".into(),
+            input: String::new(),
             answer: "4".into(),
         }];
         for content in [
@@ -193,7 +226,10 @@ mod tests {
             );
         }
         let context = br#"{"instruction": "Add.", "input": "2 2", "output": "4"}"#;
-        assert_eq!(read(context, None).unwrap()[0].instruction, "Add.\n\n2 2");
+        let record = &read(context, None).unwrap()[0];
+        assert_eq!((&*record.instruction, &*record.input), ("Add.", "2 2"));
+        let marked = b"\xef\xbb\xbf{\"question\": \"2+2?\", \"answer\": \"4\"}\r\n\r\n";
+        assert_eq!(read(marked, None).unwrap(), expected);
         let named = br#"{"q": "2+2?", "a": "4"}"#;
         assert_eq!(read(named, Some("q, a")).unwrap(), expected);
     }
@@ -219,6 +255,19 @@ mod tests {
         ] {
             let error = read(content.as_bytes(), None).unwrap_err();
             assert!(error.contains(part), "{content:?}: {error}");
+        }
+        for (content, part) in [
+            (&b"\x1f\x8b\x08\x00"[..], "gzip"),
+            (b"PAR1\x15", "parquet"),
+            (b"\xff\xfe{\x00", "UTF-16"),
+            (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
+            (
+                b"{\"question\": \" \", \"answer\": \"b\"}",
+                "`question` is empty",
+            ),
+        ] {
+            let error = read(content, None).unwrap_err();
+            assert!(error.contains(part), "{error}");
         }
         let error = read(b"{}\n\xff\xfe", None).unwrap_err();
         assert!(error.contains("line 2: is not UTF-8"), "{error}");

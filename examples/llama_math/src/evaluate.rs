@@ -4,6 +4,7 @@ use burn::tensor::{Int, Tensor, TensorData};
 
 use crate::batch::{MicroBatch, Sequence};
 use crate::data::Record;
+use crate::score::final_answer;
 use crate::tokenize::{PromptTemplate, Tokens};
 use crate::{Cache, Error, Llama};
 
@@ -58,11 +59,11 @@ pub fn mean_loss(model: &Llama, sequences: &[Sequence], progress: impl Fn()) -> 
 pub struct Answer {
     /// The text.
     pub text: String,
-    /// Whether its number is that of the reference.
-    pub correct: bool,
+    /// Whether its final answer is that of the reference; `None` if the reference has none.
+    pub correct: Option<bool>,
 }
 
-/// Answers records by greedy decoding and compares their numbers with the references.
+/// Answers records by greedy decoding and compares their final answers with the references.
 pub struct Solver<'a> {
     /// The model, in validation mode.
     pub model: &'a Llama,
@@ -81,70 +82,14 @@ impl Solver<'_> {
     ///
     /// Those of the tokenizer.
     pub fn answer(&self, record: &Record) -> Result<Answer, Error> {
-        let prompt = self
-            .tokens
-            .encode(&self.template.prompt(&record.instruction))?;
+        let prompt = self.tokens.prompt(record, self.template)?;
         let is_end = |token| self.tokens.is_end(token);
         let answer = greedy(self.model, &prompt, self.max_new_tokens, is_end);
         let text = self.tokens.decode(&answer)?;
-        let expected = final_number(&record.answer);
-        let correct = expected.is_some() && final_number(&text) == expected;
+        let correct = final_answer(&record.answer).map(|expected| {
+            let found = final_answer(&text);
+            found == Some(expected)
+        });
         Ok(Answer { text, correct })
-    }
-}
-
-/// The number after the last `####`, else the last number of the text.
-pub fn final_number(text: &str) -> Option<f64> {
-    let numbers = |text: &str| -> Vec<f64> {
-        let mut found = Vec::new();
-        let mut current = String::new();
-        let mut previous = ' ';
-        for character in text.chars().chain([' ']) {
-            let sign = character == '-' && current.is_empty() && !previous.is_alphanumeric();
-            match character {
-                '0'..='9' | '.' => current.push(character),
-                // Thousands; a comma after which no digit follows ends up trailing.
-                ',' if current.ends_with(|c: char| c.is_ascii_digit()) => {}
-                _ => {
-                    // A full stop may end the sentence.
-                    if let Ok(number) = current.trim_end_matches('.').parse() {
-                        found.push(number);
-                    }
-                    current.clear();
-                    if sign {
-                        current.push('-');
-                    }
-                }
-            }
-            previous = character;
-        }
-        found
-    };
-    match text.rsplit_once("####") {
-        Some((_, marked)) => numbers(marked).first().copied(),
-        None => numbers(text).last().copied(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn numbers_are_found() {
-        for (text, number) in [
-            ("so 3 + 4 = 7\n#### 7", Some(7.0)),
-            ("#### 1,234,567 eggs of 12", Some(1_234_567.0)),
-            ("She has 4 left, and 5.50 dollars.", Some(5.5)),
-            ("It is 20.", Some(20.0)),
-            ("#### -3", Some(-3.0)),
-            ("10-4 = 6", Some(6.0)),
-            ("from 10-4", Some(4.0)),
-            ("#### $1,000.00", Some(1000.0)),
-            ("####", None),
-            ("none", None),
-        ] {
-            assert_eq!(final_number(text), number, "{text}");
-        }
     }
 }

@@ -102,8 +102,8 @@ struct Inputs {
     checkpoint: Checkpoint,
     tokens: Tokens,
     max_length: usize,
-    /// Number of records, usable or not.
-    records: usize,
+    /// What became of the records.
+    summary: String,
     sequences: Arc<[Sequence]>,
     held_out: Option<HeldOut>,
     /// The checkpoint to go on from.
@@ -307,18 +307,28 @@ impl FineTuning {
         let tokens = Tokens::of(&checkpoint)?;
         let max_length = self.max_length(&checkpoint)?;
         let records = read_records(&self.data, self.fields.as_ref())?;
-        let sequences = tokens.sequences(&records, &template, max_length)?;
+        let data = tokens.sequences(&records, &template, max_length)?;
         let held_out = match &self.eval {
             Some((path, samples)) => {
                 let mut records = read_records(path, self.fields.as_ref())?;
                 records.truncate(*samples);
                 let sequences = tokens.sequences(&records, &template, max_length)?;
+                if sequences.usable.is_empty() {
+                    let reason = format!("no target to measure within {max_length} tokens");
+                    return Err(Error::field(
+                        path,
+                        "content",
+                        format!("{sequences}: {reason}"),
+                    ));
+                }
+                let sequences = sequences.usable;
                 Some(HeldOut { records, sequences })
             }
             None => None,
         };
-        let digest = digest_of(&sequences);
-        let sequences: Arc<[Sequence]> = sequences.into();
+        let summary = data.to_string();
+        let digest = digest_of(&data.usable);
+        let sequences: Arc<[Sequence]> = data.usable.into();
         let total = Training::new(&self.run, sequences.clone(), "")?.total();
         let settings = self.settings(&checkpoint, max_length, digest, total)?;
         if let Some(saved) = &saved {
@@ -329,7 +339,7 @@ impl FineTuning {
             checkpoint,
             tokens,
             max_length,
-            records: records.len(),
+            summary,
             sequences,
             held_out,
             saved,
@@ -339,10 +349,9 @@ impl FineTuning {
 
     fn announce(&self, inputs: &Inputs, workers: usize) {
         say!(
-            "{}: {} records, {} with a target within {} tokens",
+            "{}: {} within {} tokens",
             self.data.display(),
-            inputs.records,
-            inputs.sequences.len(),
+            inputs.summary,
             inputs.max_length
         );
         if workers > 1 {
@@ -528,18 +537,23 @@ impl FineTuning {
             max_new_tokens: self.max_new_tokens,
         };
         let progress = Progress::new("answering", held_out.records.len());
-        let mut correct = 0;
+        let (mut correct, mut scored) = (0, 0);
         let mut shown = Vec::new();
         for record in &held_out.records {
             let answer = solver.answer(record)?;
-            correct += usize::from(answer.correct);
+            correct += usize::from(answer.correct == Some(true));
+            scored += usize::from(answer.correct.is_some());
             if shown.len() < 2 {
                 shown.push((record, answer));
             }
             progress.tick();
         }
         progress.finish();
-        say!("exact match: {correct} of {}", held_out.records.len());
+        let total = held_out.records.len();
+        match total - scored {
+            0 => say!("exact match: {correct} of {total}"),
+            left => say!("exact match: {correct} of {scored}; {left} have no number to compare"),
+        }
         for (record, answer) in shown {
             say!("\n{}\n-> {}", record.instruction, answer.text.trim());
         }
@@ -591,8 +605,7 @@ fn read_template(path: Option<&Path>) -> Result<PromptTemplate, Error> {
     let bytes = std::fs::read(path).map_err(Error::io(path))?;
     let text =
         String::from_utf8(bytes).map_err(|_| Error::field(path, "content", "is not UTF-8 text"))?;
-    PromptTemplate::new(text)
-        .ok_or_else(|| Error::field(path, "content", "has no {instruction} to replace"))
+    PromptTemplate::new(text).map_err(|reason| Error::field(path, "content", reason))
 }
 
 fn print_summary(method: &str, trained: &Trained) {

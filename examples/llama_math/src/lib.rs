@@ -30,6 +30,7 @@ pub mod rope;
 pub mod run;
 pub mod scaling;
 pub mod schedule;
+pub mod score;
 pub mod spectrum;
 pub mod stop;
 pub mod team;

@@ -123,7 +123,7 @@ fn tokenizer(seed: u64) -> Value {
     texts.extend(
         records
             .into_iter()
-            .map(|record| template.prompt(&record.instruction) + &record.answer),
+            .map(|record| template.prompt(&record) + &record.answer),
     );
     let mut vocabulary: BTreeSet<String> =
         (0..=LARGEST).map(|number| format!(" {number}")).collect();

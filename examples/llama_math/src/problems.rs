@@ -166,6 +166,7 @@ fn problem(kind: Kind, rng: &mut StdRng) -> ([u32; 3], Record) {
         numbers,
         Record {
             instruction,
+            input: String::new(),
             answer,
         },
     )
@@ -232,6 +233,7 @@ fn one_step_problem(rng: &mut StdRng) -> Record {
     };
     Record {
         instruction,
+        input: String::new(),
         answer: format!("{answer}\n#### {result}"),
     }
 }
@@ -243,13 +245,13 @@ pub fn pretraining_text(template: &PromptTemplate, rng: &mut StdRng) -> String {
         return (0..8).map(|_| equation(rng)).collect::<Vec<_>>().join(",");
     }
     let record = one_step_problem(rng);
-    template.prompt(&record.instruction) + &record.answer
+    template.prompt(&record) + &record.answer
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::evaluate::final_number;
+    use crate::score::final_answer;
 
     #[test]
     fn train_and_test_are_disjoint_and_reproducible() {
@@ -294,7 +296,7 @@ mod tests {
                 assert_eq!(value, last, "{}", record.answer);
                 assert!(value >= 0.0 && value <= f64::from(LARGEST));
             }
-            assert_eq!(final_number(&record.answer), Some(last));
+            assert_eq!(final_answer(&record.answer), Some(last.to_string()));
         }
     }
 }

@@ -1,7 +1,9 @@
 //! From records to token sequences, by the published conventions.
 
+use std::fmt::{self, Display, Formatter};
 use std::path::PathBuf;
 
+use regex::Regex;
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
@@ -13,22 +15,57 @@ use crate::{Checkpoint, Error};
 pub const ALPACA: &str = "Below is an instruction that describes a task. Write a response that \
                           appropriately completes the request.\n\n### Instruction:\n\
                           {instruction}\n\n### Response:";
-const PLACE: &str = "{instruction}";
+const INSTRUCTION: &str = "instruction";
+/// Alpaca's context of an instruction.
+const INPUT: &str = "input";
 
-/// A prompt with a place for the instruction.
+/// A prompt with a place for the instruction, and perhaps one for its context.
 #[derive(Clone, Debug)]
 pub struct PromptTemplate(String);
 
 impl PromptTemplate {
-    /// A template, which must contain `{instruction}`.
-    pub fn new(text: impl Into<String>) -> Option<Self> {
+    /// A template, which must contain `{instruction}`, may contain `{input}`, and no other name in
+    /// braces.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with it.
+    pub fn new(text: impl Into<String>) -> Result<Self, String> {
         let text = text.into();
-        text.contains(PLACE).then_some(Self(text))
+        let names = Regex::new(r"\{([A-Za-z_][A-Za-z0-9_]*)\}").expect("the pattern is valid");
+        let mut found = names.captures_iter(&text).map(|found| found[1].to_string());
+        if let Some(name) = found.find(|name| ![INSTRUCTION, INPUT].contains(&name.as_str())) {
+            return Err(format!(
+                "has {{{name}}}; only {{instruction}} and {{input}} are filled"
+            ));
+        }
+        match text.contains("{instruction}") {
+            true => Ok(Self(text)),
+            false => Err("has no {instruction} to replace".into()),
+        }
     }
 
-    /// The prompt of an instruction.
-    pub fn prompt(&self, instruction: &str) -> String {
-        self.0.replace(PLACE, instruction)
+    /// The prompt of a record. Its context follows the instruction where the template has no place for
+    /// it.
+    pub fn prompt(&self, record: &Record) -> String {
+        let Record {
+            instruction, input, ..
+        } = record;
+        // In one pass, so that braces in the data stay as they are.
+        let mut parts = self.0.split("{input}");
+        let first = parts.next().unwrap_or_default();
+        let rest: Vec<&str> = parts.collect();
+        let instruction = match rest.is_empty() && !input.is_empty() {
+            true => format!("{instruction}\n\n{input}"),
+            false => instruction.clone(),
+        };
+        let fill = |part: &str| {
+            part.split("{instruction}")
+                .collect::<Vec<_>>()
+                .join(&instruction)
+        };
+        rest.into_iter()
+            .fold(fill(first), |text, part| text + input + &fill(part))
     }
 }
 
@@ -42,8 +79,10 @@ impl Default for PromptTemplate {
 pub struct Tokens {
     tokenizer: Tokenizer,
     path: PathBuf,
-    /// Text of the token that ends every answer.
-    end: String,
+    /// The token that ends every answer.
+    end: u32,
+    /// The token that begins a text, if the tokenizer puts one there.
+    begin: Option<u32>,
     /// Tokens that end a generated answer.
     end_ids: Vec<u32>,
 }
@@ -106,22 +145,38 @@ impl Tokens {
         };
         let mut end_ids = checkpoint.config.eos_tokens.clone();
         end_ids.push(end_id);
-        Ok(Self {
+        let mut tokens = Self {
             tokenizer,
             path,
-            end,
+            end: end_id,
+            begin: None,
             end_ids,
-        })
+        };
+        // What the tokenizer puts around nothing, but for the end.
+        tokens.begin = tokens.encode("")?.first().copied();
+        Ok(tokens)
     }
 
-    /// Tokens of a text, with those that the tokenizer puts around it.
+    /// Tokens of a text, with the one that the tokenizer puts before it and without end tokens that it
+    /// puts behind. A begin token that the text spells out already is not doubled.
     ///
     /// # Errors
     ///
     /// [`Error::Field`] if the tokenizer refuses the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, Error> {
         match self.tokenizer.encode_fast(text, true) {
-            Ok(encoding) => Ok(encoding.get_ids().to_vec()),
+            Ok(encoding) => {
+                let mut ids = encoding.get_ids().to_vec();
+                while ids.last().is_some_and(|&id| id == self.end) {
+                    ids.pop();
+                }
+                let begins_twice =
+                    |begin| ids.first_chunk::<2>().is_some_and(|two| *two == [begin; 2]);
+                if self.begin.is_some_and(begins_twice) {
+                    ids.remove(0);
+                }
+                Ok(ids)
+            }
             Err(error) => Err(Error::field(&self.path, "content", error.to_string())),
         }
     }
@@ -142,8 +197,18 @@ impl Tokens {
         self.end_ids.contains(&token)
     }
 
-    /// Prompt and answer as one text, the answer followed by a newline and the end token. As many
-    /// leading tokens as the prompt alone has are no targets. What exceeds `max_length` is cut.
+    /// Tokens of a record's prompt.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`encode`](Self::encode).
+    pub fn prompt(&self, record: &Record, template: &PromptTemplate) -> Result<Vec<u32>, Error> {
+        self.encode(&template.prompt(record))
+    }
+
+    /// Prompt and answer as one text, the answer followed by a newline and the end token. Targets start
+    /// at the first token in which that differs from the prompt alone. What exceeds `max_length` is
+    /// cut.
     ///
     /// # Errors
     ///
@@ -154,14 +219,17 @@ impl Tokens {
         template: &PromptTemplate,
         max_length: usize,
     ) -> Result<Sequence, Error> {
-        let prompt = template.prompt(&record.instruction);
-        let mut tokens = self.encode(&format!("{prompt}{}\n{}", record.answer, self.end))?;
+        let prompt = template.prompt(record);
+        let mut tokens = self.encode(&format!("{prompt}{}\n", record.answer))?;
+        tokens.push(self.end);
         tokens.truncate(max_length);
-        let prompt_len = self.encode(&prompt)?.len().min(tokens.len());
+        let prompt = self.encode(&prompt)?;
+        let common = prompt.iter().zip(&tokens).take_while(|(x, y)| x == y);
+        let prompt_len = common.count();
         Ok(Sequence { tokens, prompt_len })
     }
 
-    /// The sequences of all records that keep a target token.
+    /// The sequences of all records that have an answer and keep a target token.
     ///
     /// # Errors
     ///
@@ -171,15 +239,60 @@ impl Tokens {
         records: &[Record],
         template: &PromptTemplate,
         max_length: usize,
-    ) -> Result<Vec<Sequence>, Error> {
-        let mut sequences = Vec::with_capacity(records.len());
+    ) -> Result<Sequences, Error> {
+        let mut all = Sequences {
+            records: records.len(),
+            ..Sequences::default()
+        };
         for record in records {
+            if record.answer.trim().is_empty() {
+                all.empty += 1;
+                continue;
+            }
             let sequence = self.sequence(record, template, max_length)?;
-            if sequence.num_targets() > 0 {
-                sequences.push(sequence);
+            if sequence.num_targets() == 0 {
+                all.too_long += 1;
+                continue;
+            }
+            all.cut += usize::from(sequence.tokens.last() != Some(&self.end));
+            all.usable.push(sequence);
+        }
+        Ok(all)
+    }
+}
+
+/// What became of the records of a file.
+#[derive(Clone, Debug, Default)]
+pub struct Sequences {
+    /// The sequences to train on.
+    pub usable: Vec<Sequence>,
+    /// Number of records.
+    pub records: usize,
+    /// How many of the usable sequences lose the end of their answer to the longest length.
+    pub cut: usize,
+    /// How many records have an empty answer.
+    pub empty: usize,
+    /// How many records have a prompt that leaves no room for a target.
+    pub too_long: usize,
+}
+
+impl Display for Sequences {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let (records, usable) = (self.records, self.usable.len());
+        write!(f, "{records} records, {usable} usable")?;
+        for (count, what) in [
+            (self.cut, "of them cut before the end of their answer"),
+            (self.empty, "without an answer"),
+            (
+                self.too_long,
+                "with a prompt that leaves no room for an answer",
+            ),
+        ] {
+            if count > 0 {
+                write!(f, ", {count} {what}")?;
             }
         }
-        Ok(sequences)
+        Ok(())
     }
 }
 

@@ -12,6 +12,7 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use crate::Error;
+use crate::data::kind_of;
 
 pub(crate) const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -101,6 +102,14 @@ pub(crate) fn read_header(
         )));
     }
     file.read_exact(&mut prefix).map_err(Error::io(path))?;
+    // A header is never as long as eight letters would make it.
+    let start = match &prefix {
+        b"version " => &b"version https://git-lfs"[..],
+        other => other,
+    };
+    if let Some(kind) = kind_of(start) {
+        return Err(broken(format!("the file is {kind}")));
+    }
     let header_len = u64::from_le_bytes(prefix);
     let data_start = match header_len.checked_add(8) {
         Some(start) if start <= size => start,

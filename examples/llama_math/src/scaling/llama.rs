@@ -81,8 +81,12 @@ impl LlamaScaling {
         let checkpoint = tiny::checkpoint()?;
         let tokens = Tokens::of(&checkpoint)?;
         let (train, test) = problems(self.seed, TRAIN_PROBLEMS, self.test_problems);
-        let train = tokens.sequences(&train, &tiny::template(), MAX_LENGTH)?;
-        let test = tokens.sequences(&test, &tiny::template(), MAX_LENGTH)?;
+        let train = tokens
+            .sequences(&train, &tiny::template(), MAX_LENGTH)?
+            .usable;
+        let test = tokens
+            .sequences(&test, &tiny::template(), MAX_LENGTH)?
+            .usable;
         let base = checkpoint.load(device)?;
         let total: usize = train.iter().map(|sequence| sequence.tokens.len()).sum();
         let work = Work {
