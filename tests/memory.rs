@@ -10,7 +10,9 @@ use burn::nn::{Linear, LinearConfig, LinearLayout};
 use burn::optim::{AdamConfig, GradientsParams};
 use burn::tensor::{Device, Tensor};
 use hd_pissa::comm::Solo;
-use hd_pissa::{HdPissaConfig, HdPissaLinear, HdPissaModule, HdPissaOptimizer, ShardGradients};
+use hd_pissa::{
+    HdPissaConfig, HdPissaLinear, HdPissaModule, HdPissaOptimizer, ShardGradients, side_by_side,
+};
 use hd_pissa_tests::normal;
 
 use allocator::{LIVE, MEASURING, measure};
@@ -152,4 +154,45 @@ fn nothing_extra_without_gradients() {
     let slack = 16 * 1024;
     assert!(peak_of(&frozen, &x) <= reference + slack);
     assert!(peak_of(&adapted.valid(), &x.inner()) <= reference + slack);
+}
+
+/// Copies of the model for other threads: they share the weights, and leave nothing in Burn's autodiff
+/// graph, whose every backward pass looks at all that is in it.
+#[test]
+fn side_by_side_shares_the_weights_and_leaves_nothing_behind() {
+    let _guard = MEASURING.lock().unwrap();
+    let device = Device::flex().autodiff();
+    let model: HdPissaLinear = layer(LinearLayout::Row, &device).into();
+    let model = model.apply_hd_pissa(&config(), 0..2).unwrap();
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(2)
+        .build()
+        .unwrap();
+    let round = || {
+        let batches: Vec<_> = (0..4)
+            .map(|i| (i % 2, normal([2, D_INPUT], &device)))
+            .collect();
+        side_by_side(
+            &model,
+            batches,
+            |model, (shard, x)| {
+                let model = model.clone().select_shard(shard);
+                let loss = model.forward(x).square().mean();
+                GradientsParams::from_grads(loss.backward(), &model)
+            },
+            drop,
+        );
+    };
+    let mut live = Vec::new();
+    for _ in 0..200 {
+        let (_, largest, _) = measure(|| pool.install(round));
+        assert!(
+            largest < WEIGHT_BYTES / 2,
+            "{largest} of {WEIGHT_BYTES} bytes"
+        );
+        live.push(LIVE.load(Ordering::Relaxed));
+    }
+    let growth = live[199] - live[49];
+    println!("{growth} bytes in 150 rounds");
+    assert!(growth < 16 * 1024, "{growth} bytes in 150 rounds: {live:?}");
 }

@@ -56,6 +56,7 @@ mod optim;
 mod parallel;
 mod pissa;
 mod plan;
+mod settings;
 mod svd;
 
 pub use hd_pissa_comm as comm;

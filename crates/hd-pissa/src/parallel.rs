@@ -9,10 +9,12 @@ use std::convert::Infallible;
 use std::num::NonZeroUsize;
 use std::sync::{Condvar, Mutex, PoisonError};
 
-use burn::module::Module;
+use burn::module::{Module, ModuleMapper, Param};
+use burn::tensor::Tensor;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::ops;
+use crate::settings::Settings;
 
 /// Applies `work` to the model and each of `batches`, several at a time, and hands the results to
 /// `collect` in the order of `batches`, on this thread.
@@ -21,8 +23,7 @@ use crate::ops;
 /// `RAYON_NUM_THREADS`, changes that. On a GPU one thread works: its operations run side by side
 /// anyway.
 ///
-/// Every thread has a [fork](Module::fork) of the model, which shares the memory of its parameters
-/// and has their ids. With frozen weights, as HD-PiSSA's, threads therefore need no more memory than
+/// Every thread has a copy of the model, which shares the memory of its parameters and has their ids. With frozen weights, as HD-PiSSA's, threads therefore need no more memory than
 /// the activations of their own batch. `work` runs in a [rayon] pool of its own: of one thread, or of
 /// more if there are fewer batches than threads. Results that `collect` has not seen are at most twice
 /// as many as threads.
@@ -82,19 +83,31 @@ pub fn side_by_side<M: Module, B: Send, R: Send>(
             .map(|batch| work(model, batch))
             .for_each(collect);
     }
-    let fork = || {
-        let fork = model.clone();
-        match &device {
-            Some(device) => fork.fork(device),
-            None => fork,
-        }
-    };
-    let workers = (0..threads.get().min(batches.len())).map(|_| fork());
+    let workers = (0..threads.get().min(batches.len())).map(|_| model.clone().map(&mut Fork));
     let collect = |result| {
         collect(result);
         Ok(())
     };
     let Ok(()) = spread::<_, _, _, Infallible>(workers.collect(), batches, threads, work, collect);
+}
+
+/// Gives every parameter a node of its own in the autodiff graph, over the same memory: two threads that
+/// share a node wait for each other.
+///
+/// Burn's own fork moves tensors to a device first, which autodiff records even where nothing moves. The
+/// records stay with the parameters of the model that was forked, and slow down every backward pass.
+struct Fork;
+
+impl ModuleMapper for Fork {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let (id, value, mapper) = param.consume();
+        let settings = Settings::of(id, &value);
+        let value = match value.is_autodiff() {
+            true => settings.restore(value.inner()),
+            false => value,
+        };
+        Param::from_mapped_value(id, value, mapper)
+    }
 }
 
 /// Applies `work` to each item, on as many threads as the current rayon pool has, and hands the

@@ -2,13 +2,13 @@
 
 use std::collections::HashMap;
 
-use burn::backend::GradientCheckpointingStrategy;
 use burn::module::{Module, ModuleMapper, Param, ParamId};
 use burn::tensor::{Int, Tensor};
 
 use super::factors::{Factor, Factors, WeightFactors};
 use crate::adapter::path::{PathTracker, Place, track_path};
 use crate::ops::{self, MergeInputs};
+use crate::settings::Settings;
 
 /// The companions of half-precision weights, by the weight's path.
 pub(super) type Companions = HashMap<String, Tensor<2, Int>>;
@@ -156,44 +156,6 @@ impl<F: Fn(usize) -> MergeInputs> ModuleMapper for Commit<'_, F> {
                 Param::from_mapped_value(id, companion, mapper)
             }
             None => param,
-        }
-    }
-}
-
-/// What a parameter's tensor carries besides its values.
-struct Settings {
-    id: ParamId,
-    autodiff: bool,
-    require_grad: bool,
-    distributed: bool,
-    checkpointing: Option<GradientCheckpointingStrategy>,
-}
-
-impl Settings {
-    fn of<const D: usize>(id: ParamId, parameter: &Tensor<D>) -> Self {
-        let autodiff = parameter.is_autodiff();
-        Self {
-            id,
-            autodiff,
-            require_grad: parameter.is_require_grad(),
-            distributed: autodiff && parameter.is_distributed(),
-            checkpointing: parameter.gradient_checkpointing_strategy(),
-        }
-    }
-
-    fn restore<const D: usize>(self, value: Tensor<D>) -> Tensor<D> {
-        if !self.autodiff {
-            return value;
-        }
-        let value = Tensor::from_inner(value);
-        let value = match self.checkpointing {
-            Some(strategy) => value.with_gradient_checkpointing_strategy(strategy),
-            None => value,
-        };
-        let value = value.set_require_grad(self.require_grad);
-        match self.distributed {
-            true => value.set_distributed(self.id),
-            false => value,
         }
     }
 }
