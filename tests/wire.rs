@@ -205,6 +205,18 @@ impl Communicator for Failing {
         self.inner.broadcast(buffer, root)
     }
 
+    fn reduce_scatter(&self, buffer: Tensor<1>) -> Result<Tensor<1>, CommError> {
+        self.inner.reduce_scatter(buffer)
+    }
+
+    fn all_gather_bytes(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
+        self.inner.all_gather_bytes(bytes)
+    }
+
+    fn broadcast_bytes(&self, bytes: &[u8], root: usize) -> Result<Vec<u8>, CommError> {
+        self.inner.broadcast_bytes(bytes, root)
+    }
+
     fn barrier(&self) -> Result<(), CommError> {
         self.inner.barrier()
     }

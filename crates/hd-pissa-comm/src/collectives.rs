@@ -1,11 +1,13 @@
-//! Workers that exchange by Burn's own collectives.
+//! Threads of one process as workers, each with a device, that exchange by Burn's collectives.
 
+use std::cell::Cell;
 use std::time::Duration;
 
 use burn::tensor::distributed::{ReduceOperation, all_reduce};
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, Tensor, s};
 
-use crate::communicator::check_root;
+use crate::call::{Call, check_root};
+use crate::sum::{chunk, chunk_len};
 use crate::{CommError, Communicator, ThreadCommunicator, Traffic, thread_group};
 
 /// One communicator for each of `devices`, which exchange by Burn's collectives: NCCL on CUDA, the
@@ -14,9 +16,16 @@ use crate::{CommError, Communicator, ThreadCommunicator, Traffic, thread_group};
 /// Each is for a thread of this process, and for buffers on its own device. Burn reduces but does
 /// not gather, so that a gather is the sum of buffers that hold zeros in the places of all other
 /// workers: twice the bytes of a gather. Values are kept, but a zero loses its sign, and the bits
-/// of a NaN may change. Before each sum the workers agree on the call through the process's
-/// memory, within `timeout`; the sum itself, which NCCL runs once all have launched it, is not
-/// limited.
+/// of a NaN may change. A reduce_scatter sums whole buffers and keeps a part: twice the bytes as
+/// well, and NCCL chooses the order in which it adds, so that the last bits may depend on the
+/// number of workers.
+///
+/// Byte strings go through the process's memory, from thread to thread.
+///
+/// `timeout` limits their exchange, a barrier, and before each sum the agreement on the call, through the
+/// process's memory. It does not limit the sum: NCCL runs it once every worker has launched its
+/// part, and has no time limit. So if a worker fails after the agreement and before its launch,
+/// or a device stops during the sum, the others wait without end when they read the result.
 ///
 /// # Panics
 ///
@@ -27,7 +36,7 @@ pub fn collective_group(devices: &[Device], timeout: Duration) -> Vec<Collective
         .map(|threads| CollectiveCommunicator {
             threads,
             devices: devices.to_vec(),
-            traffic: Default::default(),
+            sums: Default::default(),
         })
         .collect()
 }
@@ -37,11 +46,12 @@ pub fn collective_group(devices: &[Device], timeout: Duration) -> Vec<Collective
 pub struct CollectiveCommunicator {
     threads: ThreadCommunicator,
     devices: Vec<Device>,
-    traffic: std::cell::Cell<Traffic>,
+    /// What the sums cost.
+    sums: Cell<Traffic>,
 }
 
 impl CollectiveCommunicator {
-    /// The sum of all workers' buffers, of which all but one are zero in each place.
+    /// The sum of all workers' buffers.
     fn sum(&self, buffer: Tensor<1>) -> Tensor<1> {
         let workers = self.num_workers();
         let bytes = buffer.dims()[0] * buffer.dtype().size();
@@ -49,9 +59,9 @@ impl CollectiveCommunicator {
             return buffer;
         }
         // What a ring sends and receives: each worker twice the buffer, but for its own part.
-        let mut traffic = self.traffic.get();
-        traffic.count(2 * bytes / workers, 2 * bytes / workers, workers - 1);
-        self.traffic.set(traffic);
+        let mut sums = self.sums.get();
+        sums.count(self.worker_index(), &vec![2 * bytes / workers; workers]);
+        self.sums.set(sums);
         all_reduce(buffer, ReduceOperation::Sum, self.devices.clone()).resolve()
     }
 }
@@ -67,17 +77,19 @@ impl Communicator for CollectiveCommunicator {
 
     fn all_gather(&self, buffer: Tensor<1>) -> Result<Tensor<1>, CommError> {
         let len = buffer.dims()[0];
-        self.threads.agree_on_gather(&buffer)?;
+        self.threads
+            .agree_on(Call::AllGather(buffer.dtype()), len)?;
         let (worker, workers) = (self.worker_index(), self.num_workers());
         let options = (&buffer.device(), buffer.dtype());
         let padded = Tensor::zeros([workers * len], options);
         let start = worker * len;
-        Ok(self.sum(padded.slice_assign([start..start + len], buffer)))
+        Ok(self.sum(padded.slice_assign(s![start..start + len], buffer)))
     }
 
     fn broadcast(&self, buffer: Tensor<1>, root: usize) -> Result<Tensor<1>, CommError> {
         check_root(root, self.num_workers());
-        let len = self.threads.agree_on_broadcast(&buffer, root)?;
+        let call = Call::Broadcast(buffer.dtype(), root);
+        let len = self.threads.agree_on(call, buffer.dims()[0])?[root];
         Ok(self.sum(if self.worker_index() == root {
             buffer
         } else {
@@ -85,11 +97,30 @@ impl Communicator for CollectiveCommunicator {
         }))
     }
 
+    fn reduce_scatter(&self, buffer: Tensor<1>) -> Result<Tensor<1>, CommError> {
+        let (worker, workers) = (self.worker_index(), self.num_workers());
+        let len = chunk_len(&buffer, workers);
+        self.threads.agree_on(Call::ReduceScatter, len)?;
+        Ok(chunk(self.sum(buffer), worker, len))
+    }
+
+    fn all_gather_bytes(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
+        self.threads.all_gather_bytes(bytes)
+    }
+
+    fn broadcast_bytes(&self, bytes: &[u8], root: usize) -> Result<Vec<u8>, CommError> {
+        self.threads.broadcast_bytes(bytes, root)
+    }
+
     fn barrier(&self) -> Result<(), CommError> {
         self.threads.barrier()
     }
 
     fn traffic(&self) -> Traffic {
-        self.traffic.get()
+        let (sums, bytes) = (self.sums.get(), self.threads.traffic());
+        Traffic {
+            sent: sums.sent + bytes.sent,
+            received: sums.received + bytes.received,
+        }
     }
 }

@@ -1,67 +1,13 @@
-//! What every transport does, and how it fails.
+//! What every transport offers.
 
-use std::fmt::{self, Display, Formatter};
-use std::time::Duration;
+use burn::tensor::Tensor;
 
-use burn::tensor::{DType, Tensor};
-
-/// Why an exchange between workers failed. The communicator cannot be used afterwards.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum CommError {
-    /// A worker ended, or dropped its communicator, while others waited for it.
-    #[error("worker {worker} is gone")]
-    WorkerGone {
-        /// Index of the worker.
-        worker: usize,
-    },
-    /// Not every worker arrived in time.
-    #[error("timed out after {after:?} waiting for workers {missing:?}")]
-    TimedOut {
-        /// Indices of the workers that had not arrived.
-        missing: Vec<usize>,
-        /// The time limit.
-        after: Duration,
-    },
-    /// Workers sent buffers of different lengths to a gather.
-    #[error("worker {worker} sent {len} values where worker 0 sent {expected}")]
-    LengthMismatch {
-        /// Index of the worker.
-        worker: usize,
-        /// Number of values it sent.
-        len: usize,
-        /// Number of values worker 0 sent.
-        expected: usize,
-    },
-    /// Workers made different calls, or gathered values of different dtypes.
-    #[error("worker {worker} called {call} where worker 0 called {expected}")]
-    CallMismatch {
-        /// Index of the worker.
-        worker: usize,
-        /// What it called.
-        call: String,
-        /// What worker 0 called.
-        expected: String,
-    },
-    /// The transfer between two workers failed.
-    #[error("the transfer between workers {} and {} failed: {reason}", workers[0], workers[1])]
-    Transfer {
-        /// Indices of the worker that noticed and of the other one.
-        workers: [usize; 2],
-        /// What the transport says about it.
-        reason: String,
-    },
-    /// The transport cannot be set up.
-    #[error("the transport cannot be set up: {reason}")]
-    Unavailable {
-        /// What is missing.
-        reason: String,
-    },
-}
+use crate::CommError;
 
 /// Bytes of payload that a worker sent and received since its communicator was made.
 ///
-/// Buffers only: headers, acknowledgements and what the network adds are not counted.
+/// Buffers and byte strings only: headers, acknowledgements and what the network adds are not
+/// counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traffic {
     /// Bytes this worker sent, once for each worker that it sent them to.
@@ -71,20 +17,26 @@ pub struct Traffic {
 }
 
 impl Traffic {
-    /// Counts one call in which this worker sends `own` bytes to each of `others` workers, which
-    /// send it `theirs` bytes each.
-    pub(crate) fn count(&mut self, own: usize, theirs: usize, others: usize) {
-        self.sent += (own * others) as u64;
-        self.received += (theirs * others) as u64;
+    /// Counts one call of worker `worker`, in which each worker sends to each of the others as many
+    /// bytes as `sent` says.
+    pub(crate) fn count(&mut self, worker: usize, sent: &[usize]) {
+        let total: usize = sent.iter().sum();
+        self.sent += (sent[worker] * (sent.len() - 1)) as u64;
+        self.received += (total - sent[worker]) as u64;
     }
 }
 
-/// The exchange of flat buffers between workers.
+/// The exchange of flat buffers between workers, and of byte strings.
+///
+/// Buffers are on devices and hold floats; byte strings are for everything else that workers tell
+/// each other, and no device takes part in their exchange. What is usually told has functions of
+/// its own: [`all_or_none`](crate::all_or_none), [`agree`](crate::agree) and
+/// [`gather_integers`](crate::gather_integers).
 ///
 /// Every worker calls the same methods in the same order. A call returns when all workers have
-/// made it, or fails on every worker that is still there, within the transport's time limit. Buffers
-/// are of any float dtype that the device holds, and arrive with the bits they were sent with.
-/// Transports say where they fall short of this.
+/// made it, or fails on every worker that is still there, within the time limit of the transport;
+/// the [crate's table](crate) says what that limit covers. Buffers are of any float dtype that the
+/// device holds, and arrive with the bits they were sent with.
 ///
 /// A worker that learns of a failure after its own call has succeeded fails at its next one.
 ///
@@ -137,6 +89,46 @@ pub trait Communicator: Send {
     /// If there is no worker `root`.
     fn broadcast(&self, buffer: Tensor<1>, root: usize) -> Result<Tensor<1>, CommError>;
 
+    /// The sum over all workers of what each has for this one.
+    ///
+    /// - buffer: `[num_workers · n]` in f32, the same `n` on every worker; values `j·n` to
+    ///   `(j + 1)·n` are for worker `j`
+    /// - output: `[n]`, on the device of `buffer`
+    ///
+    /// Workers are summed in pairs, 0 and 1, 2 and 3, and so on, then those sums in pairs, until
+    /// one is left; the last of an odd number goes on as it is. So the bits depend on nothing but
+    /// the values and the device's addition, and 2ᵏ buffers summed this way have the same sum on
+    /// any number of workers that is a power of two, if each first sums its own share this way.
+    /// `CollectiveCommunicator` alone leaves the order to its library.
+    ///
+    /// # Errors
+    ///
+    /// See [`CommError`].
+    ///
+    /// # Panics
+    ///
+    /// If the length of `buffer` is not a multiple of the number of workers, or its dtype is not
+    /// f32.
+    fn reduce_scatter(&self, buffer: Tensor<1>) -> Result<Tensor<1>, CommError>;
+
+    /// The byte strings of all workers, by index. They may differ in length.
+    ///
+    /// # Errors
+    ///
+    /// See [`CommError`].
+    fn all_gather_bytes(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CommError>;
+
+    /// The byte string of worker `root`; what the others hand over is not looked at.
+    ///
+    /// # Errors
+    ///
+    /// See [`CommError`].
+    ///
+    /// # Panics
+    ///
+    /// If there is no worker `root`.
+    fn broadcast_bytes(&self, bytes: &[u8], root: usize) -> Result<Vec<u8>, CommError>;
+
     /// Returns when every worker has called it.
     ///
     /// # Errors
@@ -165,51 +157,4 @@ impl PendingGather for Gathered {
     fn wait(self: Box<Self>) -> Result<Tensor<1>, CommError> {
         Ok(self.0)
     }
-}
-
-/// What a worker calls, for the comparison with the others.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Call {
-    AllGather(DType),
-    Broadcast(DType, usize),
-    Barrier,
-}
-
-impl Display for Call {
-    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::AllGather(dtype) => write!(f, "all_gather of {dtype:?} values"),
-            Self::Broadcast(dtype, root) => {
-                write!(f, "broadcast of {dtype:?} values from worker {root}")
-            }
-            Self::Barrier => write!(f, "barrier"),
-        }
-    }
-}
-
-/// Compares the workers' calls, and the lengths of what they gather, with those of worker 0.
-pub(crate) fn agree(calls: &[(Call, usize)]) -> Result<(), CommError> {
-    let (expected, expected_len) = calls[0];
-    for (worker, &(call, len)) in calls.iter().enumerate() {
-        if call != expected {
-            return Err(CommError::CallMismatch {
-                worker,
-                call: call.to_string(),
-                expected: expected.to_string(),
-            });
-        }
-        if matches!(call, Call::AllGather(_)) && len != expected_len {
-            return Err(CommError::LengthMismatch {
-                worker,
-                len,
-                expected: expected_len,
-            });
-        }
-    }
-    Ok(())
-}
-
-/// Stops a broadcast from a worker that does not exist.
-pub(crate) fn check_root(root: usize, workers: usize) {
-    assert!(root < workers, "broadcast from worker {root} of {workers}");
 }

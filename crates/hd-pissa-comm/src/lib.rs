@@ -1,35 +1,45 @@
 //! Transports between the workers of an HD-PiSSA run.
 //!
 //! A *worker* is a thread or a process with one device that hosts one or more shards. Workers
-//! exchange flat buffers of floats through a [`Communicator`]:
+//! exchange flat buffers of floats, and byte strings, through a [`Communicator`]:
 //!
-//! | transport | workers | feature |
-//! |---|---|---|
-//! | [`Solo`] | one | |
-//! | [`thread_group`] | threads of a process, each with a device | |
-//! | `collective_group` | the same, by Burn's own collectives: NCCL on CUDA | `collectives` |
-//! | `MpiCommunicator` | processes, on one machine or many | `mpi` |
+//! | transport | workers | feature | what the time limit covers |
+//! |---|---|---|---|
+//! | [`Solo`] | one | | it waits for nobody |
+//! | [`thread_group`] | threads of a process, each with a device | | every call |
+//! | `MpiCommunicator` | processes, on one machine or many | `mpi` | every call |
+//! | `collective_group` | threads as above, by Burn's own collectives: NCCL on CUDA | `collectives` | the workers' agreement before each sum, but not the sum |
 //!
-//! Every call has a time limit. A worker that panics, ends, is killed or stalls ends the calls of all
-//! others with a [`CommError`] that names it, within that limit. One part of `collective_group` has
-//! none: its workers agree on each call within the limit, but the sum that follows is NCCL's, and waits
-//! for a worker that is killed between the two.
+//! Three functions, written once for all transports, cover what workers have to tell each other
+//! beside numbers: [`all_or_none`] ends a task on every worker if it failed on one, [`agree`] finds
+//! the setting that differs, and [`gather_integers`] exchanges counts, indices and hashes.
+//!
+//! Within the time limit, a worker that panics, ends, is killed or stalls ends the calls of all
+//! others with a [`CommError`] that names it. A sum by NCCL has no time limit: a worker that fails
+//! between the agreement and the sum leaves the others waiting. A time limit beyond the range of
+//! the clock, such as [`Duration::MAX`](std::time::Duration::MAX), is none.
 
 #![warn(missing_docs)]
 #![deny(unsafe_code)]
 #![cfg_attr(not(feature = "mpi"), forbid(unsafe_code))]
 
+mod call;
 #[cfg(feature = "collectives")]
 mod collectives;
 mod communicator;
+mod control;
+mod error;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod solo;
+mod sum;
 mod threads;
 
 #[cfg(feature = "collectives")]
 pub use collectives::{CollectiveCommunicator, collective_group};
-pub use communicator::{CommError, Communicator, PendingGather, Traffic};
+pub use communicator::{Communicator, PendingGather, Traffic};
+pub use control::{Disagreement, Failure, agree, all_or_none, gather_integers};
+pub use error::CommError;
 #[cfg(feature = "mpi")]
 pub use mpi::MpiCommunicator;
 pub use solo::Solo;

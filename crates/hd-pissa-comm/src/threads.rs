@@ -1,4 +1,4 @@
-//! Workers that are threads of one process.
+//! Threads of one process as workers: they hand each other what they send in shared memory.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -6,14 +6,15 @@ use std::time::{Duration, Instant};
 
 use burn::tensor::{Device, Tensor};
 
-use crate::communicator::{Call, agree, check_root};
+use crate::call::{Call, check_root, compare};
+use crate::sum::{chunk, chunk_len, tree_sum};
 use crate::{CommError, Communicator, PendingGather, Traffic};
 
 /// One communicator for each of `workers` threads of this process.
 ///
 /// A call that not every worker joins within `timeout` fails on those that did, and so does every
-/// later call. A `timeout` beyond what the system's clock can count, such as [`Duration::MAX`], is
-/// none: then only a worker that ends fails the calls of the others.
+/// later call. A `timeout` that reaches beyond the range of the clock, such as [`Duration::MAX`],
+/// is no limit.
 ///
 /// # Panics
 ///
@@ -79,8 +80,60 @@ struct Round {
     to_collect: usize,
 }
 
-/// What a worker hands in: its call, and the buffer that goes with it, if one does.
-type HandedIn = (Call, Option<Tensor<1>>);
+/// What a worker hands in.
+#[derive(Clone, Debug)]
+struct HandedIn {
+    call: Call,
+    /// Number of values that it sends to each of the others.
+    len: usize,
+    payload: Payload,
+}
+
+#[derive(Clone, Debug)]
+enum Payload {
+    Nothing,
+    Values(Box<Tensor<1>>),
+    Bytes(Arc<[u8]>),
+}
+
+impl HandedIn {
+    fn nothing(call: Call) -> Self {
+        let (len, payload) = (0, Payload::Nothing);
+        Self { call, len, payload }
+    }
+
+    fn values(call: Call, values: Tensor<1>) -> Self {
+        let (len, payload) = (values.dims()[0], Payload::Values(values.into()));
+        Self { call, len, payload }
+    }
+
+    fn bytes(call: Call, bytes: &[u8]) -> Self {
+        let (len, payload) = (bytes.len(), Payload::Bytes(bytes.into()));
+        Self { call, len, payload }
+    }
+
+    /// Number of bytes that it takes to each of the others.
+    fn size(&self) -> usize {
+        match self.payload {
+            Payload::Nothing => 0,
+            _ => self.len * self.call.value_size(),
+        }
+    }
+
+    fn into_values(self) -> Tensor<1> {
+        match self.payload {
+            Payload::Values(values) => *values,
+            _ => unreachable!("{} carries values", self.call),
+        }
+    }
+
+    fn into_bytes(self) -> Vec<u8> {
+        match self.payload {
+            Payload::Bytes(bytes) => bytes.to_vec(),
+            _ => unreachable!("{} carries bytes", self.call),
+        }
+    }
+}
 
 impl State {
     fn round(&mut self, number: usize) -> &mut Round {
@@ -118,7 +171,6 @@ impl Group {
 
     /// Waits until every worker has handed in, for a failure, or for the time limit.
     fn wait(&self, number: usize) -> Result<MutexGuard<'_, State>, CommError> {
-        // `None` for a limit beyond what the clock can count: no limit.
         let deadline = Instant::now().checked_add(self.timeout);
         let mut state = self.lock();
         loop {
@@ -130,24 +182,22 @@ impl Group {
             if let Some(error) = &state.failure {
                 return Err(error.clone());
             }
-            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            let left = deadline.map(|end| end.saturating_duration_since(Instant::now()));
             let gone = missing.iter().find(|&&worker| state.gone[worker]);
             let error = match gone {
                 Some(&worker) => CommError::WorkerGone { worker },
-                None if left == Some(Duration::ZERO) => CommError::TimedOut {
+                None if left.is_some_and(|left| left.is_zero()) => CommError::TimedOut {
                     missing,
                     after: self.timeout,
                 },
                 None => {
                     state = match left {
-                        Some(left) => {
-                            let waited = self.changed.wait_timeout(state, left);
-                            waited.unwrap_or_else(PoisonError::into_inner).0
-                        }
-                        None => {
-                            let waited = self.changed.wait(state);
-                            waited.unwrap_or_else(PoisonError::into_inner)
-                        }
+                        Some(left) => self
+                            .changed
+                            .wait_timeout(state, left)
+                            .map(|(state, _)| state)
+                            .unwrap_or_else(|poisoned| poisoned.into_inner().0),
+                        None => (self.changed.wait(state)).unwrap_or_else(PoisonError::into_inner),
                     };
                     continue;
                 }
@@ -160,14 +210,14 @@ impl Group {
 }
 
 impl ThreadCommunicator {
-    /// The buffers of all workers, once all made the same call.
-    fn exchange(&self, call: Call, buffer: Tensor<1>) -> Result<Vec<Tensor<1>>, CommError> {
-        let round = self.hand_in(call, Some(buffer))?;
+    /// What all workers handed in, once all made the same call.
+    fn exchange(&self, own: HandedIn) -> Result<Vec<HandedIn>, CommError> {
+        let round = self.hand_in(own)?;
         self.collect(round)
     }
 
-    /// Hands in this worker's call and buffer; the number of the round.
-    fn hand_in(&self, call: Call, buffer: Option<Tensor<1>>) -> Result<usize, CommError> {
+    /// The number of the round that it belongs to.
+    fn hand_in(&self, own: HandedIn) -> Result<usize, CommError> {
         let mut state = self.group.lock();
         if let Some(error) = &state.failure {
             return Err(error.clone());
@@ -180,53 +230,32 @@ impl ThreadCommunicator {
                 to_collect: self.workers,
             });
         }
-        state.round(number).handed_in[self.worker] = Some((call, buffer));
+        state.round(number).handed_in[self.worker] = Some(own);
         self.group.changed.notify_all();
         Ok(number)
     }
 
-    /// The buffers of a round, once every worker has handed in.
-    fn collect(&self, round: usize) -> Result<Vec<Tensor<1>>, CommError> {
+    fn collect(&self, round: usize) -> Result<Vec<HandedIn>, CommError> {
         let mut state = self.group.wait(round)?;
-        let all: Vec<HandedIn> = state
-            .round(round)
-            .handed_in
-            .iter()
-            .flatten()
-            .cloned()
-            .collect();
+        let handed_in = state.round(round).handed_in.iter().flatten();
+        let all: Vec<HandedIn> = handed_in.cloned().collect();
         state.collect(round);
-        let calls: Vec<_> = all
-            .iter()
-            .map(|(call, buffer)| (*call, buffer.as_ref().map_or(0, |buffer| buffer.dims()[0])))
-            .collect();
-        if let Err(error) = agree(&calls) {
+        let calls: Vec<_> = all.iter().map(|own| (own.call, own.len)).collect();
+        if let Err(error) = compare(&calls) {
             self.group.changed.notify_all();
             return Err(state.fail(error));
         }
-        Ok(all.into_iter().filter_map(|(_, buffer)| buffer).collect())
+        let sent: Vec<_> = all.iter().map(HandedIn::size).collect();
+        state.traffic[self.worker].count(self.worker, &sent);
+        Ok(all)
     }
 
-    /// The part of a gather before the transfer: all workers call it with buffers alike.
+    /// Compares the workers' calls before a transfer by other means: how many values each sends.
     #[cfg(feature = "collectives")]
-    pub(crate) fn agree_on_gather(&self, buffer: &Tensor<1>) -> Result<(), CommError> {
-        self.exchange(Call::AllGather(buffer.dtype()), buffer.clone())
-            .map(|_| ())
-    }
-
-    /// The part of a broadcast before the transfer: the length of what worker `root` sends.
-    #[cfg(feature = "collectives")]
-    pub(crate) fn agree_on_broadcast(
-        &self,
-        buffer: &Tensor<1>,
-        root: usize,
-    ) -> Result<usize, CommError> {
-        let call = Call::Broadcast(buffer.dtype(), root);
-        Ok(self.exchange(call, buffer.clone())?[root].dims()[0])
-    }
-
-    fn count(&self, own: usize, theirs: usize, others: usize) {
-        self.group.lock().traffic[self.worker].count(own, theirs, others);
+    pub(crate) fn agree_on(&self, call: Call, len: usize) -> Result<Vec<usize>, CommError> {
+        let nothing = HandedIn::nothing(call);
+        let all = self.exchange(HandedIn { len, ..nothing })?;
+        Ok(all.into_iter().map(|own| own.len).collect())
     }
 }
 
@@ -247,13 +276,12 @@ impl Communicator for ThreadCommunicator {
         &self,
         buffer: Tensor<1>,
     ) -> Result<Box<dyn PendingGather + '_>, CommError> {
-        let (device, bytes) = (buffer.device(), byte_len(&buffer));
-        let round = self.hand_in(Call::AllGather(buffer.dtype()), Some(buffer))?;
+        let device = buffer.device();
+        let own = HandedIn::values(Call::AllGather(buffer.dtype()), buffer);
         Ok(Box::new(Pending {
             communicator: self,
-            round: Some(round),
+            round: Some(self.hand_in(own)?),
             device,
-            bytes,
         }))
     }
 
@@ -261,19 +289,39 @@ impl Communicator for ThreadCommunicator {
         check_root(root, self.workers);
         let device = buffer.device();
         let call = Call::Broadcast(buffer.dtype(), root);
-        let received = self.exchange(call, buffer)?.swap_remove(root);
-        let bytes = byte_len(&received);
-        if root == self.worker {
-            self.count(bytes, 0, self.workers - 1);
-        } else {
-            self.count(0, bytes, 1);
-        }
+        let own = match root == self.worker {
+            true => HandedIn::values(call, buffer),
+            false => HandedIn::nothing(call),
+        };
+        let received = self.exchange(own)?.swap_remove(root).into_values();
         Ok(received.to_device(&device))
     }
 
+    fn reduce_scatter(&self, buffer: Tensor<1>) -> Result<Tensor<1>, CommError> {
+        let (device, len) = (buffer.device(), chunk_len(&buffer, self.workers));
+        let own = HandedIn::values(Call::ReduceScatter, buffer);
+        let all = self.exchange(HandedIn { len, ..own })?.into_iter();
+        let chunks = all.map(|own| chunk(own.into_values(), self.worker, len).to_device(&device));
+        Ok(tree_sum(chunks.collect()))
+    }
+
+    fn all_gather_bytes(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
+        let all = self.exchange(HandedIn::bytes(Call::AllGatherBytes, bytes))?;
+        Ok(all.into_iter().map(HandedIn::into_bytes).collect())
+    }
+
+    fn broadcast_bytes(&self, bytes: &[u8], root: usize) -> Result<Vec<u8>, CommError> {
+        check_root(root, self.workers);
+        let call = Call::BroadcastBytes(root);
+        let own = match root == self.worker {
+            true => HandedIn::bytes(call, bytes),
+            false => HandedIn::nothing(call),
+        };
+        Ok(self.exchange(own)?.swap_remove(root).into_bytes())
+    }
+
     fn barrier(&self) -> Result<(), CommError> {
-        let round = self.hand_in(Call::Barrier, None)?;
-        self.collect(round).map(|_| ())
+        self.exchange(HandedIn::nothing(Call::Barrier)).map(|_| ())
     }
 
     fn traffic(&self) -> Traffic {
@@ -287,18 +335,15 @@ struct Pending<'a> {
     /// `None` once collected.
     round: Option<usize>,
     device: Device,
-    bytes: usize,
 }
 
 impl PendingGather for Pending<'_> {
     fn wait(mut self: Box<Self>) -> Result<Tensor<1>, CommError> {
         let round = self.round.take().expect("waited for once");
         let buffers = self.communicator.collect(round)?;
-        let others = self.communicator.workers - 1;
-        self.communicator.count(self.bytes, self.bytes, others);
         let buffers = buffers
             .into_iter()
-            .map(|buffer| buffer.to_device(&self.device))
+            .map(|own| own.into_values().to_device(&self.device))
             .collect();
         Ok(Tensor::cat(buffers, 0))
     }
@@ -310,10 +355,6 @@ impl Drop for Pending<'_> {
             self.communicator.group.lock().collect(round);
         }
     }
-}
-
-fn byte_len(buffer: &Tensor<1>) -> usize {
-    buffer.dims()[0] * buffer.dtype().size()
 }
 
 impl Drop for ThreadCommunicator {

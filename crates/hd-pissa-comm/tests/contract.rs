@@ -9,15 +9,19 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use burn::tensor::{Device, Tensor};
-#[cfg(feature = "mpi")]
-use common::fault;
-use common::{CONTRACT_TIMEOUT, FAULTS, Fault, SHORT_TIMEOUT, contract};
+use burn::tensor::{DType, Device, Tensor};
+use common::{
+    CONTRACT_TIMEOUT, FAULTY_CALLS, Fault, NO_DEFAULT_DEVICE, SHORT_TIMEOUT, contract, control,
+    mixed, tree_sum,
+};
+#[cfg(feature = "collectives")]
+use hd_pissa_comm::collective_group;
 use hd_pissa_comm::{CommError, Communicator, Solo, Traffic, thread_group};
 
 #[test]
 fn solo() {
     contract(&Solo);
+    control(&Solo);
     assert_eq!(Solo.traffic(), Traffic::default());
 }
 
@@ -26,14 +30,81 @@ fn threads() {
     for workers in [1, 2, 3, 4, 8] {
         thread::scope(|scope| {
             for communicator in thread_group(workers, CONTRACT_TIMEOUT) {
-                scope.spawn(move || contract(&communicator));
+                scope.spawn(move || {
+                    contract(&communicator);
+                    control(&communicator);
+                });
             }
         });
     }
 }
 
-/// What Burn reads the default device's name from; no device has this one.
-const NO_DEFAULT_DEVICE: (&str, &str) = ("BURN_DEVICE", "none");
+/// Flex has no collectives: one worker needs none, and for byte strings none are needed.
+#[cfg(feature = "collectives")]
+#[test]
+fn collectives() {
+    for workers in [1, 2, 3] {
+        let devices = vec![Device::flex(); workers];
+        thread::scope(|scope| {
+            for communicator in collective_group(&devices, CONTRACT_TIMEOUT) {
+                scope.spawn(move || {
+                    if workers == 1 {
+                        contract(&communicator);
+                    }
+                    control(&communicator);
+                    communicator.barrier().unwrap();
+                });
+            }
+        });
+    }
+}
+
+/// 8 buffers, which each worker sums its share of before the reduce_scatter.
+#[test]
+fn the_number_of_workers_changes_no_bit_of_a_sum() {
+    const LEN: usize = 8 * 1021;
+    let buffers: Vec<_> = (0..8).map(|buffer| mixed(LEN, buffer, 0)).collect();
+    let in_order = buffers
+        .iter()
+        .skip(1)
+        .fold(buffers[0].clone(), |sum, next| {
+            sum.iter().zip(next).map(|(x, y)| x + y).collect()
+        });
+    let sums = [1, 2, 4, 8].map(|workers| {
+        let buffers = &buffers;
+        let group = thread_group(workers, CONTRACT_TIMEOUT);
+        thread::scope(|scope| {
+            let threads: Vec<_> = group
+                .into_iter()
+                .zip(buffers.chunks(8 / workers))
+                .map(|(communicator, share)| {
+                    let own = Tensor::from_floats(&tree_sum(share)[..], &Device::flex());
+                    scope.spawn(move || communicator.reduce_scatter(own).unwrap())
+                })
+                .collect();
+            let parts = threads.into_iter().map(|thread| thread.join().unwrap());
+            let parts = parts.flat_map(|part| part.into_data().iter::<f32>().collect::<Vec<_>>());
+            parts.map(f32::to_bits).collect::<Vec<_>>()
+        })
+    });
+    assert!(sums.iter().all(|sum| *sum == sums[0]));
+    let in_order: Vec<_> = in_order.into_iter().map(f32::to_bits).collect();
+    assert!(sums[0] != in_order, "the order shows");
+}
+
+#[test]
+#[should_panic(expected = "reduce_scatter of 3 values, which is not a multiple of 2 workers")]
+fn a_buffer_without_a_chunk_for_each_worker_is_refused() {
+    let group = thread_group(2, SHORT_TIMEOUT);
+    let _ = group[0].reduce_scatter(Tensor::zeros([3], &Device::flex()));
+}
+
+#[test]
+#[should_panic(expected = "reduce_scatter sums F32 values, not F16")]
+fn a_sum_of_half_precision_is_refused() {
+    let options = (&Device::flex(), DType::F16);
+    let _ = Solo.reduce_scatter(Tensor::zeros([2], options));
+}
 
 /// The default device is a GPU where there is one: a worker on another device must not touch it.
 #[test]
@@ -71,13 +142,13 @@ fn a_time_limit_beyond_the_clock_is_none() {
 /// Runs a fault in the last worker of a group of threads and checks what the others report.
 #[test]
 fn every_thread_learns_of_a_fault_in_one() {
-    for (workers, under_way) in [(2, false), (4, false), (3, true)] {
-        for fault in FAULTS.into_iter().filter(|fault| !fault.ends_process()) {
+    for (workers, verb) in FAULTY_CALLS {
+        for fault in verb.faults().filter(|fault| !fault.ends_process()) {
             let results: Vec<_> = thread::scope(|scope| {
                 let threads: Vec<_> = thread_group(workers, SHORT_TIMEOUT)
                     .into_iter()
                     .map(|communicator| {
-                        scope.spawn(move || common::fault(&communicator, fault, under_way))
+                        scope.spawn(move || common::fault(&communicator, fault, verb))
                     })
                     .collect();
                 threads
@@ -92,9 +163,9 @@ fn every_thread_learns_of_a_fault_in_one() {
                     continue;
                 };
                 println!(
-                    "{workers} threads, {fault:?}: worker {worker}: {error}, after {elapsed:.2?}"
+                    "{workers} threads, {verb:?}, {fault:?}: worker {worker}: {error}, after {elapsed:.2?}"
                 );
-                fault.check(&error, elapsed, workers);
+                fault.check(&error, elapsed, workers, verb);
             }
         }
     }
@@ -148,15 +219,18 @@ fn mpi() {
 #[cfg(feature = "mpi")]
 mod mpi {
     use super::*;
-    use common::mpirun;
+    use common::{Verb, mpirun};
     use hd_pissa_comm::MpiCommunicator;
 
     /// The job without a fault.
     const CONTRACT: &str = "contract";
     /// The job that makes, uses and drops the communicator on different threads.
     const THREADS: &str = "threads";
-    /// Of a job with a gather under way.
-    const UNDER_WAY: &str = "+gather";
+
+    /// The job with a fault in a call.
+    fn faulty(fault: Fault, verb: Verb) -> String {
+        format!("{fault:?} in {verb:?}")
+    }
 
     /// What each process does that [`mpirun`] starts: the job that the environment names.
     #[test]
@@ -178,15 +252,16 @@ mod mpi {
         if job == CONTRACT {
             assert_eq!(communicator.local_index(), worker, "all on one machine");
             contract(&communicator);
+            control(&communicator);
             return println!("worker {worker}: passed");
         }
-        let (kind, under_way) = match job.strip_suffix(UNDER_WAY) {
-            Some(kind) => (kind, true),
-            None => (&job[..], false),
-        };
-        let fault_kind = *FAULTS.iter().find(|f| format!("{f:?}") == kind).unwrap();
-        let (error, elapsed) = fault(&communicator, fault_kind, under_way);
-        fault_kind.check(&error, elapsed, communicator.num_workers());
+        let (fault, verb) = FAULTY_CALLS
+            .iter()
+            .flat_map(|&(_, verb)| verb.faults().map(move |fault| (fault, verb)))
+            .find(|&(fault, verb)| faulty(fault, verb) == job)
+            .unwrap();
+        let (error, elapsed) = common::fault(&communicator, fault, verb);
+        fault.check(&error, elapsed, communicator.num_workers(), verb);
         let start = Instant::now();
         drop(communicator);
         let dropped = start.elapsed();
@@ -243,18 +318,16 @@ mod mpi {
     }
 
     fn changing_threads() {
-        let on_a_thread = |work: &mut (dyn FnMut() + Send)| {
-            thread::scope(|scope| scope.spawn(work).join().unwrap());
-        };
-        let mut communicator = None;
-        on_a_thread(&mut || communicator = Some(MpiCommunicator::new(CONTRACT_TIMEOUT).unwrap()));
-        on_a_thread(&mut || {
-            let own = communicator.take().unwrap();
-            contract(&own);
-            communicator = Some(own);
+        fn on_a_thread<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+            thread::scope(|scope| scope.spawn(work).join().unwrap())
+        }
+        let communicator = on_a_thread(|| MpiCommunicator::new(CONTRACT_TIMEOUT).unwrap());
+        let communicator = on_a_thread(move || {
+            contract(&communicator);
+            communicator
         });
-        let worker = communicator.as_ref().unwrap().worker_index();
-        on_a_thread(&mut || drop(communicator.take()));
+        let worker = communicator.worker_index();
+        on_a_thread(move || drop(communicator));
         match &noted::CALLS.lock().unwrap()[..] {
             [("init", init), ("finalize", finalize)] => assert_eq!(init, finalize),
             calls => panic!("{calls:?}"),
@@ -290,9 +363,9 @@ mod mpi {
     /// ends with an exit code of its own: mpirun's is 0 then whatever theirs are.
     #[test]
     fn every_process_learns_of_a_fault_in_one() {
-        for (workers, suffix) in [(2, ""), (4, ""), (3, UNDER_WAY)] {
-            for fault in FAULTS {
-                let job = format!("{fault:?}{suffix}");
+        for (workers, verb) in FAULTY_CALLS {
+            for fault in verb.faults() {
+                let job = faulty(fault, verb);
                 let Some(run) = mpirun::run(workers, &job, mpirun::RECOVERY) else {
                     return;
                 };
@@ -314,7 +387,7 @@ mod mpi {
     #[test]
     fn mpirun_ends_a_run_with_a_fault() {
         for fault in [Fault::Panic, Fault::Exit, Fault::Kill] {
-            let Some(run) = mpirun::run(4, &format!("{fault:?}"), &[]) else {
+            let Some(run) = mpirun::run(4, &faulty(fault, Verb::Gather), &[]) else {
                 return;
             };
             println!(

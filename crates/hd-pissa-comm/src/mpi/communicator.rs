@@ -1,13 +1,14 @@
-//! A worker that is an MPI process.
+//! A worker that is a process: buffers of a device on one side, messages of bytes on the other.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::fmt::{self, Debug, Formatter};
 use std::time::Duration;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
 use super::group::Group;
-use crate::communicator::{Call, check_root};
+use crate::call::{Call, check_root};
+use crate::sum::{chunk_len, tree_sum};
 use crate::{CommError, Communicator, PendingGather, Traffic};
 
 /// One worker per process, under any launcher of MPI programs (`mpirun`, `srun`, …).
@@ -15,7 +16,7 @@ use crate::{CommError, Communicator, PendingGather, Traffic};
 /// Buffers go from each process to each of the others, through the host's memory, by calls that
 /// do not block and are polled until a time limit: a worker that is killed or stalls ends them
 /// with [`CommError::TimedOut`], which names it, and one that panics or leaves early at once with
-/// [`CommError::WorkerGone`]. Whoever notices first tells the others, so that all report the same.
+/// [`CommError::WorkerGone`]. The first worker to notice tells the others, so that all report the same.
 ///
 /// The messages of a gather that was started move while its worker is in any call; most MPI
 /// libraries move large ones only then.
@@ -23,6 +24,9 @@ use crate::{CommError, Communicator, PendingGather, Traffic};
 /// Dropping it waits until all workers drop theirs, up to the time limit, and shuts MPI down.
 /// After a failure, or if not all come, the process ends without that, which launchers report:
 /// MPI's own shutdown has no time limit. MPI cannot be initialized again in the same process.
+///
+/// It can be made, used and dropped on different threads: MPI asks that the thread that initialized
+/// it also shuts it down, and one that does nothing else does both.
 ///
 /// ```no_run
 /// use std::time::Duration;
@@ -41,7 +45,6 @@ pub struct MpiCommunicator {
     index: usize,
     size: usize,
     local_index: usize,
-    traffic: Cell<Traffic>,
 }
 
 impl MpiCommunicator {
@@ -51,7 +54,8 @@ impl MpiCommunicator {
     /// started gather from the moment a worker waits for it (one that
     /// fails takes up to 0.2 s more to tell the others): choose
     /// it longer than anything that keeps one worker from its next call while others wait, such as
-    /// an evaluation or a checkpoint. [`DEFAULT_TIMEOUT`](Self::DEFAULT_TIMEOUT) is 60 s.
+    /// an evaluation or a checkpoint. A limit beyond the range of the clock, such as
+    /// [`Duration::MAX`], is none, neither for calls nor for the drop. [`DEFAULT_TIMEOUT`](Self::DEFAULT_TIMEOUT) is 60 s.
     ///
     /// # Errors
     ///
@@ -61,7 +65,7 @@ impl MpiCommunicator {
     pub fn new(timeout: Duration) -> Result<Self, CommError> {
         let mut group = Group::start(timeout)?;
         let (index, size) = (group.index(), group.size());
-        let machines = group.call(Call::Barrier, group.machine(), 1)?;
+        let machines = group.machines()?;
         let local_index = machines[..index]
             .iter()
             .filter(|&machine| *machine == machines[index])
@@ -71,7 +75,6 @@ impl MpiCommunicator {
             index,
             size,
             local_index,
-            traffic: Cell::default(),
         })
     }
 
@@ -93,10 +96,23 @@ impl MpiCommunicator {
         )
     }
 
-    fn count(&self, own: usize, theirs: usize, others: usize) {
-        let mut traffic = self.traffic.get();
-        traffic.count(own, theirs, others);
-        self.traffic.set(traffic);
+    fn call(&self, call: Call, payload: Vec<u8>) -> Result<Vec<Vec<u8>>, CommError> {
+        self.with_group(|group| group.call(call, payload))
+    }
+
+    /// What worker `root` sends in a call.
+    fn take_from(
+        &self,
+        call: Call,
+        root: usize,
+        own: impl FnOnce() -> Vec<u8>,
+    ) -> Result<Vec<u8>, CommError> {
+        check_root(root, self.size);
+        let payload = match root == self.index {
+            true => own(),
+            false => Vec::new(),
+        };
+        Ok(self.call(call, payload)?.swap_remove(root))
     }
 }
 
@@ -118,45 +134,45 @@ impl Communicator for MpiCommunicator {
         buffer: Tensor<1>,
     ) -> Result<Box<dyn PendingGather + '_>, CommError> {
         let (device, dtype) = (buffer.device(), buffer.dtype());
-        let own = buffer.into_data().as_bytes().to_vec();
-        let bytes = own.len();
-        let call = self.with_group(|group| group.begin(Call::AllGather(dtype), own, dtype.size()));
+        let own = bytes(buffer);
+        let call = self.with_group(|group| group.begin(Call::AllGather(dtype), own))?;
         Ok(Box::new(Pending {
             communicator: self,
-            call: Some(call?),
+            call: Some(call),
             device,
             dtype,
-            bytes,
         }))
     }
 
     fn broadcast(&self, buffer: Tensor<1>, root: usize) -> Result<Tensor<1>, CommError> {
-        check_root(root, self.size);
         let (device, dtype) = (buffer.device(), buffer.dtype());
-        let own = if root == self.index {
-            buffer.into_data().as_bytes().to_vec()
-        } else {
-            Vec::new()
-        };
         let call = Call::Broadcast(dtype, root);
-        let received = self
-            .with_group(|group| group.call(call, own, 1))?
-            .swap_remove(root);
-        if root == self.index {
-            self.count(received.len(), 0, self.size - 1);
-        } else {
-            self.count(0, received.len(), 1);
-        }
+        let received = self.take_from(call, root, || bytes(buffer))?;
         Ok(tensor(received, dtype, &device))
     }
 
+    fn reduce_scatter(&self, buffer: Tensor<1>) -> Result<Tensor<1>, CommError> {
+        let device = buffer.device();
+        chunk_len(&buffer, self.size);
+        let chunks = self.call(Call::ReduceScatter, bytes(buffer))?.into_iter();
+        let chunks = chunks.map(|chunk| tensor(chunk, DType::F32, &device));
+        Ok(tree_sum(chunks.collect()))
+    }
+
+    fn all_gather_bytes(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
+        self.call(Call::AllGatherBytes, bytes.to_vec())
+    }
+
+    fn broadcast_bytes(&self, bytes: &[u8], root: usize) -> Result<Vec<u8>, CommError> {
+        self.take_from(Call::BroadcastBytes(root), root, || bytes.to_vec())
+    }
+
     fn barrier(&self) -> Result<(), CommError> {
-        self.with_group(|group| group.call(Call::Barrier, Vec::new(), 1))
-            .map(|_| ())
+        self.call(Call::Barrier, Vec::new()).map(|_| ())
     }
 
     fn traffic(&self) -> Traffic {
-        self.traffic.get()
+        self.with_group(|group| group.traffic())
     }
 }
 
@@ -167,15 +183,12 @@ struct Pending<'a> {
     call: Option<u64>,
     device: Device,
     dtype: DType,
-    bytes: usize,
 }
 
 impl PendingGather for Pending<'_> {
     fn wait(mut self: Box<Self>) -> Result<Tensor<1>, CommError> {
         let call = self.call.take().expect("waited for once");
         let all = self.communicator.with_group(|group| group.complete(call))?;
-        let others = self.communicator.size - 1;
-        self.communicator.count(self.bytes, self.bytes, others);
         Ok(tensor(all.concat(), self.dtype, &self.device))
     }
 }
@@ -186,6 +199,10 @@ impl Drop for Pending<'_> {
             self.communicator.with_group(|group| group.abandon(call));
         }
     }
+}
+
+fn bytes(buffer: Tensor<1>) -> Vec<u8> {
+    buffer.into_data().as_bytes().to_vec()
 }
 
 fn tensor(bytes: Vec<u8>, dtype: DType, device: &Device) -> Tensor<1> {

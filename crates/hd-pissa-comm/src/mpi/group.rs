@@ -2,13 +2,14 @@
 //! are polled against one deadline.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::transfer::{Tag, Transfer, World};
 use super::wire::{Farewell, Header};
-use crate::CommError;
-use crate::communicator::{Call, agree};
+use crate::call::{Call, compare};
+use crate::{CommError, Traffic};
 
 /// How long the messages of a worker that said farewell may still be on their way.
 const GRACE: Duration = Duration::from_millis(200);
@@ -26,6 +27,7 @@ pub(super) struct Group {
     calls: VecDeque<InFlight>,
     /// Number of the next call.
     next: u64,
+    traffic: Traffic,
     failure: Option<CommError>,
 }
 
@@ -41,7 +43,6 @@ struct Peer {
 struct InFlight {
     number: u64,
     own: Header,
-    value_size: usize,
     payload: Arc<Vec<u8>>,
     /// One with each peer, in the order of peers.
     exchanges: Vec<Exchange>,
@@ -120,6 +121,7 @@ impl Group {
             peers,
             calls: VecDeque::new(),
             next: 0,
+            traffic: Traffic::default(),
             failure: None,
         })
     }
@@ -132,30 +134,28 @@ impl Group {
         self.world.size
     }
 
-    pub(super) fn machine(&self) -> Vec<u8> {
-        self.world.machine()
+    /// The names of the machines that the workers run on, by index.
+    pub(super) fn machines(&mut self) -> Result<Vec<Vec<u8>>, CommError> {
+        let machines = self.call(Call::AllGatherBytes, self.world.machine())?;
+        self.traffic = Traffic::default();
+        Ok(machines)
+    }
+
+    /// Of the calls that were waited for.
+    pub(super) fn traffic(&self) -> Traffic {
+        self.traffic
     }
 
     /// Makes a call and waits for the others'; see [`complete`](Self::complete).
-    pub(super) fn call(
-        &mut self,
-        call: Call,
-        payload: Vec<u8>,
-        value_size: usize,
-    ) -> Result<Vec<Vec<u8>>, CommError> {
-        let number = self.begin(call, payload, value_size)?;
+    pub(super) fn call(&mut self, call: Call, payload: Vec<u8>) -> Result<Vec<Vec<u8>>, CommError> {
+        let number = self.begin(call, payload)?;
         self.complete(number)
     }
 
     /// Makes a call, whose messages are then under way. They move whenever a call starts or is
     /// waited for.
-    pub(super) fn begin(
-        &mut self,
-        call: Call,
-        payload: Vec<u8>,
-        value_size: usize,
-    ) -> Result<u64, CommError> {
-        self.or_fail(|group| group.try_begin(call, payload, value_size))
+    pub(super) fn begin(&mut self, call: Call, payload: Vec<u8>) -> Result<u64, CommError> {
+        self.or_fail(|group| group.try_begin(call, payload))
     }
 
     /// What each worker sent in a call, by index: nothing from those that had nothing to send.
@@ -185,15 +185,12 @@ impl Group {
         result
     }
 
-    fn try_begin(
-        &mut self,
-        call: Call,
-        payload: Vec<u8>,
-        value_size: usize,
-    ) -> Result<u64, CommError> {
+    fn try_begin(&mut self, call: Call, payload: Vec<u8>) -> Result<u64, CommError> {
+        let part = |worker| part(call, payload.len(), worker, self.world.size);
+        let parts: Vec<_> = (0..self.world.size).map(part).collect();
         let own = Header {
             call,
-            bytes: payload.len(),
+            bytes: parts[self.world.index].len(),
         };
         let (header, payload) = (Arc::new(own.encode()), Arc::new(payload));
         self.poll_farewells()?;
@@ -202,9 +199,10 @@ impl Group {
             .peers
             .iter()
             .map(|&Peer { index: peer, .. }| {
-                let mut sends = vec![world.send(peer, Tag::Header, header.clone())];
+                let mut sends = vec![world.send(peer, Tag::Header, header.clone(), 0..Header::LEN)];
                 if own.bytes > 0 {
-                    sends.push(world.send(peer, Tag::Payload, payload.clone()));
+                    let part = parts[peer].clone();
+                    sends.push(world.send(peer, Tag::Payload, payload.clone(), part));
                 }
                 Exchange {
                     peer,
@@ -222,7 +220,6 @@ impl Group {
         self.calls.push_back(InFlight {
             number,
             own,
-            value_size,
             payload,
             exchanges,
             abandoned: false,
@@ -258,18 +255,24 @@ impl Group {
         }
         let calls: Vec<_> = headers
             .iter()
-            .map(|header| (header.call, header.bytes / call.value_size))
+            .map(|header| (header.call, header.bytes / header.call.value_size()))
             .collect();
-        agree(&calls)?;
+        compare(&calls)?;
+        let sent: Vec<_> = headers.iter().map(|header| header.bytes).collect();
+        self.traffic.count(self.world.index, &sent);
         // Every send is complete, so that nothing shares the buffer.
-        payloads[self.world.index] = Arc::unwrap_or_clone(call.payload);
+        let mut own = Arc::unwrap_or_clone(call.payload);
+        let part = part(call.own.call, own.len(), self.world.index, self.world.size);
+        own.truncate(part.end);
+        own.drain(..part.start);
+        payloads[self.world.index] = own;
         Ok(payloads)
     }
 
     /// Moves the messages of the calls under way.
     fn poll_calls(&mut self) -> Result<(), CommError> {
         // A peer's payload must be asked for before its next header is read: MPI gives messages
-        // with the same tag to whoever asks first.
+        // with the same tag to the first that asks.
         let mut blocked = vec![false; self.peers.len()];
         for call in &mut self.calls {
             for (exchange, blocked) in call.exchanges.iter_mut().zip(&mut blocked) {
@@ -336,11 +339,15 @@ impl Group {
     /// Says farewell to everyone; returns when the messages have left, or soon after.
     fn part(&mut self, farewell: &Farewell) {
         let message = Arc::new(farewell.encode(self.world.size));
+        let send = |peer: &Peer| {
+            let part = 0..message.len();
+            (self.world).send(peer.index, Tag::Farewell, message.clone(), part)
+        };
         let mut sends: Vec<Transfer> = self
             .peers
             .iter()
             .filter(|peer| *farewell == Farewell::Done || peer.left.is_none())
-            .map(|peer| self.world.send(peer.index, Tag::Farewell, message.clone()))
+            .map(send)
             .collect();
         let start = Instant::now();
         while start.elapsed() < PARTING.min(self.timeout)
@@ -378,6 +385,14 @@ impl Group {
             }
             pause(start.elapsed() > PATIENCE);
         }
+    }
+}
+
+/// The part of a payload of `len` bytes that goes to a worker.
+fn part(call: Call, len: usize, worker: usize, workers: usize) -> Range<usize> {
+    match call {
+        Call::ReduceScatter => worker * (len / workers)..(worker + 1) * (len / workers),
+        _ => 0..len,
     }
 }
 

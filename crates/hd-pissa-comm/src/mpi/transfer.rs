@@ -3,11 +3,12 @@
 #![allow(unsafe_code)]
 
 use std::mem::ManuallyDrop;
+use std::ops::Range;
 use std::os::raw::{c_char, c_int};
 use std::ptr::null_mut;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{self, Sender};
 use std::thread::JoinHandle;
 
 use mpi_sys as ffi;
@@ -30,13 +31,8 @@ pub(super) enum Tag {
 ///
 /// Dropping it leaves MPI as it is: shutting it down waits for every other process, which
 /// [`finalize`](Self::finalize) does.
-///
-/// MPI must be shut down by the thread that initialized it. A communicator may move from thread to
-/// thread, so that a thread of its own does both, and nothing else.
 pub(super) struct World {
-    keeper: JoinHandle<()>,
-    /// Tells the keeper to shut MPI down.
-    end: Sender<()>,
+    main: MainThread,
     comm: ffi::MPI_Comm,
     pub(super) index: usize,
     pub(super) size: usize,
@@ -60,39 +56,7 @@ impl World {
         if INITIALIZED.swap(true, Ordering::SeqCst) || before != 0 {
             return Err(unavailable("MPI is already initialized in this process"));
         }
-        let (started, start) = channel();
-        let (end, ended) = channel();
-        let keeper = std::thread::Builder::new()
-            .name("mpi".into())
-            .spawn(move || {
-                let mut threading: c_int = 0;
-                // SAFETY: MPI is not initialized; it takes null for the arguments of the program.
-                let code = unsafe {
-                    ffi::MPI_Init_thread(
-                        null_mut(),
-                        null_mut(),
-                        ffi::RSMPI_THREAD_SERIALIZED,
-                        &mut threading,
-                    )
-                };
-                let is_told = started.send((code, threading)).is_ok();
-                // An error means that the communicator was dropped without a shutdown.
-                if is_told && ended.recv().is_ok() {
-                    // SAFETY: MPI is initialized, and nobody uses it after this.
-                    unsafe { ffi::MPI_Finalize() };
-                }
-            });
-        let keeper = keeper.map_err(|error| unavailable(&error.to_string()))?;
-        let (code, threading) = start.recv().expect("the thread sends before it ends");
-        if code != SUCCESS {
-            return Err(unavailable(&describe(code)));
-        }
-        // SAFETY: a constant of the library.
-        if threading < unsafe { ffi::RSMPI_THREAD_SERIALIZED } {
-            return Err(unavailable(
-                "this MPI library was built without support for threads",
-            ));
-        }
+        let main = MainThread::start().map_err(|reason| unavailable(&reason))?;
         let (mut index, mut size): (c_int, c_int) = (0, 0);
         // SAFETY: MPI is initialized, and the results have valid places.
         let comm = unsafe {
@@ -104,23 +68,27 @@ impl World {
             comm
         };
         Ok(Self {
-            keeper,
-            end,
+            main,
             comm,
             index: index as usize,
             size: size as usize,
         })
     }
 
-    /// Starts to send `bytes` to `peer`.
-    pub(super) fn send(&self, peer: usize, tag: Tag, bytes: Arc<Vec<u8>>) -> Transfer {
-        let start = bytes.as_ptr();
-        let len = bytes.len();
+    /// Starts to send a part of `bytes` to `peer`.
+    pub(super) fn send(
+        &self,
+        peer: usize,
+        tag: Tag,
+        bytes: Arc<Vec<u8>>,
+        part: Range<usize>,
+    ) -> Transfer {
+        let (start, len) = (bytes[part.clone()].as_ptr(), part.len());
         let mut transfer = Transfer::new([self.index, peer], bytes);
         for (offset, count) in pieces(len) {
             let mut request = null_request();
             // SAFETY: the piece lies within the buffer, which nobody writes to while it is shared
-            // and which `transfer` keeps alive until MPI is done with it, or for ever.
+            // and which `transfer` keeps alive until MPI is done with it, or until the process ends.
             let code = unsafe {
                 ffi::MPI_Isend(
                     start.add(offset).cast(),
@@ -145,7 +113,7 @@ impl World {
         for (offset, count) in pieces(len) {
             let mut request = null_request();
             // SAFETY: the piece lies within the buffer, which `transfer` hands out only once MPI
-            // is done with it, and else keeps alive for ever.
+            // is done with it, and else keeps alive until the process ends.
             let code = unsafe {
                 ffi::MPI_Irecv(
                     start.add(offset).cast(),
@@ -172,10 +140,73 @@ impl World {
 
     /// Shuts MPI down, which waits for every other process to do the same.
     pub(super) fn finalize(self) {
-        let sent = self.end.send(());
-        let ended = self.keeper.join();
-        debug_assert!(sent.is_ok() && ended.is_ok(), "the keeper waits for it");
+        self.main.finalize();
     }
+}
+
+/// MPI's main thread: the one that initialized it, which is the only one that may shut it down.
+///
+/// A communicator can be dropped on another thread than the one that made it, which may have
+/// ended. So this thread exists for the two calls alone, and sleeps between them. Dropped without
+/// [`finalize`](Self::finalize), it ends and leaves MPI as it is.
+struct MainThread {
+    thread: JoinHandle<()>,
+    /// Tells it to shut MPI down.
+    finalize: Sender<()>,
+}
+
+impl MainThread {
+    /// Initializes MPI, which must not be initialized; the reason if that fails.
+    fn start() -> Result<Self, String> {
+        let (report, initialized) = mpsc::channel();
+        let (finalize, shut_down) = mpsc::channel();
+        let work = move || {
+            let result = initialize();
+            let usable = result.is_ok();
+            if report.send(result).is_ok() && usable && shut_down.recv().is_ok() {
+                // SAFETY: MPI is initialized, by this thread, and `World`, the only way to it, is
+                // gone.
+                unsafe { ffi::MPI_Finalize() };
+            }
+        };
+        let thread = std::thread::Builder::new()
+            .name("mpi".into())
+            .spawn(work)
+            .map_err(|error| format!("no thread for MPI: {error}"))?;
+        initialized
+            .recv()
+            .unwrap_or_else(|_| Err("the thread of MPI ended".into()))?;
+        Ok(Self { thread, finalize })
+    }
+
+    /// Shuts MPI down, and returns when that is done.
+    fn finalize(self) {
+        // It cannot have ended: it waits for this.
+        let _ = self.finalize.send(());
+        let _ = self.thread.join();
+    }
+}
+
+/// Initializes MPI for calls from any thread, one at a time; the reason if that fails.
+fn initialize() -> Result<(), String> {
+    let mut threading: c_int = 0;
+    // SAFETY: MPI is not initialized; it takes null for the arguments of the program.
+    let code = unsafe {
+        ffi::MPI_Init_thread(
+            null_mut(),
+            null_mut(),
+            ffi::RSMPI_THREAD_SERIALIZED,
+            &mut threading,
+        )
+    };
+    if code != SUCCESS {
+        return Err(describe(code));
+    }
+    // SAFETY: a constant of the library.
+    if threading < unsafe { ffi::RSMPI_THREAD_SERIALIZED } {
+        return Err("this MPI library was built without support for threads".into());
+    }
+    Ok(())
 }
 
 fn null_request() -> ffi::MPI_Request {
@@ -193,7 +224,7 @@ fn pieces(len: usize) -> impl Iterator<Item = (usize, c_int)> {
 /// A message under way.
 ///
 /// Dropped before it is complete, it leaves its buffer to MPI, which may still use it: cancelling
-/// a transfer whose other end is gone can wait for ever.
+/// a transfer whose other end is gone may never return.
 pub(super) struct Transfer {
     /// This worker and the other one.
     ends: [usize; 2],

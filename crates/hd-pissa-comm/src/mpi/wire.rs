@@ -5,7 +5,7 @@ use std::time::Duration;
 use burn::tensor::DType;
 
 use crate::CommError;
-use crate::communicator::Call;
+use crate::call::Call;
 
 const WORD: usize = size_of::<u64>();
 /// Longest text of a farewell; the rest is cut off.
@@ -38,6 +38,9 @@ impl Header {
             Call::Barrier => (0, 0, 0),
             Call::Broadcast(dtype, root) => (1, code(dtype), root as u64),
             Call::AllGather(dtype) => (2, code(dtype), 0),
+            Call::ReduceScatter => (3, 0, 0),
+            Call::AllGatherBytes => (4, 0, 0),
+            Call::BroadcastBytes(root) => (5, 0, root as u64),
         };
         encode_words(&[kind, dtype, root, self.bytes as u64])
     }
@@ -53,6 +56,9 @@ impl Header {
             0 => Call::Barrier,
             1 => Call::Broadcast(dtype, usize::try_from(root).ok()?),
             2 => Call::AllGather(dtype),
+            3 => Call::ReduceScatter,
+            4 => Call::AllGatherBytes,
+            5 => Call::BroadcastBytes(usize::try_from(root).ok()?),
             _ => return None,
         };
         let bytes = usize::try_from(bytes).ok()?;
@@ -81,20 +87,23 @@ impl Farewell {
         let (kind, first, second, list, text) = match self {
             Self::Done => (0, 0, 0, &[][..], ""),
             Self::Gone => (1, 0, 0, &[][..], ""),
-            Self::Failed(CommError::WorkerGone { worker }) => (2, *worker, 0, &[][..], ""),
+            Self::Failed(CommError::WorkerGone { worker }) => (2, *worker as u64, 0, &[][..], ""),
             Self::Failed(CommError::TimedOut { missing, after }) => {
-                let (seconds, nanoseconds) = (after.as_secs() as usize, after.subsec_nanos());
-                (3, seconds, nanoseconds as usize, &missing[..], "")
+                let nanos = u64::from(after.subsec_nanos());
+                (3, after.as_secs(), nanos, &missing[..], "")
             }
-            Self::Failed(CommError::Transfer { workers, reason }) => {
-                (4, workers[0], workers[1], &[][..], &reason[..])
-            }
+            Self::Failed(CommError::Transfer { workers, reason }) => (
+                4,
+                workers[0] as u64,
+                workers[1] as u64,
+                &[][..],
+                &reason[..],
+            ),
             Self::Failed(_) => (1, 0, 0, &[][..], ""),
         };
-        let mut words = vec![kind, first, second, list.len()];
-        words.extend(list);
+        let mut words: Vec<u64> = vec![kind, first, second, list.len() as u64];
+        words.extend(list.iter().map(|&worker| worker as u64));
         words.resize(4 + workers, 0);
-        let words: Vec<u64> = words.into_iter().map(|word| word as u64).collect();
         let mut bytes = encode_words(&words);
         bytes.extend(text.bytes().take(TEXT));
         bytes.resize(Self::len(workers), 0);
@@ -104,19 +113,23 @@ impl Farewell {
     /// A farewell that cannot be read counts as [`Gone`](Self::Gone).
     pub(super) fn decode(bytes: &[u8]) -> Self {
         let (head, text) = bytes.split_at(bytes.len().saturating_sub(TEXT));
-        let words: Vec<usize> = decode_words(head).into_iter().map(|w| w as usize).collect();
+        let words = decode_words(head);
         let &[kind, first, second, len, ref list @ ..] = &words[..] else {
             return Self::Gone;
         };
         Self::Failed(match kind {
             0 => return Self::Done,
-            2 => CommError::WorkerGone { worker: first },
+            2 => CommError::WorkerGone {
+                worker: first as usize,
+            },
             3 => CommError::TimedOut {
-                missing: list.iter().copied().take(len).collect(),
-                after: Duration::new(first as u64, second.min(999_999_999) as u32),
+                missing: (list.iter().map(|&worker| worker as usize))
+                    .take(len as usize)
+                    .collect(),
+                after: Duration::from_secs(first).saturating_add(Duration::from_nanos(second)),
             },
             4 => CommError::Transfer {
-                workers: [first, second],
+                workers: [first as usize, second as usize],
                 reason: String::from_utf8_lossy(text)
                     .trim_end_matches('\0')
                     .to_string(),
@@ -146,6 +159,9 @@ mod tests {
             Call::Broadcast(DType::F16, 7),
             Call::AllGather(DType::BF16),
             Call::AllGather(DType::F32),
+            Call::ReduceScatter,
+            Call::AllGatherBytes,
+            Call::BroadcastBytes(3),
         ] {
             let header = Header { call, bytes: 123 };
             let bytes = header.encode();

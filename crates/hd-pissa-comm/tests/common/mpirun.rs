@@ -24,6 +24,7 @@ pub struct Run {
 /// Starts `workers` processes of the test `mpi::process`; `None`, with a message, if there is no
 /// `mpirun` and none is required.
 pub fn run(workers: usize, job: &str, flags: &[&str]) -> Option<Run> {
+    let (variable, none) = super::NO_DEFAULT_DEVICE;
     let start = Instant::now();
     let result = Command::new("mpirun")
         .args([
@@ -32,11 +33,12 @@ pub fn run(workers: usize, job: &str, flags: &[&str]) -> Option<Run> {
             "--bind-to",
             "none",
         ])
-        .args(["-np", &workers.to_string(), "-x", JOB])
+        .args(["-np", &workers.to_string(), "-x", JOB, "-x", variable])
         .args(flags)
         .arg(std::env::current_exe().unwrap())
         .args(["--exact", "mpi::process", "--ignored", "--nocapture"])
         .env(JOB, job)
+        .env(variable, none)
         .output();
     let output = match result {
         Ok(output) => output,

@@ -3,12 +3,10 @@
 use std::collections::HashMap;
 
 use burn::module::Module;
-use hd_pissa_comm::Communicator;
+use hd_pissa_comm::{CommError, Communicator, Disagreement, Failure, agree, all_or_none};
 
 use super::apply::{Selected, adapter, decompose};
-use super::path::hash;
 use super::{HdPissa, LayerProgress};
-use crate::message::{Messages, read};
 use crate::plan::Target;
 use crate::svd::TruncatedSvd;
 use crate::{HdPissaConfig, HdPissaError};
@@ -43,11 +41,9 @@ impl HdPissa {
         if workers == 1 {
             return Self::prepare(model, config, hosted_shards, progress);
         }
-        let device = model.devices().into_iter().next().unwrap_or_default();
-        let messages = Messages::new(communicator, device);
         let selected = Selected::of(model, config, hosted_shards);
-        let Selected { hosted, targets } = all_or_none(selected, &messages)?;
-        agree(&description(config, &targets), worker, &messages)?;
+        let Selected { hosted, targets } = all_or_none(communicator, selected)?;
+        agree(communicator, &description(config, &targets))?;
 
         let mut adapters = HashMap::with_capacity(targets.len());
         for round in by_falling_cost(&targets).chunks(workers) {
@@ -55,7 +51,7 @@ impl HdPissa {
                 .get(worker)
                 .map(|&index| decompose(&targets, index, config))
                 .transpose();
-            let own = all_or_none(own, &messages)?;
+            let own = all_or_none(communicator, own)?;
             let mut factors = Vec::new();
             if let Some((svd, layer)) = own {
                 factors = flatten(&svd, layer.index, &targets, config.shards);
@@ -66,8 +62,8 @@ impl HdPissa {
                     true => std::mem::take(&mut factors),
                     false => Vec::new(),
                 };
-                let received = read(communicator.broadcast(messages.tensor(own), root)?);
                 let target = &targets[index];
+                let received = broadcast(communicator, &own, root)?;
                 let [d_input, d_output] = target.weight.dims();
                 let rank = target.rank;
                 let window = |shard: usize| {
@@ -106,21 +102,16 @@ fn flatten(svd: &TruncatedSvd, index: usize, targets: &[Target], shards: usize) 
         .collect()
 }
 
-/// A worker's result if all workers have one; else its own error, or that of the first worker with
-/// one.
-fn all_or_none<T>(own: Result<T, HdPissaError>, messages: &Messages) -> Result<T, HdPissaError> {
-    let exchange = || -> Result<(), HdPissaError> {
-        let failed = messages.gather(&[own.is_err().into()])?;
-        let Some(worker) = failed.iter().position(|failed| failed[0] != 0) else {
-            return Ok(());
-        };
-        let text = own.as_ref().err().map(HdPissaError::to_string);
-        let reason = messages.broadcast(&text.unwrap_or_default(), worker)?;
-        Err(HdPissaError::OtherWorker { worker, reason })
-    };
-    let exchanged = exchange();
-    let own = own?;
-    exchanged.map(|()| own)
+/// The values of worker `root`, which lie on the host on either side.
+fn broadcast(
+    communicator: &dyn Communicator,
+    own: &[f32],
+    root: usize,
+) -> Result<Vec<f32>, CommError> {
+    let own: Vec<u8> = own.iter().flat_map(|value| value.to_le_bytes()).collect();
+    let received = communicator.broadcast_bytes(&own, root)?;
+    let (values, _) = received.as_chunks();
+    Ok(values.iter().copied().map(f32::from_le_bytes).collect())
 }
 
 /// What a worker is about to prepare, line by line.
@@ -141,29 +132,30 @@ fn description(config: &HdPissaConfig, targets: &[Target]) -> String {
     head + &weights.collect::<String>()
 }
 
-/// Compares what the workers are about to prepare with that of worker 0.
-fn agree(own: &str, worker: usize, messages: &Messages) -> Result<(), HdPissaError> {
-    let hashes = messages.gather(&[hash(own)])?;
-    let Some(odd) = hashes.iter().position(|hash| *hash != hashes[0]) else {
-        return Ok(());
-    };
-    let first = messages.broadcast(own, 0)?;
-    let other = messages.broadcast(own, odd)?;
-    let (other_worker, theirs) = match hashes[worker] == hashes[0] {
-        true => (odd, other),
-        false => (0, first),
-    };
-    let mut lines = (own.lines(), theirs.lines());
-    let (ours, theirs) = loop {
-        match (lines.0.next(), lines.1.next()) {
-            (Some(ours), Some(theirs)) if ours == theirs => {}
-            (ours, theirs) => break (ours, theirs),
+impl From<Failure<HdPissaError>> for HdPissaError {
+    fn from(failure: Failure<HdPissaError>) -> Self {
+        match failure {
+            Failure::Own(error) => error,
+            Failure::Other { worker, reason } => Self::OtherWorker { worker, reason },
+            Failure::Comm(error) => error.into(),
         }
-    };
-    let or_nothing = |line: Option<&str>| line.unwrap_or("nothing more").to_string();
-    Err(HdPissaError::WorkerMismatch {
-        worker: other_worker,
-        ours: or_nothing(ours),
-        theirs: or_nothing(theirs),
-    })
+    }
+}
+
+impl From<Disagreement> for HdPissaError {
+    fn from(disagreement: Disagreement) -> Self {
+        let or_end = |line: Option<String>| line.unwrap_or("nothing more".into());
+        match disagreement {
+            Disagreement::Line {
+                worker,
+                ours,
+                theirs,
+            } => Self::WorkerMismatch {
+                worker,
+                ours: or_end(ours),
+                theirs: or_end(theirs),
+            },
+            Disagreement::Comm(error) => error.into(),
+        }
+    }
 }
