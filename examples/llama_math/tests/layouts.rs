@@ -89,7 +89,7 @@ mod mpi {
         let message = text(&output);
         assert!(output.status.success(), "{message}");
         // One process speaks for all.
-        assert_eq!(message.matches("with a target").count(), 1, "{message}");
+        assert_eq!(message.matches("usable within").count(), 1, "{message}");
         assert_eq!(message.matches("written: ").count(), 1, "{message}");
         true
     }
@@ -269,6 +269,7 @@ mod mpi {
         refused(&case, &pair(&other), &["worker 1: ", both]);
 
         std::fs::create_dir(case.output()).unwrap();
+        std::fs::write(case.output().join("something"), "").unwrap();
         refused(&case, &run(4, &[]), &["--output", "exists"]);
     }
 }
