@@ -346,7 +346,10 @@ fn a_damaged_checkpoint_does_not_count_among_those_kept() {
 fn what_a_killed_run_leaves_is_no_checkpoint_and_goes_away() {
     let three = Three::new();
     let folder = three.checkpoints.folder();
-    for name in [".step-000000009.partial", ".step-000000001.discarded"] {
+    for name in [
+        ".step-000000009.partial-00beef",
+        ".step-000000001.discarded",
+    ] {
         std::fs::create_dir(folder.join(name)).unwrap();
         std::fs::write(folder.join(name).join("model.bpk"), "half").unwrap();
     }
@@ -380,6 +383,55 @@ fn what_somebody_else_puts_into_the_folder_ends_no_run() {
     assert_eq!(names(folder), ["step-000000777", "step-1", "step-999"]);
 }
 
+/// Two programs that do not know of each other save the same step into the same folder, over and
+/// over: what has the name of a checkpoint is one of theirs, whole.
+#[test]
+fn two_runs_in_one_folder_never_mix() {
+    let root = tempfile::tempdir().unwrap();
+    let folder = root.path().join("run");
+    let device = Device::flex();
+    let models = [Lean::new(&device), Lean::new(&device)];
+    let snapshot = |model| Snapshot::new(7, model, adam().into_bytes().unwrap());
+    let save = |own: usize, folder: &Path| {
+        let mut snapshot = snapshot(&models[own]);
+        // Large enough to be written by both at once.
+        let filler = vec![own as u8; 1 << 18];
+        snapshot.attachments.insert("whose".into(), filler);
+        Checkpoints::new(folder).save(&snapshot, &Solo)
+    };
+    let content = |path: &Path| -> Vec<Vec<u8>> {
+        let names = ["model.bpk", "whose", "manifest.json"];
+        names
+            .map(|name| std::fs::read(path.join(name)).unwrap())
+            .into()
+    };
+    let alone = [0, 1].map(|own| content(&save(own, &root.path().join(own.to_string())).unwrap()));
+    assert_ne!(alone[0][0], alone[1][0]);
+    let saved = std::sync::atomic::AtomicUsize::new(0);
+    let barrier = std::sync::Barrier::new(2);
+    for round in 0..20 {
+        std::thread::scope(|scope| {
+            for own in 0..2 {
+                let (barrier, saved, save, folder) = (&barrier, &saved, &save, &folder);
+                scope.spawn(move || {
+                    barrier.wait();
+                    // One of them may find that the other has removed its draft.
+                    let result = save(own, folder);
+                    saved.fetch_add(result.is_ok().into(), std::sync::atomic::Ordering::SeqCst);
+                });
+            }
+        });
+        let found = Checkpoints::new(&folder).latest().unwrap();
+        assert!(found.damaged.is_empty(), "{round}: {:?}", found.damaged);
+        let Some(checkpoint) = found.checkpoint else {
+            continue;
+        };
+        let found = content(checkpoint.path());
+        assert!(alone.contains(&found), "{round}: mixed");
+    }
+    assert!(saved.into_inner() >= 10);
+}
+
 /// Names under which a program that ends while it replaces a checkpoint leaves both.
 #[test]
 fn a_checkpoint_that_is_being_replaced_is_not_lost() {
@@ -387,7 +439,7 @@ fn a_checkpoint_that_is_being_replaced_is_not_lost() {
     let folder = three.checkpoints.folder();
     let (path, old) = (three.folder(3), folder.join(".step-000000003.old"));
     std::fs::rename(&path, &old).unwrap();
-    std::fs::create_dir(folder.join(".step-000000003.partial")).unwrap();
+    std::fs::create_dir(folder.join(".step-000000003.partial-00beef")).unwrap();
     assert_eq!(three.checkpoints.steps().unwrap(), [1, 2, 3]);
     let found = three.checkpoints.latest().unwrap();
     assert_eq!(found.checkpoint.unwrap().step(), 3);

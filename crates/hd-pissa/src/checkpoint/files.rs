@@ -8,10 +8,10 @@ use sha2::{Digest, Sha256};
 
 use super::CheckpointError;
 
-/// Writes `bytes` and waits for the disk.
+/// Writes `bytes` to a new file and waits for the disk.
 pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<(), CheckpointError> {
     let write = || {
-        let mut file = File::create(path)?;
+        let mut file = File::create_new(path)?;
         file.write_all(bytes)?;
         file.sync_all()
     };
@@ -33,6 +33,15 @@ pub(super) fn sync_folder(path: &Path) -> Result<(), CheckpointError> {
     Ok(())
 }
 
+/// SHA-256 of bytes, in hexadecimal digits.
+pub(super) fn sha256_of(bytes: &[u8]) -> String {
+    digits(&Sha256::digest(bytes))
+}
+
+fn digits(digest: &[u8]) -> String {
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// SHA-256 of a file, in hexadecimal digits.
 pub(super) fn sha256(path: &Path) -> std::io::Result<String> {
     let mut file = File::open(path)?;
@@ -44,6 +53,5 @@ pub(super) fn sha256(path: &Path) -> std::io::Result<String> {
             len => hash.update(&buffer[..len]),
         }
     }
-    let digest = hash.finalize();
-    Ok(digest.iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(digits(&hash.finalize()))
 }

@@ -1,6 +1,8 @@
 //! The folder of a run's checkpoints: writing, finding and removing them.
 
 use std::collections::BTreeMap;
+use std::collections::hash_map::RandomState;
+use std::hash::BuildHasher;
 use std::path::{Path, PathBuf};
 
 use burn::module::Module;
@@ -17,6 +19,8 @@ use super::{CheckpointError, files};
 const PREFIX: &str = "step-";
 /// Ending of the hidden name of a checkpoint that is being replaced.
 const REPLACED: &str = "old";
+/// The same for one that is being written; a number follows.
+const PARTIAL: &str = "partial";
 
 /// What goes into a checkpoint.
 #[derive(Clone, Debug)]
@@ -151,18 +155,21 @@ impl Checkpoints {
 
     /// Deletes what programs that ended early have left, and gives back the names of checkpoints
     /// that they were about to replace.
+    ///
+    /// # Errors
+    ///
+    /// The first of those that it meets; it goes on with the others.
     fn tidy(&self) -> Result<(), CheckpointError> {
-        for name in self.names()? {
-            if !name.starts_with(&format!(".{PREFIX}")) {
-                continue;
-            }
+        let is_hidden = |name: &String| name.starts_with(&format!(".{PREFIX}"));
+        let tidy = |name: String| {
             let hidden = self.folder.join(&name);
             match replaced_step(&name).map(|step| self.path(step)) {
-                Some(path) if !path.exists() => rename(&hidden, &path)?,
-                _ => remove(&hidden)?,
+                Some(path) if !path.exists() => rename(&hidden, &path),
+                _ => remove(&hidden),
             }
-        }
-        Ok(())
+        };
+        let hidden = self.names()?.into_iter().filter(is_hidden);
+        hidden.map(tidy).fold(Ok(()), Result::and)
     }
 
     /// The newest checkpoint whose files are all as they were written.
@@ -228,9 +235,12 @@ impl Checkpoints {
         communicator: &dyn Communicator,
     ) -> Result<PathBuf, CheckpointError> {
         let device = snapshot.model.devices().into_iter().next();
-        let agree = |result| agree(result, communicator, &device.clone().unwrap_or_default());
+        let device = device.unwrap_or_default();
+        let agree = |result| agree(result, communicator, &device);
         let is_first = communicator.worker_index() == 0;
-        let draft = self.hidden(snapshot.step, "partial");
+        // No other run writes into it.
+        let number = number_of_first(communicator, &device)?;
+        let draft = self.hidden(snapshot.step, &format!("{PARTIAL}-{number:06x}"));
         let path = self.path(snapshot.step);
         let first = |action: &dyn Fn() -> Result<(), CheckpointError>| match is_first {
             true => action(),
@@ -249,7 +259,10 @@ impl Checkpoints {
     fn begin(&self, draft: &Path) -> Result<(), CheckpointError> {
         std::fs::create_dir_all(&self.folder)
             .map_err(|error| CheckpointError::io(&self.folder, error))?;
-        self.tidy()?;
+        // A left-over that stays is no reason to end a run.
+        if let Err(error) = self.tidy() {
+            log::warn!("a left-over is not removed: {error}");
+        }
         std::fs::create_dir(draft).map_err(|error| CheckpointError::io(draft, error))
     }
 
@@ -274,12 +287,18 @@ impl Checkpoints {
                 return Err(error);
             }
             files::sync_folder(&self.folder)?;
-            remove(&old)?;
+            if let Err(error) = remove(&old) {
+                log::warn!("a replaced checkpoint is not removed: {error}");
+            }
         } else {
             rename(draft, path)?;
             files::sync_folder(&self.folder)?;
         }
-        self.prune(snapshot.step)
+        // The new one is there: one too many is no reason to end a run.
+        if let Err(error) = self.prune(snapshot.step) {
+            log::warn!("an old checkpoint is not removed: {error}");
+        }
+        Ok(())
     }
 
     /// Removes all but the newest, of those that are not newer than `step`: a run that resumed from
@@ -287,13 +306,8 @@ impl Checkpoints {
     fn prune(&self, step: u64) -> Result<(), CheckpointError> {
         let steps = self.steps()?;
         let old = steps.into_iter().filter(|&other| other <= step).rev();
-        for step in old.skip(self.keep_last) {
-            // The new one is there: one too many is no reason to end a run.
-            if let Err(error) = self.discard(step) {
-                log::warn!("an old checkpoint is not removed: {error}");
-            }
-        }
-        Ok(())
+        let old = old.skip(self.keep_last);
+        old.map(|step| self.discard(step)).fold(Ok(()), Result::and)
     }
 
     /// A folder that is being deleted no longer has the name of a checkpoint.
@@ -353,6 +367,22 @@ fn write_parts<M: Module>(
         }
     }
     Ok(())
+}
+
+/// A number that worker 0 draws.
+fn number_of_first(
+    communicator: &dyn Communicator,
+    device: &Device,
+) -> Result<u32, CheckpointError> {
+    // The hash of nothing with random keys. 24 bits travel as an `f32` without loss.
+    let drawn = (RandomState::new().hash_one(()) >> 40) as u32;
+    if communicator.num_workers() == 1 {
+        return Ok(drawn);
+    }
+    let own = Tensor::from_floats([drawn as f32], &device.clone().inner());
+    let all = communicator.all_gather(own)?.into_data();
+    let first = all.iter::<f32>().next();
+    Ok(first.expect("one number of each worker") as u32)
 }
 
 /// Whether every worker has succeeded; each that has not keeps its own error.

@@ -66,11 +66,12 @@ impl Manifest {
             serde_json::to_vec_pretty(&self).map_err(|error| CheckpointError::io(&path, error))?;
         json.push(b'\n');
         files::write(&path, &json)?;
-        for name in self.files.keys().map(String::as_str).chain([MANIFEST]) {
+        for name in self.files.keys() {
             let path = folder.join(name);
             let digest = files::sha256(&path).map_err(|error| CheckpointError::io(&path, error))?;
             sums += &format!("{digest}  {name}\n");
         }
+        sums += &format!("{}  {MANIFEST}\n", files::sha256_of(&json));
         files::write(&folder.join(SUMS), sums.as_bytes())
     }
 

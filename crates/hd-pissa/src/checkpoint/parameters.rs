@@ -55,7 +55,8 @@ impl Parameters {
     /// Writes those of `shard`, or those of none, one after the other.
     pub(super) fn write(&self, shard: Option<usize>, path: &Path) -> Result<(), CheckpointError> {
         let own = self.all.iter().filter(|p| p.shard == shard);
-        write(Writer::new(own.map(|p| p.entry.clone()).collect()), path)
+        let entries: Vec<_> = own.map(|p| p.entry.clone()).collect();
+        write(Writer::new(entries.clone()), &entries, path)
     }
 
     /// Refuses a file whose tensors are not exactly the parameters of `shard`.
@@ -152,15 +153,35 @@ impl ModuleVisitor for Collector {
     }
 }
 
-/// Writes a pack and waits for the disk.
-pub(super) fn write(writer: Writer, path: &Path) -> Result<(), CheckpointError> {
+/// Writes a pack of `tensors` to a new file, waits for the disk, and compares what the file holds
+/// with what was to be written: digests are then those of the right bytes.
+pub(super) fn write(
+    writer: Writer,
+    tensors: &[burn_pack::Tensor],
+    path: &Path,
+) -> Result<(), CheckpointError> {
+    let io = |error| match error {
+        burn_pack::Error::IoError(reason) => CheckpointError::io(path, reason),
+        other => CheckpointError::io(path, other),
+    };
     writer
+        .overwrite(false)
         .write_to_file_in_place(path)
-        .map_err(|error| match error {
-            burn_pack::Error::IoError(reason) => CheckpointError::io(path, reason),
-            other => CheckpointError::io(path, other),
-        })?;
-    files::sync(path)
+        .map_err(io)?;
+    files::sync(path)?;
+    let mut written: BTreeMap<String, burn_pack::Tensor> = read(path)?
+        .into_iter()
+        .map(|tensor| (tensor.name.clone(), tensor))
+        .collect();
+    for tensor in tensors {
+        let expected = tensor.to_bytes().map_err(io)?;
+        let found = written.remove(&tensor.name).map(|found| found.into_bytes());
+        if found.transpose().map_err(io)?.as_deref() != Some(&expected[..]) {
+            let reason = format!("`{}` is not what was written", tensor.name);
+            return Err(CheckpointError::damaged(path, reason));
+        }
+    }
+    Ok(())
 }
 
 /// Opens a pack, reading no values.

@@ -73,7 +73,8 @@ impl States {
         path: &Path,
     ) -> Result<(), CheckpointError> {
         let part = self.0.remove(&shard).unwrap_or_default();
-        parameters::write(part.into_writer(), path)
+        let tensors = part.tensors.clone();
+        parameters::write(part.into_writer(), &tensors, path)
     }
 }
 
