@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use crate::Error;
+use crate::{Error, files};
 
 /// How the frequencies of rotary embeddings are changed for long contexts.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -33,6 +33,8 @@ pub enum RopeScaling {
 /// Shape of a Llama-family decoder.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LlamaConfig {
+    /// The family.
+    pub family: Family,
     /// Number of tokens in the vocabulary.
     pub vocab_size: usize,
     /// Width of the residual stream.
@@ -69,57 +71,53 @@ pub struct LlamaConfig {
     pub eos_tokens: Vec<u32>,
 }
 
-/// The keys of `config.json` that matter, as they stand in the file.
-#[derive(Deserialize)]
-struct Raw {
-    model_type: Option<String>,
-    architectures: Option<Vec<String>>,
-    vocab_size: usize,
-    hidden_size: usize,
-    intermediate_size: usize,
-    num_hidden_layers: usize,
-    num_attention_heads: usize,
-    num_key_value_heads: Option<usize>,
-    head_dim: Option<usize>,
-    max_position_embeddings: Option<usize>,
-    rms_norm_eps: Option<f64>,
-    rope_theta: Option<f64>,
-    rope_scaling: Option<RawRope>,
-    rope_parameters: Option<RawRope>,
-    tie_word_embeddings: Option<bool>,
-    attention_bias: Option<bool>,
-    mlp_bias: Option<bool>,
-    hidden_act: Option<String>,
-    sliding_window: Option<usize>,
-    use_sliding_window: Option<bool>,
-    eos_token_id: Option<OneOrMany>,
-    quantization_config: Option<Value>,
+/// What is wrong with a key.
+type Fault = (String, String);
+
+/// The values of `config.json` by key.
+struct Keys<'a> {
+    map: &'a Map<String, Value>,
+    /// What stands before a key in messages.
+    prefix: &'static str,
 }
 
-#[derive(Deserialize)]
-struct RawRope {
-    #[serde(alias = "type")]
-    rope_type: Option<String>,
-    rope_theta: Option<f64>,
-    factor: Option<f64>,
-    low_freq_factor: Option<f64>,
-    high_freq_factor: Option<f64>,
-    original_max_position_embeddings: Option<f64>,
-    partial_rotary_factor: Option<f64>,
-}
+impl<'a> Keys<'a> {
+    /// The value of a key; `None` where it is missing or null.
+    fn get<T: Deserialize<'a>>(&self, key: &str) -> Result<Option<T>, Fault> {
+        match self.map.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => T::deserialize(value).map(Some).map_err(|error| {
+                (
+                    format!("{}{key}", self.prefix),
+                    format!("is {value}: {error}"),
+                )
+            }),
+        }
+    }
 
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum OneOrMany {
-    One(u32),
-    Many(Vec<u32>),
+    fn need<T: Deserialize<'a>>(&self, key: &str) -> Result<T, Fault> {
+        let missing = || (format!("{}{key}", self.prefix), "is missing".into());
+        self.get(key)?.ok_or_else(missing)
+    }
+
+    /// The object under a key.
+    fn object(&self, key: &'static str, prefix: &'static str) -> Result<Option<Self>, Fault> {
+        match self.map.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::Object(map)) => Ok(Some(Self { map, prefix })),
+            Some(value) => Err((key.into(), format!("is {value}, not an object"))),
+        }
+    }
 }
 
 /// Decoders this example knows. Llama covers SmolLM2.
-#[derive(Clone, Copy, PartialEq)]
-enum Family {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    /// Llama 2 and 3, SmolLM2.
     Llama,
+    /// Mistral.
     Mistral,
+    /// Qwen2.
     Qwen2,
 }
 
@@ -131,62 +129,72 @@ impl LlamaConfig {
     /// [`Error::Field`] for JSON that cannot be read, a missing key, an architecture or a setting
     /// that is not supported, and shapes that do not fit together.
     pub fn from_json(json: &[u8], path: &Path) -> Result<Self, Error> {
-        let raw: Raw = serde_json::from_slice(json)
+        let text = files::as_text(json, path)?;
+        let map: Map<String, Value> = serde_json::from_str(text)
             .map_err(|error| Error::field(path, "content", error.to_string()))?;
-        let fail = |field: &str, reason: String| Error::field(path, field, reason);
-        let family = family(&raw).map_err(|found| {
-            let known = "supported are llama (Llama 2 and 3, SmolLM2), mistral and qwen2";
-            fail("model_type", format!("{found}; {known}"))
-        })?;
-        if raw.quantization_config.is_some() {
-            let reason = "quantized checkpoints are not supported".into();
-            return Err(fail("quantization_config", reason));
+        let keys = Keys {
+            map: &map,
+            prefix: "",
+        };
+        Self::of(&keys).map_err(|(key, reason)| Error::field(path, key, reason))
+    }
+
+    fn of(keys: &Keys<'_>) -> Result<Self, Fault> {
+        // First, so that nobody is told about the keys of a family that is not supported.
+        let family = family(keys)?;
+        if keys
+            .map
+            .get("quantization_config")
+            .is_some_and(|value| !value.is_null())
+        {
+            let reason = "quantized checkpoints are not supported";
+            return Err(("quantization_config".into(), reason.into()));
         }
-        if let Some(act) = raw.hidden_act.as_deref().filter(|&act| act != "silu") {
-            return Err(fail(
-                "hidden_act",
-                format!("`{act}` is not supported, only `silu`"),
-            ));
+        let act: Option<String> = keys.get("hidden_act")?;
+        if let Some(act) = act.filter(|act| act != "silu") {
+            let reason = format!("`{act}` is not supported, only `silu`");
+            return Err(("hidden_act".into(), reason));
         }
         let sliding_window = match family {
-            Family::Mistral => raw.sliding_window,
-            Family::Qwen2 if raw.use_sliding_window == Some(true) => {
-                return Err(fail(
-                    "use_sliding_window",
-                    "is not supported for qwen2".into(),
-                ));
+            Family::Mistral => keys.get("sliding_window")?,
+            Family::Qwen2 if keys.get("use_sliding_window")? == Some(true) => {
+                let reason = "is not supported for qwen2";
+                return Err(("use_sliding_window".into(), reason.into()));
             }
             _ => None,
         };
-        let (rope_theta, rope_scaling) = rope(&raw).map_err(|(key, reason)| fail(key, reason))?;
-        let attention_bias = raw.attention_bias.unwrap_or(false);
+        let (rope_theta, rope_scaling) = rope(keys)?;
+        let attention_bias = keys.get("attention_bias")?.unwrap_or(false);
+        let hidden_size = keys.need("hidden_size")?;
+        let num_heads: usize = keys.need("num_attention_heads")?;
         let config = Self {
-            vocab_size: raw.vocab_size,
-            hidden_size: raw.hidden_size,
-            intermediate_size: raw.intermediate_size,
-            num_layers: raw.num_hidden_layers,
-            num_heads: raw.num_attention_heads,
-            num_kv_heads: raw.num_key_value_heads.unwrap_or(raw.num_attention_heads),
-            head_dim: match raw.head_dim {
+            family,
+            vocab_size: keys.need("vocab_size")?,
+            hidden_size,
+            intermediate_size: keys.need("intermediate_size")?,
+            num_layers: keys.need("num_hidden_layers")?,
+            num_heads,
+            num_kv_heads: keys.get("num_key_value_heads")?.unwrap_or(num_heads),
+            head_dim: match keys.get("head_dim")? {
                 Some(dim) => dim,
-                None => raw.hidden_size / raw.num_attention_heads.max(1),
+                None => hidden_size / num_heads.max(1),
             },
-            max_positions: raw.max_position_embeddings.unwrap_or(2048),
-            rms_norm_eps: raw.rms_norm_eps.unwrap_or(1e-6),
+            max_positions: keys.get("max_position_embeddings")?.unwrap_or(2048),
+            rms_norm_eps: keys.get("rms_norm_eps")?.unwrap_or(1e-6),
             rope_theta,
             rope_scaling,
-            tied: raw.tie_word_embeddings.unwrap_or(false),
+            tied: keys.get("tie_word_embeddings")?.unwrap_or(false),
             qkv_bias: family == Family::Qwen2 || (family == Family::Llama && attention_bias),
             o_bias: family == Family::Llama && attention_bias,
-            mlp_bias: family == Family::Llama && raw.mlp_bias.unwrap_or(false),
+            mlp_bias: family == Family::Llama && keys.get("mlp_bias")?.unwrap_or(false),
             sliding_window,
-            eos_tokens: match raw.eos_token_id {
-                Some(OneOrMany::One(id)) => vec![id],
-                Some(OneOrMany::Many(ids)) => ids,
-                None => Vec::new(),
+            eos_tokens: match keys.map.get("eos_token_id") {
+                Some(Value::Array(_)) => keys.need("eos_token_id")?,
+                _ => keys.get("eos_token_id")?.into_iter().collect(),
             },
         };
-        config.check().map_err(|(key, reason)| fail(key, reason))?;
+        let fault = |(key, reason): (&str, String)| (key.to_string(), reason);
+        config.check().map_err(fault)?;
         Ok(config)
     }
 
@@ -226,66 +234,79 @@ impl LlamaConfig {
     }
 }
 
-/// The family, or a description of what was found instead.
-fn family(raw: &Raw) -> Result<Family, String> {
-    let architecture = raw.architectures.as_ref().and_then(|list| list.first());
-    let name = match (&raw.model_type, architecture) {
+fn family(keys: &Keys<'_>) -> Result<Family, Fault> {
+    let architectures: Option<Vec<String>> = keys.get("architectures")?;
+    let architecture = architectures.and_then(|list| list.into_iter().next());
+    let found = match (keys.get("model_type")?, architecture) {
         (Some(name), _) | (None, Some(name)) => name,
-        (None, None) => return Err("is missing, and so is architectures".into()),
+        (None, None) => String::new(),
     };
-    match name.as_str() {
-        "llama" | "LlamaForCausalLM" => Ok(Family::Llama),
-        "mistral" | "MistralForCausalLM" => Ok(Family::Mistral),
-        "qwen2" | "Qwen2ForCausalLM" => Ok(Family::Qwen2),
-        other => Err(format!("unknown architecture `{other}`")),
-    }
+    let found = match found.as_str() {
+        "llama" | "LlamaForCausalLM" => return Ok(Family::Llama),
+        "mistral" | "MistralForCausalLM" => return Ok(Family::Mistral),
+        "qwen2" | "Qwen2ForCausalLM" => return Ok(Family::Qwen2),
+        "" => "is missing, and so is architectures".into(),
+        other => format!("unsupported, unknown architecture `{other}`"),
+    };
+    let known = "supported are llama (Llama 2 and 3, SmolLM2), mistral and qwen2";
+    Err(("model_type".into(), format!("{found}; {known}")))
 }
 
 /// Older files hold `rope_theta` and `rope_scaling`, those of transformers 5 `rope_parameters`.
-fn rope(raw: &Raw) -> Result<(f64, RopeScaling), (&'static str, String)> {
-    let (key, rope) = match (&raw.rope_parameters, &raw.rope_scaling) {
-        (Some(rope), _) => ("rope_parameters", Some(rope)),
-        (None, Some(rope)) => ("rope_scaling", Some(rope)),
-        (None, None) => ("rope_scaling", None),
+fn rope(keys: &Keys<'_>) -> Result<(f64, RopeScaling), Fault> {
+    let rope = match keys.object("rope_parameters", "rope_parameters.")? {
+        Some(rope) => Some(rope),
+        None => keys.object("rope_scaling", "rope_scaling.")?,
     };
-    let theta = rope
-        .and_then(|rope| rope.rope_theta)
-        .or(raw.rope_theta)
-        .unwrap_or(10_000.0);
+    let own = match &rope {
+        Some(rope) => rope.get("rope_theta")?,
+        None => None,
+    };
+    let theta: f64 = match own {
+        Some(theta) => theta,
+        None => keys.get("rope_theta")?.unwrap_or(10_000.0),
+    };
     if !(theta.is_finite() && theta > 0.0) {
-        return Err(("rope_theta", format!("is {theta}; it must be above 0")));
+        let reason = format!("is {theta}; it must be above 0");
+        return Err(("rope_theta".into(), reason));
     }
     let Some(rope) = rope else {
         return Ok((theta, RopeScaling::Default));
     };
-    if let Some(part) = rope.partial_rotary_factor.filter(|&part| part != 1.0) {
-        return Err((
-            key,
-            format!("partial_rotary_factor {part} is not supported"),
-        ));
+    let key = |name: &str| format!("{}{name}", rope.prefix);
+    let part: Option<f64> = rope.get("partial_rotary_factor")?;
+    if let Some(part) = part.filter(|&part| part != 1.0) {
+        let reason = format!("{part} is not supported");
+        return Err((key("partial_rotary_factor"), reason));
     }
-    let need = |name: &str, value: Option<f64>| match value {
-        Some(value) if value.is_finite() && value > 0.0 => Ok(value),
-        Some(value) => Err((key, format!("{name} is {value}; it must be above 0"))),
-        None => Err((key, format!("{name} is missing"))),
+    let need = |name: &str| match rope.need::<f64>(name)? {
+        value if value.is_finite() && value > 0.0 => Ok(value),
+        value => Err((key(name), format!("is {value}; it must be above 0"))),
     };
-    let scaling = match rope.rope_type.as_deref().unwrap_or("default") {
+    // transformers writes both names of the same thing.
+    let names: [Option<String>; 2] = [rope.get("rope_type")?, rope.get("type")?];
+    let name = match &names {
+        [Some(new), Some(old)] if new != old => {
+            let reason = format!("is `{new}`, and type beside it is `{old}`");
+            return Err((key("rope_type"), reason));
+        }
+        [Some(name), _] | [None, Some(name)] => name,
+        [None, None] => "default",
+    };
+    let scaling = match name {
         "default" => RopeScaling::Default,
         "linear" => RopeScaling::Linear {
-            factor: need("factor", rope.factor)?,
+            factor: need("factor")?,
         },
         "llama3" => RopeScaling::Llama3 {
-            factor: need("factor", rope.factor)?,
-            low_freq_factor: need("low_freq_factor", rope.low_freq_factor)?,
-            high_freq_factor: need("high_freq_factor", rope.high_freq_factor)?,
-            original_context: need(
-                "original_max_position_embeddings",
-                rope.original_max_position_embeddings,
-            )?,
+            factor: need("factor")?,
+            low_freq_factor: need("low_freq_factor")?,
+            high_freq_factor: need("high_freq_factor")?,
+            original_context: need("original_max_position_embeddings")?,
         },
         other => {
-            let reason = format!("rope_type `{other}` is not supported");
-            return Err((key, reason));
+            let reason = format!("`{other}` is not supported");
+            return Err((key("rope_type"), reason));
         }
     };
     Ok((theta, scaling))

@@ -4,12 +4,15 @@ use std::fmt::{self, Display, Formatter};
 use std::path::PathBuf;
 
 use regex::Regex;
-use serde_json::Value;
-use tokenizers::Tokenizer;
+use serde_json::{Map, Value};
+use tokenizers::normalizers::NormalizerWrapper;
+use tokenizers::pre_tokenizers::metaspace::{Metaspace, PrependScheme};
+use tokenizers::{AddedToken, Tokenizer};
 
 use crate::batch::Sequence;
+use crate::config::Family;
 use crate::data::Record;
-use crate::{Checkpoint, Error};
+use crate::{Checkpoint, Error, files, panics};
 
 /// The published prompt. Nothing is added between it and the answer.
 pub const ALPACA: &str = "Below is an instruction that describes a task. Write a response that \
@@ -79,10 +82,14 @@ impl Default for PromptTemplate {
 pub struct Tokens {
     tokenizer: Tokenizer,
     path: PathBuf,
-    /// The token that ends every answer.
+    /// The token that ends every answer, and its text.
     end: u32,
-    /// The token that begins a text, if the tokenizer puts one there.
-    begin: Option<u32>,
+    end_text: String,
+    /// What the tokenizer puts before and behind a text.
+    before: Vec<u32>,
+    behind: Vec<u32>,
+    /// Number of tokens that the model knows.
+    vocab_size: usize,
     /// Tokens that end a generated answer.
     end_ids: Vec<u32>,
 }
@@ -93,33 +100,26 @@ impl Tokens {
     ///
     /// # Errors
     ///
-    /// [`Error::Field`] for a file that cannot be read, an end token that is not in the
-    /// vocabulary, and a vocabulary larger than the model's.
+    /// [`Error::Field`] for a file that cannot be read, and an end token that is not in the
+    /// vocabulary.
     pub fn of(checkpoint: &Checkpoint) -> Result<Self, Error> {
         let path = checkpoint.path("tokenizer.json");
         let fail = |field: &str, reason: String| Error::field(&path, field, reason);
         let Some(bytes) = checkpoint.companions.get("tokenizer.json") else {
             return Err(fail("content", "the checkpoint has no such file".into()));
         };
-        let mut tokenizer =
-            parse(bytes).map_err(|reason| fail("content", format!("not a tokenizer: {reason}")))?;
+        let mut tokenizer = parse(files::as_text(bytes, &path)?)
+            .map_err(|reason| fail("content", format!("not a tokenizer: {reason}")))?;
         // Lengths are this program's business.
         tokenizer.with_padding(None);
         tokenizer
             .with_truncation(None)
             .map_err(|error| fail("truncation", error.to_string()))?;
-        let largest = tokenizer.get_vocab(true).into_values().max().unwrap_or(0);
-        let vocab_size = checkpoint.config.vocab_size;
-        if largest as usize >= vocab_size {
-            let reason = format!(
-                "holds token {largest}, but vocab_size in {} is {vocab_size}",
-                checkpoint.path("config.json").display()
-            );
-            return Err(fail("vocab", reason));
-        }
+        let settings = settings_of(checkpoint)?;
+        as_transformers(&mut tokenizer, checkpoint, &settings).map_err(|r| fail("content", r))?;
 
         let configured = checkpoint.config.eos_tokens.first().copied();
-        let end = match (named_end(checkpoint), configured) {
+        let end = match (named_end(checkpoint, &settings), configured) {
             (Some(end), _) => end,
             (None, Some(id)) => tokenizer.id_to_token(id).ok_or_else(|| {
                 let path = checkpoint.path("config.json");
@@ -149,36 +149,64 @@ impl Tokens {
             tokenizer,
             path,
             end: end_id,
-            begin: None,
+            end_text: end,
+            before: Vec::new(),
+            behind: Vec::new(),
+            vocab_size: checkpoint.config.vocab_size,
             end_ids,
         };
-        // What the tokenizer puts around nothing, but for the end.
-        tokens.begin = tokens.encode("")?.first().copied();
+        tokens.check(&[end_id])?;
+        // Around any text.
+        let [plain, whole] = [false, true].map(|special| tokens.raw("a", special));
+        let (plain, whole) = (plain?, whole?);
+        let found = whole
+            .windows(plain.len().max(1))
+            .position(|ids| ids == plain);
+        if let Some(start) = found {
+            tokens.before = whole[..start].to_vec();
+            tokens.behind = whole[start + plain.len()..].to_vec();
+        }
         Ok(tokens)
     }
 
-    /// Tokens of a text, with the one that the tokenizer puts before it and without end tokens that it
-    /// puts behind. A begin token that the text spells out already is not doubled.
+    fn raw(&self, text: &str, special: bool) -> Result<Vec<u32>, Error> {
+        match self.tokenizer.encode_fast(text, special) {
+            Ok(encoding) => Ok(encoding.get_ids().to_vec()),
+            Err(error) => Err(Error::field(&self.path, "content", error.to_string())),
+        }
+    }
+
+    /// Refuses tokens that the model does not know. A tokenizer may have more than texts use.
+    fn check(&self, ids: &[u32]) -> Result<(), Error> {
+        let Some(id) = ids.iter().find(|&&id| id as usize >= self.vocab_size) else {
+            return Ok(());
+        };
+        let token = self.tokenizer.id_to_token(*id).unwrap_or_default();
+        let reason = format!(
+            "a text has token {id}, `{token}`, but vocab_size in config.json is {}",
+            self.vocab_size
+        );
+        Err(Error::field(&self.path, "vocab", reason))
+    }
+
+    /// Tokens of a text, with those that the tokenizer puts before it and without those that it puts
+    /// behind. A begin token that the text spells out already is not doubled.
     ///
     /// # Errors
     ///
-    /// [`Error::Field`] if the tokenizer refuses the text.
+    /// [`Error::Field`] if the tokenizer refuses the text, or if the model does not know one of its
+    /// tokens.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, Error> {
-        match self.tokenizer.encode_fast(text, true) {
-            Ok(encoding) => {
-                let mut ids = encoding.get_ids().to_vec();
-                while ids.last().is_some_and(|&id| id == self.end) {
-                    ids.pop();
-                }
-                let begins_twice =
-                    |begin| ids.first_chunk::<2>().is_some_and(|two| *two == [begin; 2]);
-                if self.begin.is_some_and(begins_twice) {
-                    ids.remove(0);
-                }
-                Ok(ids)
-            }
-            Err(error) => Err(Error::field(&self.path, "content", error.to_string())),
+        let mut ids = self.raw(text, true)?;
+        if ids.ends_with(&self.behind) {
+            ids.truncate(ids.len() - self.behind.len());
         }
+        let length = self.before.len();
+        if length > 0 && ids[length.min(ids.len())..].starts_with(&self.before) {
+            ids.drain(..length);
+        }
+        self.check(&ids)?;
+        Ok(ids)
     }
 
     /// Text of tokens, special ones left out.
@@ -201,9 +229,17 @@ impl Tokens {
     ///
     /// # Errors
     ///
-    /// Those of [`encode`](Self::encode).
+    /// Those of [`encode`](Self::encode), and [`Error::Field`] for a prompt without a token.
     pub fn prompt(&self, record: &Record, template: &PromptTemplate) -> Result<Vec<u32>, Error> {
-        self.encode(&template.prompt(record))
+        let text = template.prompt(record);
+        let ids = self.encode(&text)?;
+        match ids.is_empty() {
+            true => {
+                let reason = format!("makes no token of the prompt {text:?}");
+                Err(Error::field(&self.path, "content", reason))
+            }
+            false => Ok(ids),
+        }
     }
 
     /// Prompt and answer as one text, the answer followed by a newline and the end token. Targets start
@@ -212,21 +248,37 @@ impl Tokens {
     ///
     /// # Errors
     ///
-    /// Those of [`encode`](Self::encode).
+    /// Those of [`prompt`](Self::prompt).
     pub fn sequence(
         &self,
         record: &Record,
         template: &PromptTemplate,
         max_length: usize,
     ) -> Result<Sequence, Error> {
-        let prompt = template.prompt(record);
-        let mut tokens = self.encode(&format!("{prompt}{}\n", record.answer))?;
+        Ok(self.compare(record, template, max_length)?.0)
+    }
+
+    /// The sequence, and whether its targets begin before the end of the prompt.
+    fn compare(
+        &self,
+        record: &Record,
+        template: &PromptTemplate,
+        max_length: usize,
+    ) -> Result<(Sequence, bool), Error> {
+        let prompt = self.prompt(record, template)?;
+        // An answer that spells its end out has only one too.
+        let mut answer = record.answer.as_str();
+        while let Some(rest) = answer.trim_end().strip_suffix(&self.end_text) {
+            answer = rest.trim_end();
+        }
+        let text = template.prompt(record);
+        let mut tokens = self.encode(&format!("{text}{answer}\n"))?;
         tokens.push(self.end);
         tokens.truncate(max_length);
-        let prompt = self.encode(&prompt)?;
         let common = prompt.iter().zip(&tokens).take_while(|(x, y)| x == y);
         let prompt_len = common.count();
-        Ok(Sequence { tokens, prompt_len })
+        let is_joined = prompt_len < prompt.len().min(tokens.len());
+        Ok((Sequence { tokens, prompt_len }, is_joined))
     }
 
     /// The sequences of all records that have an answer and keep a target token.
@@ -249,11 +301,12 @@ impl Tokens {
                 all.empty += 1;
                 continue;
             }
-            let sequence = self.sequence(record, template, max_length)?;
+            let (sequence, is_joined) = self.compare(record, template, max_length)?;
             if sequence.num_targets() == 0 {
                 all.too_long += 1;
                 continue;
             }
+            all.joined += usize::from(is_joined);
             all.cut += usize::from(sequence.tokens.last() != Some(&self.end));
             all.usable.push(sequence);
         }
@@ -270,6 +323,9 @@ pub struct Sequences {
     pub records: usize,
     /// How many of the usable sequences lose the end of their answer to the longest length.
     pub cut: usize,
+    /// How many of the usable sequences have a token that joins the end of the prompt with the
+    /// beginning of the answer; it is a target.
+    pub joined: usize,
     /// How many records have an empty answer.
     pub empty: usize,
     /// How many records have a prompt that leaves no room for a target.
@@ -282,6 +338,10 @@ impl Display for Sequences {
         write!(f, "{records} records, {usable} usable")?;
         for (count, what) in [
             (self.cut, "of them cut before the end of their answer"),
+            (
+                self.joined,
+                "of them with a token that joins prompt and answer",
+            ),
             (self.empty, "without an answer"),
             (
                 self.too_long,
@@ -296,24 +356,91 @@ impl Display for Sequences {
     }
 }
 
-/// The end token that the tokenizer's own files name.
-fn named_end(checkpoint: &Checkpoint) -> Option<String> {
-    ["tokenizer_config.json", "special_tokens_map.json"]
-        .into_iter()
-        .find_map(|name| {
-            let value: Value = serde_json::from_slice(checkpoint.companions.get(name)?).ok()?;
-            let token = value.get("eos_token")?;
-            let token = token.as_str().or_else(|| token.get("content")?.as_str())?;
-            Some(token.to_string())
-        })
+/// `tokenizer_config.json`; empty where there is none.
+fn settings_of(checkpoint: &Checkpoint) -> Result<Map<String, Value>, Error> {
+    let name = "tokenizer_config.json";
+    let path = checkpoint.path(name);
+    match checkpoint.companions.get(name) {
+        None => Ok(Map::new()),
+        Some(bytes) => serde_json::from_str(files::as_text(bytes, &path)?)
+            .map_err(|error| Error::field(&path, "content", error.to_string())),
+    }
 }
+
+/// The text of a token, which stands for itself or has properties.
+fn text_of(token: &Value) -> Option<&str> {
+    token.as_str().or_else(|| token.get("content")?.as_str())
+}
+
+/// The end token that the tokenizer's own files name.
+fn named_end(checkpoint: &Checkpoint, settings: &Map<String, Value>) -> Option<String> {
+    let own = settings
+        .get("eos_token")
+        .and_then(text_of)
+        .map(String::from);
+    own.or_else(|| {
+        let bytes = checkpoint.companions.get("special_tokens_map.json")?;
+        let map: Value = serde_json::from_slice(bytes).ok()?;
+        Some(text_of(map.get("eos_token")?)?.to_string())
+    })
+}
+
+/// Changes what transformers changes when it reads these files (5.24, as recorded in the tests): the
+/// class that a Llama's `tokenizer_config.json` names puts spaces into tokens in its own way, and named
+/// tokens are found in texts whether `tokenizer.json` adds them or not.
+fn as_transformers(
+    tokenizer: &mut Tokenizer,
+    checkpoint: &Checkpoint,
+    settings: &Map<String, Value>,
+) -> Result<(), String> {
+    let class = settings.get("tokenizer_class").and_then(Value::as_str);
+    let is_llama = class.is_some_and(|class| class.trim_end_matches("Fast") == "LlamaTokenizer");
+    let content = checkpoint.companions.get("tokenizer.json");
+    let has_bytes = content.is_some_and(|bytes| {
+        let name = b"\"ByteLevel\"";
+        bytes.windows(name.len()).any(|window| window == name)
+    });
+    if is_llama && checkpoint.config.family == Family::Llama && !has_bytes {
+        let flag = |name: &str| settings.get(name).and_then(Value::as_bool);
+        let scheme = match (flag("add_prefix_space"), flag("legacy")) {
+            (Some(false), _) => PrependScheme::Never,
+            (_, Some(true)) => PrependScheme::Always,
+            _ => PrependScheme::First,
+        };
+        let failed = |error: tokenizers::Error| error.to_string();
+        tokenizer
+            .with_normalizer(None::<NormalizerWrapper>)
+            .map_err(failed)?;
+        tokenizer.with_pre_tokenizer(Some(Metaspace::new('\u{2581}', scheme, false)));
+    }
+    let names = ["bos_token", "eos_token", "unk_token", "pad_token"];
+    let named = names.iter().filter_map(|name| settings.get(*name));
+    let lists = ["additional_special_tokens", "extra_special_tokens"];
+    let listed = lists
+        .iter()
+        .filter_map(|name| settings.get(*name)?.as_array());
+    let decoder = settings
+        .get("added_tokens_decoder")
+        .and_then(Value::as_object);
+    let known = tokenizer.get_added_tokens_decoder();
+    let is_known = |text: &str| known.values().any(|token| token.content == text);
+    let missing: Vec<AddedToken> = named
+        .chain(listed.flatten())
+        .chain(decoder.iter().flat_map(|tokens| tokens.values()))
+        .filter_map(text_of)
+        // Those that the vocabulary lacks would be new.
+        .filter(|text| !is_known(text) && tokenizer.token_to_id(text).is_some())
+        .map(|text| AddedToken::from(text, true))
+        .collect();
+    tokenizer
+        .add_special_tokens(missing)
+        .map(drop)
+        .map_err(|error| error.to_string())
+}
+
 /// The library panics on some malformed decoders (tokenizers 0.23.2) instead of refusing them.
-fn parse(bytes: &[u8]) -> Result<Tokenizer, String> {
-    let hook = std::panic::take_hook();
-    std::panic::set_hook(Box::new(|_| ()));
-    let parsed = std::panic::catch_unwind(|| Tokenizer::from_bytes(bytes));
-    std::panic::set_hook(hook);
-    match parsed {
+fn parse(text: &str) -> Result<Tokenizer, String> {
+    match panics::caught(|| Tokenizer::from_bytes(text)) {
         Ok(tokenizer) => tokenizer.map_err(|error| error.to_string()),
         Err(_) => Err("a part of it is malformed".into()),
     }
