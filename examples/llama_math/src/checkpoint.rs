@@ -1,23 +1,20 @@
 //! Checkpoints in the Hugging Face layout: `config.json`, `tokenizer.json`, and safetensors in one
 //! file or in shards with an index.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs::File;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use safetensors::Dtype;
 use sha2::{Digest, Sha256};
 
-use crate::finetune::hexadecimal;
 use crate::weights::{
-    Encoded, Entry, SINGLE, Source, encode, read_header, transpose, weight_files,
+    Entry, INDEX, SINGLE, Source, hexadecimal, read_header, read_tensors, transpose,
 };
-use crate::{Error, Llama, LlamaConfig};
+use crate::{Error, Llama, LlamaConfig, device, files, memory};
 
-/// Files that an export carries over as they are.
+/// Files that the tokenizer and an export need, held in memory.
 const COMPANIONS: [&str; 10] = [
     "config.json",
     "generation_config.json",
@@ -31,6 +28,29 @@ const COMPANIONS: [&str; 10] = [
     "chat_template.jinja",
 ];
 
+/// Files that an export of this program writes itself.
+const OWN: [&str; 3] = ["llama_math.json", "metrics.jsonl", "loss.svg"];
+
+/// Endings of files that hold weights or the state of a training.
+const WEIGHTS: [&str; 13] = [
+    "safetensors",
+    "bin",
+    "pt",
+    "pth",
+    "ckpt",
+    "gguf",
+    "ggml",
+    "h5",
+    "msgpack",
+    "onnx",
+    "bpk",
+    "npz",
+    "tflite",
+];
+
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+
 /// A checkpoint whose configuration and tensor headers have been read and checked.
 #[derive(Debug)]
 pub struct Checkpoint {
@@ -38,9 +58,15 @@ pub struct Checkpoint {
     pub folder: PathBuf,
     /// The shape of the model.
     pub config: LlamaConfig,
-    /// Name and content of every other file, as an export carries it over.
+    /// Name and content of the files that belong to model and tokenizer.
     pub companions: BTreeMap<String, Vec<u8>>,
-    tensors: BTreeMap<String, Entry>,
+    /// Every other file, relative to the folder, as an export carries it over.
+    pub others: Vec<PathBuf>,
+    /// Files and folders that an export does not carry over.
+    pub left_out: Vec<String>,
+    /// Whether the files hold a head of their own, which `config.json` does not mention.
+    pub is_untied: bool,
+    pub(crate) tensors: BTreeMap<String, Entry>,
 }
 
 impl Checkpoint {
@@ -50,29 +76,58 @@ impl Checkpoint {
     ///
     /// [`Error::Io`] and [`Error::Field`], with the file at fault.
     pub fn open(folder: &Path) -> Result<Self, Error> {
-        let read = |name: &str| {
-            let path = folder.join(name);
-            std::fs::read(&path).map_err(Error::io(path))
-        };
-        let config = LlamaConfig::from_json(&read("config.json")?, &folder.join("config.json"))?;
+        let read = |name: &str| files::read(&folder.join(name));
+        let path = folder.join("config.json");
+        let config = LlamaConfig::from_json(&read("config.json")?, &path)?;
         let mut companions = BTreeMap::new();
         for name in COMPANIONS {
-            if folder.join(name).is_file() {
+            if folder.join(name).exists() {
                 companions.insert(name.to_string(), read(name)?);
             }
         }
-        let mut tensors = BTreeMap::new();
-        for path in weight_files(folder)? {
-            let file = File::open(&path).map_err(Error::io(&path))?;
-            let size = file.metadata().map_err(Error::io(&path))?.len();
-            read_header(file, size, Source::File(path.clone()), &path, &mut tensors)?;
+        let (tensors, weights) = read_tensors(folder)?;
+        let mut rest = Rest {
+            root: folder,
+            used: weights,
+            others: Vec::new(),
+            left_out: Vec::new(),
+        };
+        rest.used.extend([SINGLE, INDEX].map(String::from));
+        rest.used
+            .extend(COMPANIONS.into_iter().chain(OWN).map(String::from));
+        rest.look_into(Path::new(""))?;
+        let Rest {
+            others, left_out, ..
+        } = rest;
+        // Before anything reads the values.
+        for (name, entry) in &tensors {
+            entry.check_memory(name)?;
         }
-        Ok(Self {
+        let checkpoint = Self {
             folder: folder.into(),
             config,
             companions,
+            others,
+            left_out,
+            is_untied: false,
             tensors,
-        })
+        };
+        checkpoint.with_stored_head()
+    }
+
+    /// Uses the head that is stored beside a tied embedding and differs from it, as transformers does.
+    fn with_stored_head(mut self) -> Result<Self, Error> {
+        if let (true, Some(embedding), Some(head)) = (
+            self.config.tied,
+            self.tensors.get(EMBEDDING),
+            self.tensors.get(HEAD),
+        ) {
+            let is_same =
+                embedding.shape == head.shape && embedding.read(EMBEDDING)? == head.read(HEAD)?;
+            self.is_untied = !is_same;
+            self.config.tied = is_same;
+        }
+        Ok(self)
     }
 
     /// A checkpoint compiled into the program: its `model.safetensors` and its other files.
@@ -107,6 +162,9 @@ impl Checkpoint {
             folder,
             config,
             companions,
+            others: Vec::new(),
+            left_out: Vec::new(),
+            is_untied: false,
             tensors,
         })
     }
@@ -151,6 +209,11 @@ impl Checkpoint {
     /// another dtype than f32, f16 or bf16, NaN or infinite values, or no place in the model.
     pub fn load(&self, device: &Device) -> Result<Llama, Error> {
         self.check_sizes()?;
+        if device::is_host(device) {
+            let values: usize = self.tensors.values().map(Entry::num_values).sum();
+            let fits = memory::check(4 * values as u64);
+            fits.map_err(|reason| Error::field(&self.folder, "weights", reason))?;
+        }
         let mut loader = Loader {
             checkpoint: self,
             names: TensorName::default(),
@@ -163,8 +226,8 @@ impl Checkpoint {
         }
         let stray = self.tensors.iter().find(|(name, _)| {
             // Tables of old exports, and a copy of a tied head, hold nothing of their own.
-            let derived = name.ends_with(".rotary_emb.inv_freq")
-                || (self.config.tied && *name == "lm_head.weight");
+            let derived =
+                name.ends_with(".rotary_emb.inv_freq") || (self.config.tied && *name == HEAD);
             !derived && !loader.used.contains(*name)
         });
         match stray {
@@ -196,54 +259,93 @@ impl Checkpoint {
         }
         Ok(())
     }
+}
 
-    /// Writes `model` into `folder` with the names, dtypes and other files of this checkpoint.
-    ///
-    /// Adapters are merged. The folder must exist.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Io`], and [`Error::Field`] for a weight that is not finite in the dtype of the
-    /// checkpoint.
-    pub fn export(&self, model: &Llama, folder: &Path) -> Result<(), Error> {
-        let dtypes = |name: &str| {
-            self.tensors
-                .get(name)
-                .map_or(Dtype::F32, |entry| entry.dtype)
-        };
-        write_weights(model, dtypes, &folder.join(SINGLE))?;
-        for (name, bytes) in &self.companions {
-            let path = folder.join(name);
-            std::fs::write(&path, bytes).map_err(Error::io(&path))?;
+/// Looks for what else is in the folder.
+struct Rest<'a> {
+    root: &'a Path,
+    used: BTreeSet<String>,
+    others: Vec<PathBuf>,
+    left_out: Vec<String>,
+}
+
+impl Rest<'_> {
+    fn look_into(&mut self, folder: &Path) -> Result<(), Error> {
+        let path = self.root.join(folder);
+        let entries = std::fs::read_dir(&path).map_err(Error::io(&path))?;
+        let names = entries.map(|entry| entry.map(|entry| entry.file_name()));
+        let mut names: Vec<_> = names.collect::<Result<_, _>>().map_err(Error::io(&path))?;
+        names.sort();
+        for name in names {
+            let relative = folder.join(&name);
+            let shown = relative.display().to_string();
+            if self.used.contains(&shown) {
+                continue;
+            }
+            let path = self.root.join(&relative);
+            let is_link = path.is_symlink();
+            let is_hidden = name.to_string_lossy().starts_with('.');
+            // Links to files are how the hub's cache stores every file.
+            match path.metadata() {
+                Ok(found) if found.is_file() && !is_weights(&relative) => {
+                    self.others.push(relative);
+                }
+                Ok(found) if found.is_dir() && !is_link && !is_hidden => {
+                    match holds_weights(&path) {
+                        true => self.left_out.push(format!("{shown}/")),
+                        false => self.look_into(&relative)?,
+                    }
+                }
+                _ => self.left_out.push(shown),
+            }
         }
         Ok(())
     }
 }
 
+fn is_weights(path: &Path) -> bool {
+    let ending = path
+        .extension()
+        .map(|ending| ending.to_string_lossy().to_lowercase());
+    ending.is_some_and(|ending| WEIGHTS.contains(&ending.as_str()))
+}
+
+/// Whether a folder is a model of its own, or the state of a training.
+fn holds_weights(folder: &Path) -> bool {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.into_iter().any(|entry| {
+        let path = entry.path();
+        match path.is_dir() && !path.is_symlink() {
+            true => holds_weights(&path),
+            false => is_weights(&path),
+        }
+    })
+}
+
 /// Follows a traversal and gives each parameter's name in the files.
 #[derive(Default)]
-struct TensorName {
+pub(crate) struct TensorName {
     stack: Vec<String>,
     container: Vec<String>,
 }
 
 impl TensorName {
-    fn enter(&mut self, name: &str, container: &str) {
+    pub(crate) fn enter(&mut self, name: &str, container: &str) {
         self.stack.push(name.into());
         self.container.push(container.into());
     }
 
-    fn exit(&mut self) {
+    pub(crate) fn exit(&mut self) {
         self.stack.pop();
         self.container.pop();
     }
 
-    fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         self.stack.join(".").replace(".gamma", ".weight")
     }
 
     /// Weights of linear layers are `[d_output, d_input]` in the files and transposed here.
-    fn is_transposed(&self) -> bool {
+    pub(crate) fn is_transposed(&self) -> bool {
         let is = |stack: &[String], name: &str| stack.last().is_some_and(|last| last == name);
         is(&self.stack, "weight") && is(&self.container, "Struct:HdPissaLinear")
     }
@@ -319,70 +421,5 @@ impl ModuleMapper for Loader<'_> {
                 param
             }
         }
-    }
-}
-
-/// Writes the model's weights in the layout of the files, each in the dtype that `dtype` gives its
-/// name.
-///
-/// # Errors
-///
-/// See [`Checkpoint::export`].
-pub fn write_weights(
-    model: &Llama,
-    dtype: impl Fn(&str) -> Dtype,
-    path: &Path,
-) -> Result<(), Error> {
-    let mut collector = Collector {
-        names: TensorName::default(),
-        tensors: Vec::new(),
-    };
-    model.valid().materialize().visit(&mut collector);
-    let mut encoded = Vec::with_capacity(collector.tensors.len());
-    for (name, shape, values) in collector.tensors {
-        let dtype = dtype(&name);
-        let (bytes, finite) = encode(&values, dtype);
-        if !finite {
-            let reason = format!("is not finite as {dtype:?}; nothing was written");
-            return Err(Error::field(path, name, reason));
-        }
-        encoded.push((
-            name,
-            Encoded {
-                dtype,
-                shape,
-                bytes,
-            },
-        ));
-    }
-    let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-    let views = encoded.iter().map(|(name, encoded)| (name, encoded));
-    safetensors::serialize_to_file(views, Some(metadata), path)
-        .map_err(|error| Error::field(path, "content", error.to_string()))
-}
-
-struct Collector {
-    names: TensorName,
-    tensors: Vec<(String, Vec<usize>, Vec<f32>)>,
-}
-
-impl ModuleVisitor for Collector {
-    fn enter_module(&mut self, name: &str, container_type: &str) {
-        self.names.enter(name, container_type);
-    }
-
-    fn exit_module(&mut self, _name: &str, _container_type: &str) {
-        self.names.exit();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let tensor = param.val();
-        let mut shape = tensor.dims().to_vec();
-        let mut values: Vec<f32> = tensor.into_data().iter().collect();
-        if self.names.is_transposed() {
-            values = transpose(&values, shape[0], shape[1]);
-            shape.reverse();
-        }
-        self.tensors.push((self.names.name(), shape, values));
     }
 }

@@ -10,7 +10,8 @@ use hd_pissa::WireDtype;
 use crate::batch::FeedConfig;
 use crate::compare::Comparison;
 use crate::data::Fields;
-use crate::finetune::{FineTuning, Resume, SaveOptions};
+use crate::export::{ExportConfig, OutputDtype, Rounding};
+use crate::finetune::{Change, FineTuning, Resume, SaveOptions};
 use crate::method::{Adaptation, Method};
 use crate::pretrain::Pretraining;
 use crate::run::{Length, RunConfig};
@@ -18,7 +19,7 @@ use crate::scaling::cost::{Layout, Work};
 use crate::scaling::{Question, Scaling};
 use crate::schedule::Decay;
 use crate::train::OptimizerSettings;
-use crate::{Error, device, mpi};
+use crate::{Error, compare, device, memory, mpi};
 
 /// Where the comparison writes unless told otherwise; replaced by the next run.
 const COMPARISON_OUTPUT: &str = "target/llama_math";
@@ -161,6 +162,14 @@ struct Options {
     /// Go on from a checkpoint: the newest of this run, or that in DIR
     #[arg(long, value_name = "DIR", requires = "model", num_args = 0..=1, default_missing_value = "latest")]
     resume: Option<PathBuf>,
+    /// Settings that may differ from those of the checkpoint to go on from
+    #[arg(
+        long,
+        value_name = "SETTING",
+        requires = "resume",
+        value_delimiter = ','
+    )]
+    change: Vec<Change>,
     /// Held-out data for loss and exact match
     #[arg(long, value_name = "FILE", requires = "model")]
     eval: Option<PathBuf>,
@@ -173,7 +182,13 @@ struct Options {
     /// Folder of the results [default: without --model target/llama_math]
     #[arg(long, value_name = "DIR")]
     output: Option<PathBuf>,
-    /// Replace an existing folder
+    /// Dtype of the written weights; `same` is that of the checkpoint
+    #[arg(long, value_name = "DTYPE", requires = "model", default_value = "same")]
+    output_dtype: OutputDtype,
+    /// How 16-bit weights are rounded; to the nearest value most of a small update is lost
+    #[arg(long, requires = "model", default_value = "nearest")]
+    rounding: Rounding,
+    /// Replace the folder of an earlier run
     #[arg(long)]
     overwrite: bool,
     /// A short run: few steps and few evaluated records
@@ -247,7 +262,10 @@ impl ScalingOptions {
     fn run(self) -> Result<(), Error> {
         let device = device::parse(self.device.as_deref())?;
         let (model, shapes) = match (&self.model, &self.shapes) {
-            (Some(folder), _) => (folder.display().to_string(), Question::shapes_of(folder)?),
+            (Some(folder), _) => (
+                folder.display().to_string(),
+                Question::shapes_of(folder, &device)?,
+            ),
             (None, Some(shapes)) => ("these weights".into(), Question::parse_shapes(shapes)?),
             (None, None) => ("Llama 2 7B".into(), Question::parse_shapes(LLAMA_2_7B)?),
         };
@@ -348,13 +366,21 @@ impl Cli {
     ///
     /// Whatever goes wrong; [`Error::exit_code`] tells usage errors from others.
     pub fn run(self) -> Result<(), Error> {
-        if let Some(threads) = self.options.threads {
+        let threads = self.options.threads;
+        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+        let limit = |reason| Error::Environment {
+            variable: "memory",
+            reason,
+        };
+        memory::check_limit(threads.unwrap_or_else(cores)).map_err(limit)?;
+        if let Some(threads) = threads {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
             pool.build_global().map_err(|error| Error::Option {
                 option: "threads",
                 reason: error.to_string(),
             })?;
         }
+        device::check_variable()?;
         match self.command {
             Some(Task::Pretrain(options)) => {
                 let device = device::parse(options.device.as_deref())?;
@@ -368,6 +394,7 @@ impl Cli {
             }
             Some(Task::Scaling(options)) => options.run(),
             Some(Task::CompareMethod(options)) => {
+                compare::end_with_parent();
                 let device = device::parse(options.device.as_deref())?;
                 let comparison = Comparison {
                     seed: options.seed,
@@ -484,6 +511,11 @@ impl Options {
             },
             output: output.into(),
             overwrite: self.overwrite,
+            export: ExportConfig {
+                dtype: self.output_dtype,
+                rounding: self.rounding,
+                seed: self.seed,
+            },
             seed: self.seed,
             saving: SaveOptions {
                 folder: self.checkpoints.clone(),
@@ -494,6 +526,7 @@ impl Options {
                     Some("latest") => Resume::Latest,
                     _ => Resume::At(path),
                 }),
+                change: self.change.clone(),
             },
             timeout: seconds(self.timeout),
         })

@@ -1,8 +1,9 @@
 //! The run without arguments: four methods on the tiny model and generated problems, each in a
 //! process of its own.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use burn::module::Module;
@@ -259,10 +260,15 @@ impl Comparison {
         if let Some(device) = &self.device {
             command.args(["--device", device]);
         }
-        // The child's bars and messages go where this process's go.
-        let status = command
-            .status()
+        // The child's bars and messages go where this process's go. It ends when its input does,
+        // which is when this process ends, however it ends.
+        let mut child = command
+            .stdin(Stdio::piped())
+            .spawn()
             .map_err(|error| failed(error.to_string()))?;
+        let alive = child.stdin.take();
+        let status = child.wait().map_err(|error| failed(error.to_string()))?;
+        drop(alive);
         if !status.success() {
             return Err(failed(status.to_string()));
         }
@@ -339,6 +345,15 @@ impl Comparison {
             say!("");
         }
     }
+}
+
+/// Ends this process when its standard input does: with the process that started it.
+pub(crate) fn end_with_parent() {
+    std::thread::spawn(|| {
+        let mut input = std::io::stdin();
+        while input.read(&mut [0; 64]).is_ok_and(|read| read > 0) {}
+        std::process::exit(1);
+    });
 }
 
 /// Chosen by hand, not searched for: an adapter that starts at zero needs a larger rate, and the

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use crate::Error;
+use crate::{Error, files};
 
 /// A problem and its answer.
 #[derive(Clone, Debug, PartialEq)]
@@ -75,20 +75,7 @@ impl Fields {
 /// [`Error::Io`], and [`Error::Field`] with the line (of JSON lines) or the number of the record
 /// (of an array) for data that is empty, malformed, or lacks a field.
 pub fn read_records(path: &Path, fields: Option<&Fields>) -> Result<Vec<Record>, Error> {
-    let bytes = std::fs::read(path).map_err(Error::io(path))?;
-    if let Some(kind) = kind_of(&bytes) {
-        let reason = format!("is {kind}, not JSON lines or a JSON array");
-        return Err(Error::field(path, "content", reason));
-    }
-    // A byte order mark says nothing in UTF-8.
-    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
-    let text = std::str::from_utf8(bytes).map_err(|error| {
-        let line = 1 + bytes[..error.valid_up_to()]
-            .iter()
-            .filter(|&&b| b == b'\n')
-            .count();
-        Error::field(path, format!("line {line}"), "is not UTF-8 text")
-    })?;
+    let text = &files::text(path)?;
     let values = match text.trim_start().starts_with('[') {
         true => array(text, path)?,
         false => lines(text, path)?,
@@ -145,25 +132,6 @@ pub fn read_records(path: &Path, fields: Option<&Fields>) -> Result<Vec<Record>,
             })
         })
         .collect()
-}
-
-/// What a file is that people take for data or weights, by its first bytes.
-pub(crate) fn kind_of(bytes: &[u8]) -> Option<&'static str> {
-    const KINDS: [(&[u8], &str); 8] = [
-        (b"\x1f\x8b", "a gzip archive; unpack it first"),
-        (b"PK\x03\x04", "a zip archive; unpack it first"),
-        (b"\x28\xb5\x2f\xfd", "a zstandard archive; unpack it first"),
-        (b"PAR1", "a parquet file; convert it first"),
-        (b"\xff\xfe", "text in UTF-16; convert it to UTF-8"),
-        (b"\xfe\xff", "text in UTF-16; convert it to UTF-8"),
-        (
-            b"version https://git-lfs",
-            "a Git LFS pointer; `git lfs pull` brings the file itself",
-        ),
-        (b"<!DOCTYPE", "a web page; the download has failed"),
-    ];
-    let found = KINDS.iter().find(|(start, _)| bytes.starts_with(start));
-    found.map(|(_, kind)| *kind)
 }
 
 fn array(text: &str, path: &Path) -> Result<Vec<(String, Value)>, Error> {

@@ -2,7 +2,7 @@
 
 use burn::tensor::Device;
 
-use crate::Error;
+use crate::{Error, panics};
 
 /// The device of `--device`: a backend that this build has, with `:INDEX` for CUDA and ROCm;
 /// Burn's default where none is named.
@@ -10,6 +10,10 @@ use crate::Error;
 /// # Errors
 ///
 /// [`Error::Option`] for a backend that this build does not have.
+///
+/// # Panics
+///
+/// If `BURN_DEVICE` names one; see [`check_variable`].
 pub fn parse(name: Option<&str>) -> Result<Device, Error> {
     let Some(name) = name else {
         return Ok(Device::default());
@@ -23,6 +27,31 @@ pub fn parse(name: Option<&str>) -> Result<Device, Error> {
         option: "device",
         reason: format!("`{name}` is not one of {}", available().join(", ")),
     })
+}
+
+/// Refuses a `BURN_DEVICE` of which Burn can make no device. It asks for its default in some places
+/// whatever `--device` says.
+///
+/// # Errors
+///
+/// [`Error::Environment`].
+pub fn check_variable() -> Result<(), Error> {
+    const VARIABLE: &str = "BURN_DEVICE";
+    if std::env::var_os(VARIABLE).is_none() {
+        return Ok(());
+    }
+    let default = panics::caught(Device::default).map(drop);
+    default.map_err(|reason| Error::Environment {
+        variable: VARIABLE,
+        reason: format!("{reason} This build has {}", available().join(", ")),
+    })
+}
+
+/// Whether what is on the device takes memory of this process.
+pub(crate) fn is_host(device: &Device) -> bool {
+    ["Flex", "Cpu"]
+        .iter()
+        .any(|name| format!("{device:?}").contains(name))
 }
 
 /// The device of each of `workers` threads: with CUDA and ROCm one each, unless `name` has an

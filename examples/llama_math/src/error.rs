@@ -45,6 +45,14 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// An environment variable, or a limit of the system, cannot be used.
+    #[error("{variable}: {reason}")]
+    Environment {
+        /// The variable or limit.
+        variable: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The model refuses the adapters.
     #[error(transparent)]
     Adapter(#[from] HdPissaError),
@@ -57,7 +65,7 @@ pub enum Error {
         source: OptimizerError,
     },
     /// The loss is NaN or infinite.
-    #[error("step {step}: the loss is {loss}; nothing was written (a smaller --lr may help)")]
+    #[error("step {step}: the loss is {loss} (a smaller --lr may help)")]
     NonFiniteLoss {
         /// The step, counted from 1.
         step: usize,
@@ -65,14 +73,26 @@ pub enum Error {
         loss: f64,
     },
     /// A gradient is NaN or infinite.
-    #[error(
-        "step {step}: the gradient norm is {norm}; nothing was written (a smaller --lr may help)"
-    )]
+    #[error("step {step}: the gradient norm is {norm} (a smaller --lr may help)")]
     NonFiniteGradient {
         /// The step, counted from 1.
         step: usize,
         /// The norm.
         norm: f64,
+    },
+    /// After a step the weights, or the loss that they give, are NaN or infinite.
+    #[error("step {step}: the training has diverged (a smaller --lr may help)")]
+    NonFiniteWeights {
+        /// The step, counted from 1.
+        step: usize,
+    },
+    /// The training ended early.
+    #[error("{source}; {left}")]
+    Ended {
+        /// Why.
+        source: Box<Error>,
+        /// What is left of it.
+        left: String,
     },
     /// The optimizer could not be set up.
     #[error(transparent)]
@@ -84,7 +104,7 @@ pub enum Error {
     #[error(transparent)]
     Comm(#[from] CommError),
     /// A worker panicked.
-    #[error("worker {worker} panicked: {reason}; nothing was written")]
+    #[error("worker {worker} panicked: {reason}")]
     Panic {
         /// Index of the worker.
         worker: usize,
@@ -175,7 +195,7 @@ impl Error {
 
     /// Whether this worker failed only because another one did.
     pub fn is_of_another_worker(&self) -> bool {
-        if let Self::Worker { source, .. } = self {
+        if let Self::Worker { source, .. } | Self::Ended { source, .. } = self {
             return source.is_of_another_worker();
         }
         matches!(
@@ -208,7 +228,7 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Usage { .. } => 2,
-            Self::Worker { source, .. } => source.exit_code(),
+            Self::Worker { source, .. } | Self::Ended { source, .. } => source.exit_code(),
             _ => 1,
         }
     }

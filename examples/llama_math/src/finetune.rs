@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use burn::module::Module;
 use burn::tensor::Device;
-use hd_pissa::checkpoint::{Checkpoint as Saved, Checkpoints};
+use clap::ValueEnum;
+use hd_pissa::checkpoint::{Checkpoint as Saved, CheckpointError, Checkpoints};
 use hd_pissa::comm::{Communicator, Solo};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -16,6 +17,7 @@ use crate::batch::Sequence;
 use crate::console::{complain, say};
 use crate::data::{Fields, Record, read_records};
 use crate::evaluate::{Solver, mean_loss};
+use crate::export::ExportConfig;
 use crate::lock::Lock;
 use crate::output::{RECORD, Staged, normalized};
 use crate::progress::Progress;
@@ -23,7 +25,8 @@ use crate::run::{METRICS, Outcome, RunConfig, Saving, Trained, Training};
 use crate::stop::Stop;
 use crate::team::Team;
 use crate::tokenize::{PromptTemplate, Tokens};
-use crate::{Checkpoint, Error, Llama, picture};
+use crate::weights::hexadecimal;
+use crate::{Checkpoint, Error, Llama, files, picture};
 
 /// Settings of a fine-tuning run on files.
 #[derive(Clone, Debug)]
@@ -48,6 +51,8 @@ pub struct FineTuning {
     pub output: PathBuf,
     /// Whether an existing folder is replaced.
     pub overwrite: bool,
+    /// How the weights are written.
+    pub export: ExportConfig,
     /// Seed of whatever is drawn.
     pub seed: u64,
     /// When to save, and where to go on.
@@ -69,6 +74,29 @@ pub struct SaveOptions {
     pub keep_last: usize,
     /// Where to go on, if anywhere.
     pub resume: Option<Resume>,
+    /// What may differ from the settings of the checkpoint.
+    pub change: Vec<Change>,
+}
+
+/// A setting that a run that goes on may have changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Change {
+    /// The largest learning rate.
+    Lr,
+    /// The number of steps, or of epochs.
+    Steps,
+}
+
+impl Change {
+    const ALL: [Self; 2] = [Self::Lr, Self::Steps];
+
+    /// The name of the setting.
+    fn setting(self) -> &'static str {
+        match self {
+            Self::Lr => "--lr",
+            Self::Steps => "--steps",
+        }
+    }
 }
 
 /// Where a run goes on.
@@ -176,15 +204,17 @@ impl FineTuning {
             false => this.read(this.find(&own, false)?),
         })?;
         team.agree(compare_with_first(&team, &inputs))?;
-        if let Some(settings) = &finished {
-            team.agree(self.refuse_other_output(settings, &inputs.settings))?;
+        let finished = team.agree(match finished {
+            Some(settings) => self.is_finished(&settings, &inputs.settings),
+            None => Ok(false),
+        })?;
+        if finished && is_first {
             say!("finished already: {}", self.output.display());
-        } else {
-            team.agree(Ok(()))?;
+            remove_checkpoints(&checkpoints);
         }
         // The others need not know of the output.
         if !team
-            .text_of_first(if finished.is_some() { "yes" } else { "" })?
+            .text_of_first(if finished { "yes" } else { "" })?
             .is_empty()
         {
             return Ok(());
@@ -227,8 +257,20 @@ impl FineTuning {
         let stop = training.stop.clone();
         // The communicator ends with the steps: what the first does afterwards keeps nobody.
         let outcome = train(&training, model, communicator);
-        stop.end_steps();
-        let outcome = outcome?;
+        if outcome.is_ok() && is_first {
+            stop.begin_writing();
+        } else {
+            stop.end();
+        }
+        let outcome = match outcome {
+            Err(error) if is_first => {
+                return Err(Error::Ended {
+                    source: Box::new(error),
+                    left: what_is_left(&checkpoints),
+                });
+            }
+            outcome => outcome?,
+        };
         if !is_first {
             return Ok(());
         }
@@ -248,7 +290,7 @@ impl FineTuning {
             }
         };
         print_summary(&method, &trained);
-        self.finish(&inputs, trained, &checkpoints)
+        self.finish(inputs, trained, &checkpoints, &stop)
     }
 
     /// What the first worker checks before anyone reads: the output, and the checkpoints. Returns
@@ -258,14 +300,28 @@ impl FineTuning {
         let mut kept = vec![&*self.model, &*self.data, folder, Path::new(".")];
         kept.extend(self.template.as_deref());
         kept.extend(self.eval.as_ref().map(|(path, _)| &**path));
+        if normalized(&self.output).starts_with(normalized(folder)) {
+            let reason = format!(
+                "is inside {}, the folder of the checkpoints",
+                folder.display()
+            );
+            return Err(Error::Option {
+                option: "output",
+                reason,
+            });
+        }
+        // Two runs that write the same output have the same checkpoints, unless told otherwise.
+        let lock = Lock::take(folder)?;
+        let has_checkpoints = !checkpoints.steps()?.is_empty();
+        Staged::tidy(&self.output)?;
+        // A run that replaces an output may have got half-way.
         let finished = match self.saving.resume {
-            Some(Resume::Latest) if !self.overwrite => record_of(&self.output),
+            Some(_) if !(has_checkpoints && self.overwrite) => record_of(&self.output),
             _ => None,
         };
-        if finished.is_none() {
+        if finished.is_none() || self.overwrite {
             Staged::check(&self.output, self.overwrite, &kept)?;
         }
-        let lock = Lock::take(folder)?;
         if self.saving.resume.is_none() && !self.overwrite {
             refuse_earlier_run(checkpoints)?;
         }
@@ -280,15 +336,13 @@ impl FineTuning {
         })
     }
 
-    /// Refuses a finished output of other settings, which is not what this run would make.
-    fn refuse_other_output(
-        &self,
-        theirs: &Value,
-        ours: &BTreeMap<String, String>,
-    ) -> Result<(), Error> {
+    /// Whether the output that is there is what this run would make. With `--overwrite` another one is
+    /// replaced.
+    fn is_finished(&self, theirs: &Value, ours: &BTreeMap<String, String>) -> Result<bool, Error> {
         let differs = |(name, value): &(&String, &String)| theirs.get(name) != Some(&json!(value));
         match ours.iter().find(differs) {
-            None => Ok(()),
+            None => Ok(true),
+            Some(_) if self.overwrite => Ok(false),
             Some((name, ours)) => Err(Error::Option {
                 option: "output",
                 reason: format!(
@@ -299,6 +353,46 @@ impl FineTuning {
                 ),
             }),
         }
+    }
+
+    /// Compares the settings with those of the checkpoint to go on from, but for what may change.
+    fn check_settings(
+        &self,
+        saved: &Saved,
+        settings: &BTreeMap<String, String>,
+        total: usize,
+    ) -> Result<(), Error> {
+        let mut compared = settings.clone();
+        for change in &self.saving.change {
+            if let Some(value) = saved.settings().get(change.setting()) {
+                compared.insert(change.setting().into(), value.clone());
+            }
+        }
+        let refused = |reason: String| Error::Option {
+            option: "resume",
+            reason,
+        };
+        saved.check_settings(&compared).map_err(|error| {
+            let CheckpointError::SettingMismatch { setting, .. } = &error else {
+                return error.into();
+            };
+            let named = |change: &Change| change.setting() == setting;
+            match Change::ALL.into_iter().find(named) {
+                Some(change) => {
+                    let name = change.setting().trim_start_matches('-');
+                    refused(format!("{error}, or allow the change with --change {name}"))
+                }
+                None => error.into(),
+            }
+        })?;
+        if saved.step() > total as u64 {
+            return Err(refused(format!(
+                "{} has taken {} steps already, more than the {total} of --steps",
+                saved.path().display(),
+                saved.step()
+            )));
+        }
+        Ok(())
     }
 
     fn read(&self, saved: Option<Saved>) -> Result<Inputs, Error> {
@@ -332,8 +426,10 @@ impl FineTuning {
         let total = Training::new(&self.run, sequences.clone(), "")?.total();
         let settings = self.settings(&checkpoint, max_length, digest, total)?;
         if let Some(saved) = &saved {
-            saved.check_settings(&settings)?;
+            self.check_settings(saved, &settings, total)?;
         }
+        let size = checkpoint.export_size(&self.export);
+        Staged::check_room(&self.output, size)?;
         Ok(Inputs {
             template,
             checkpoint,
@@ -354,6 +450,18 @@ impl FineTuning {
             inputs.summary,
             inputs.max_length
         );
+        let checkpoint = &inputs.checkpoint;
+        if checkpoint.is_untied {
+            say!(
+                "{}: lm_head.weight differs from the embedding that tie_word_embeddings names; it is \
+                 used, as transformers does, and the output says that nothing is tied",
+                checkpoint.folder.display()
+            );
+        }
+        if !checkpoint.left_out.is_empty() {
+            let names = checkpoint.left_out.join(", ");
+            say!("not carried over to the output: {names}");
+        }
         if workers > 1 {
             let shards = self.run.adaptation.shards;
             say!(
@@ -368,6 +476,15 @@ impl FineTuning {
                 inputs.settings["--steps"],
                 saved.path().display()
             );
+            for change in Change::ALL.map(Change::setting) {
+                let before = saved.settings().get(change);
+                if let Some(before) = before.filter(|&before| *before != inputs.settings[change]) {
+                    say!(
+                        "changed: {change} from {before} to {}",
+                        inputs.settings[change]
+                    );
+                }
+            }
         }
     }
 
@@ -375,44 +492,89 @@ impl FineTuning {
     /// there.
     fn finish(
         &self,
-        inputs: &Inputs,
+        inputs: Inputs,
         trained: Trained,
         checkpoints: &Checkpoints,
+        stop: &Stop,
     ) -> Result<(), Error> {
-        // A merged model decodes without the cost of its adapters.
+        // Adapters are merged, as in what is written.
         let model = trained.model.valid().materialize();
-        let staged = Staged::new(&self.output, self.overwrite)?;
-        inputs.checkpoint.export(&model, staged.path())?;
+        let device = model.device();
         let settings = serde_json::to_value(&inputs.settings);
-        staged.record(settings.expect("a map of texts has a JSON form"))?;
-        let path = staged.path().join(METRICS);
-        std::fs::write(&path, &trained.lines).map_err(Error::io(&path))?;
+        let settings = settings.expect("a map of texts has a JSON form");
+        let write = |folder: &Path| {
+            let exported = inputs.checkpoint.export(&model, folder, &self.export)?;
+            let path = folder.join(METRICS);
+            std::fs::write(&path, &trained.lines).map_err(Error::io(path))?;
+            Ok(exported)
+        };
+        let staged = Staged::new(&self.output, self.overwrite).and_then(|staged| {
+            let exported = write(staged.path())?;
+            Ok((staged, exported))
+        });
+        let exported = match staged {
+            Ok((staged, exported)) => {
+                staged.with_settings(settings).commit()?;
+                exported
+            }
+            Err(error) => {
+                // Anywhere is better than nowhere.
+                let error = match error {
+                    Error::Io { source, .. } => {
+                        let write = |folder: &Path| write(folder).map(drop);
+                        Staged::rescue(&self.output, source, &settings, write)
+                    }
+                    error => error,
+                };
+                return Err(match error {
+                    Error::NotMoved { .. } => error,
+                    error => Error::Ended {
+                        source: Box::new(error),
+                        left: what_is_left(checkpoints),
+                    },
+                });
+            }
+        };
+        stop.end();
+        drop(model);
+        say!("written: {}", self.output.display());
+        if !exported.left_out.is_empty() {
+            complain!("not carried over: {}", exported.left_out.join(", "));
+        }
+        if let Some(share) = exported.survived {
+            say!(
+                "{:.1} % of the update survives the rounding of the written weights{}",
+                100.0 * share,
+                match share < 0.99 {
+                    true => "; --output-dtype f32 keeps all of it, --rounding stochastic its mean",
+                    false => "",
+                }
+            );
+        }
         let losses = trained.metrics.iter().map(|metrics| metrics.loss).collect();
         let method = self.run.adaptation.method.to_string();
         let title = format!("{method} on {}", file_name(&self.data));
-        let picture = staged.path().join("loss.svg");
+        let picture = self.output.join("loss.svg");
         if let Err(error) = picture::losses(&picture, &title, &[(method, losses)]) {
             complain!("without a picture: {error}");
         }
-        staged.commit()?;
-        say!("written: {}", self.output.display());
-        let folder = checkpoints.folder().display();
-        match checkpoints.steps() {
-            Ok(steps) if steps.is_empty() => {}
-            _ => match checkpoints.discard_all() {
-                Ok(()) => say!("removed: the checkpoints in {folder}, which the output replaces"),
-                Err(error) => complain!("the checkpoints in {folder} are not removed: {error}"),
-            },
-        }
+        remove_checkpoints(checkpoints);
 
-        if let Some(held_out) = &inputs.held_out {
-            let loss = held_out_loss(&model, held_out);
-            say!("held-out loss after: {loss:.4}");
-            if self.max_new_tokens > 0 {
-                self.answer(&model, held_out, &inputs.tokens, &inputs.template)?;
-            }
+        let Some(held_out) = &inputs.held_out else {
+            return Ok(());
+        };
+        if stop.requested() {
+            say!("stopped before the evaluation");
+            return Ok(());
         }
-        Ok(())
+        // What is measured is what lies on the disk.
+        let model = Checkpoint::open(&self.output)?.load(&device)?;
+        let loss = held_out_loss(&model, held_out);
+        say!("held-out loss after: {loss:.4}, of the weights as they are written");
+        match self.max_new_tokens {
+            0 => Ok(()),
+            _ => self.answer(&model, held_out, &inputs.tokens, &inputs.template),
+        }
     }
 
     fn checkpoint_folder(&self) -> PathBuf {
@@ -446,7 +608,8 @@ impl FineTuning {
             reason,
         };
         match found.checkpoint {
-            Some(_) if is_first => checkpoints.set_aside(&found)?,
+            // Not in the folder of another run, which may be at work there.
+            Some(_) if is_first && !required => checkpoints.set_aside(&found)?,
             Some(_) => {}
             None if !found.damaged.is_empty() => {
                 return Err(invalid(format!("every checkpoint in {folder} is damaged")));
@@ -562,6 +725,31 @@ impl FineTuning {
     }
 }
 
+/// The output is on disk and replaces them.
+fn remove_checkpoints(checkpoints: &Checkpoints) {
+    let folder = checkpoints.folder().display();
+    match checkpoints.steps() {
+        Ok(steps) if steps.is_empty() => {}
+        _ => match checkpoints.discard_all() {
+            Ok(()) => say!("removed: the checkpoints in {folder}, which the output replaces"),
+            Err(error) => complain!("the checkpoints in {folder} are not removed: {error}"),
+        },
+    }
+}
+
+/// What a run that ended early leaves.
+fn what_is_left(checkpoints: &Checkpoints) -> String {
+    let folder = checkpoints.folder().display();
+    match checkpoints.steps().map(|mut steps| steps.pop()) {
+        Ok(Some(step)) => format!(
+            "the checkpoint of step {step} is in {folder}, and --resume goes on from there (with \
+             --change lr at another --lr)"
+        ),
+        Ok(None) => "no checkpoint was saved".into(),
+        Err(error) => format!("the checkpoints cannot be listed: {error}"),
+    }
+}
+
 /// The settings of a finished output.
 fn record_of(output: &Path) -> Option<Value> {
     let bytes = std::fs::read(output.join(RECORD)).ok()?;
@@ -602,9 +790,7 @@ fn read_template(path: Option<&Path>) -> Result<PromptTemplate, Error> {
     let Some(path) = path else {
         return Ok(PromptTemplate::default());
     };
-    let bytes = std::fs::read(path).map_err(Error::io(path))?;
-    let text =
-        String::from_utf8(bytes).map_err(|_| Error::field(path, "content", "is not UTF-8 text"))?;
+    let text = files::text(path)?;
     PromptTemplate::new(text).map_err(|reason| Error::field(path, "content", reason))
 }
 
@@ -656,11 +842,6 @@ fn digest_of(sequences: &[Sequence]) -> String {
         }
     }
     hexadecimal(&hash.finalize())
-}
-
-/// Digits of a digest.
-pub(crate) fn hexadecimal(digest: &[u8]) -> String {
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// A number of bytes, for people.

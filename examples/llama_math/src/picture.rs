@@ -4,7 +4,7 @@ use std::path::Path;
 
 use plotters::prelude::*;
 
-use crate::Error;
+use crate::{Error, panics};
 
 /// Colors of curves, in order.
 pub(crate) const COLORS: [RGBColor; 4] = [
@@ -20,10 +20,13 @@ pub(crate) const COLORS: [RGBColor; 4] = [
 ///
 /// [`Error::Picture`].
 pub fn losses(path: &Path, title: &str, curves: &[(String, Vec<f64>)]) -> Result<(), Error> {
-    draw(path, title, curves).map_err(|error| Error::Picture {
+    let failed = |reason| Error::Picture {
         path: path.into(),
-        reason: error.to_string(),
-    })
+        reason,
+    };
+    // A picture is not worth a run: neither an error of the library's nor a panic ends one.
+    let drawn = panics::caught(|| draw(path, title, curves).map_err(|error| error.to_string()));
+    drawn.flatten().map_err(failed)
 }
 
 fn draw(
@@ -40,15 +43,20 @@ fn draw(
     let window = (steps / 30).max(1);
     let curves: Vec<(&str, Vec<(f64, f64)>)> = curves
         .iter()
-        .map(|(label, losses)| (label.as_str(), smooth(losses, window)))
+        .map(|(label, losses)| (label.as_str(), finite(smooth(losses, window))))
         .collect();
     let values = || {
         curves
             .iter()
             .flat_map(|(_, points)| points.iter().map(|point| point.1))
     };
-    let low = values().fold(f64::INFINITY, f64::min);
-    let high = values().fold(f64::NEG_INFINITY, f64::max);
+    let (low, high) = match values().next() {
+        Some(first) => (
+            values().fold(first, f64::min),
+            values().fold(first, f64::max),
+        ),
+        None => (0.0, 1.0),
+    };
     let margin = ((high - low) * 0.05).max(1e-3);
 
     let area = SVGBackend::new(path, (800, 480)).into_drawing_area();
@@ -91,6 +99,13 @@ fn draw(
     Ok(())
 }
 
+/// The points that a picture can show.
+fn finite(mut points: Vec<(f64, f64)>) -> Vec<(f64, f64)> {
+    // Larger ones overflow where axes are computed.
+    points.retain(|(_, loss)| loss.abs() < 1e12);
+    points
+}
+
 /// Step and mean loss of up to `window` steps that end there.
 fn smooth(losses: &[f64], window: usize) -> Vec<(f64, f64)> {
     (1..=losses.len())
@@ -119,6 +134,20 @@ mod tests {
             assert!(svg.contains(text), "{text}");
         }
         assert!(svg.matches("<polyline").count() >= 2);
+    }
+
+    #[test]
+    fn losses_that_are_no_numbers_are_left_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("loss.svg");
+        for curve in [
+            vec![],
+            vec![f64::NAN; 3],
+            vec![1.0, f64::INFINITY, f64::MAX, f64::MIN, 2.0],
+        ] {
+            losses(&path, "a title", &[("a".to_string(), curve)]).unwrap();
+            assert!(path.metadata().unwrap().len() > 100);
+        }
     }
 
     #[test]

@@ -11,7 +11,7 @@ use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
 use crate::batch::{MicroBatch, Sequence};
-use crate::checkpoint::write_weights;
+use crate::export::write_weights;
 use crate::method::{Adaptation, Method};
 use crate::output::Staged;
 use crate::problems::{LARGEST, pretraining_text, problems};

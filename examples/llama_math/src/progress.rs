@@ -1,57 +1,89 @@
-//! Progress bars.
+//! Where a run is: a bar on a terminal, elsewhere a line per minute.
 
-use std::time::Instant;
+use std::cell::Cell;
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// A bar of steps with loss, tokens per second and the time left.
+use crate::console::complain;
+use crate::heartbeat::Heartbeat;
+
+/// Time between two lines where there is no terminal.
+const INTERVAL: Duration = Duration::from_secs(60);
+
+/// A number of pieces of work, with loss, tokens per second and the time left.
 pub struct Progress {
+    label: String,
+    steps: usize,
+    done: Cell<usize>,
     bar: ProgressBar,
+    /// `None` on a terminal, and where nothing is printed.
+    lines: Option<Heartbeat>,
     start: Instant,
-    tokens: std::cell::Cell<usize>,
+    tokens: Cell<usize>,
 }
 
 impl Progress {
-    /// A bar on standard error; none where that is no terminal.
+    /// Shown on standard error.
     pub fn new(label: &str, steps: usize) -> Self {
+        Self::resumed(label, steps, 0, false)
+    }
+
+    /// As [`new`](Self::new), with `done` steps taken already; `hidden` on workers that print
+    /// nothing.
+    pub fn resumed(label: &str, steps: usize, done: usize, hidden: bool) -> Self {
         let style = ProgressStyle::with_template(
             "{prefix:12} {bar:30} {pos}/{len}  {msg}  {elapsed} elapsed, {eta} left",
         );
         let bar = ProgressBar::new(steps as u64)
             .with_style(style.expect("the template is valid"))
             .with_prefix(label.to_string());
-        Self {
+        if hidden {
+            bar.set_draw_target(ProgressDrawTarget::hidden());
+        }
+        bar.set_position(done as u64);
+        bar.reset_eta();
+        let lines = (!hidden && !std::io::stderr().is_terminal())
+            .then(|| Heartbeat::start(INTERVAL, |line| complain!("{line}")));
+        let progress = Self {
+            label: label.into(),
+            steps,
+            done: done.into(),
             bar,
+            lines,
             start: Instant::now(),
             tokens: 0.into(),
-        }
-    }
-
-    /// As [`new`](Self::new), with `done` steps taken already; `hidden` on workers that print
-    /// nothing.
-    pub fn resumed(label: &str, steps: usize, done: usize, hidden: bool) -> Self {
-        let progress = Self::new(label, steps);
-        if hidden {
-            progress.bar.set_draw_target(ProgressDrawTarget::hidden());
-        }
-        progress.bar.set_position(done as u64);
-        progress.bar.reset_eta();
+        };
+        progress.show("");
         progress
     }
 
     /// One step with its loss and number of tokens.
     pub fn step(&self, loss: f64, tokens: usize) {
         self.tokens.set(self.tokens.get() + tokens);
-        self.bar.set_message(format!(
-            "loss {loss:.4}  {:.0} tokens/s",
-            self.tokens_per_second()
-        ));
-        self.bar.inc(1);
+        let text = format!("loss {loss:.4}  {:.0} tokens/s", self.tokens_per_second());
+        self.bar.set_message(text.clone());
+        self.advance(&text);
     }
 
     /// One piece of work without a loss.
     pub fn tick(&self) {
+        self.advance("");
+    }
+
+    fn advance(&self, text: &str) {
+        self.done.set(self.done.get() + 1);
         self.bar.inc(1);
+        self.show(text);
+    }
+
+    fn show(&self, text: &str) {
+        if let Some(lines) = &self.lines {
+            let (label, done, steps) = (&self.label, self.done.get(), self.steps);
+            let line = format!("{label}: {done} of {steps}  {text}");
+            lines.set(line.trim_end().into());
+        }
     }
 
     /// Tokens since the start.

@@ -15,10 +15,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::batch::{Feed, FeedConfig, Sequence};
 use crate::method::{Adaptation, num_trainable};
+use crate::panics::message;
 use crate::progress::Progress;
 use crate::schedule::{Decay, Schedule};
 use crate::stop::Stop;
-use crate::team::message;
 use crate::train::{OptimizerSettings, Trainer};
 use crate::{Error, Llama, memory};
 
@@ -222,6 +222,7 @@ impl<'a> Training<'a> {
         let is_first = communicator.worker_index() == 0;
 
         let start = Instant::now();
+        let preparing = Progress::resumed("preparing the adapters", 1, 0, !is_first);
         let mut trainer =
             Trainer::with_communicator(model, &config.adaptation, config.optimizer, communicator)?;
         let mut history = History::default();
@@ -231,6 +232,7 @@ impl<'a> Training<'a> {
         }
         let trainable = num_trainable(trainer.model()) * workers;
         let preparation = start.elapsed().as_secs_f64();
+        preparing.finish();
 
         let start = Instant::now();
         let mut last_save = Instant::now();
@@ -267,9 +269,17 @@ impl<'a> Training<'a> {
                     seconds: history.seconds + start.elapsed().as_secs_f64(),
                     tokens: history.tokens + progress.tokens(),
                 };
+                // A run that starts again from there could only fail again.
+                let next = feed.step((step + 1).min(self.total - 1));
+                let is_sound = trainer.is_sound(&next[trainer.hosted().start][0]);
+                let sound = trainer.gather(&[f32::from(u8::from(is_sound))])?;
+                if sound.contains(&0.0) {
+                    return Err(Error::NonFiniteWeights { step: step + 1 });
+                }
                 let checkpoint = save(saving, &trainer, &history, &elapsed)?;
                 last_save = Instant::now();
-                if stop {
+                // After the last step the model itself is the next to be written.
+                if stop && step + 1 < self.total {
                     progress.finish();
                     return Ok(Outcome::Stopped {
                         step: step + 1,

@@ -1,6 +1,5 @@
 //! What the workers of a run do together outside of steps.
 
-use std::any::Any;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
@@ -8,6 +7,7 @@ use burn::tensor::{Device, Tensor};
 use hd_pissa::comm::Communicator;
 
 use crate::Error;
+use crate::panics::message;
 
 /// How often a busy worker tells the others that it is alive: much more often than any sensible
 /// time limit of the communicator.
@@ -133,13 +133,6 @@ impl<'a> Team<'a> {
         let bytes = received.iter::<f32>().map(|byte| byte as u8).collect();
         Ok(String::from_utf8(bytes).expect("worker 0 sends UTF-8"))
     }
-}
-
-/// What a panic said.
-pub(crate) fn message(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(|text| text.to_string());
-    text.or_else(|| panic.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "no message".into())
 }
 
 #[cfg(test)]

@@ -192,6 +192,40 @@ impl Trainer {
         self.model.as_ref().expect("a step puts the model back")
     }
 
+    /// Whether a run could go on from here: all parameters are finite, and so are loss and gradients
+    /// of a micro-batch.
+    pub fn is_sound(&self, micro_batch: &MicroBatch) -> bool {
+        /// Zero as long as everything is finite.
+        struct Zero(Vec<Tensor<1>>);
+
+        impl ModuleVisitor for Zero {
+            fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+                self.0.push((param.base().inner() * 0.0).sum());
+            }
+        }
+
+        let mut zero = Zero(Vec::new());
+        self.model().visit(&mut zero);
+        if zero
+            .0
+            .into_iter()
+            .any(|zero| zero.into_scalar::<f32>() != 0.0)
+        {
+            return false;
+        }
+        let first = match self.optimizer {
+            Optimizer::HdPissa(_) => Some(self.hosted.start),
+            Optimizer::Mean { .. } => None,
+        };
+        let total = &mut Total::default();
+        let groups = [[micro_batch]];
+        let gradients = mean_gradients(self.model(), first, &groups, &self.device, total);
+        let is_finite = |gradients: &GradientsParams| {
+            squared_gradient_norm(self.model(), gradients).is_finite()
+        };
+        gradients.is_ok_and(|gradients| gradients.iter().all(is_finite))
+    }
+
     /// Ends the training.
     pub fn into_model(self) -> Llama {
         self.model.expect("a step puts the model back")

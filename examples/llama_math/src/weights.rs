@@ -1,6 +1,6 @@
 //! Weight files: where tensors are, and their values to and from `f32`.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -11,11 +11,13 @@ use safetensors::tensor::{Metadata, TensorInfo};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
-use crate::Error;
-use crate::data::kind_of;
+use crate::files::kind_of;
+use crate::{Error, files, memory};
 
 pub(crate) const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
+/// That of the format.
+const LONGEST_HEADER: u64 = 100_000_000;
 
 /// Where the bytes of a weight file are.
 #[derive(Debug, Clone)]
@@ -44,6 +46,11 @@ impl Source {
     }
 }
 
+/// Digits of a digest.
+pub(crate) fn hexadecimal(digest: &[u8]) -> String {
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// A tensor of a weight file.
 #[derive(Debug, Clone)]
 pub(crate) struct Entry {
@@ -58,32 +65,73 @@ pub(crate) struct Entry {
 
 #[derive(Deserialize)]
 struct Index {
-    weight_map: HashMap<String, String>,
+    weight_map: BTreeMap<String, String>,
 }
 
-/// The single file, or those of the index.
-pub(crate) fn weight_files(folder: &Path) -> Result<Vec<PathBuf>, Error> {
-    let index = folder.join(INDEX);
-    if !index.is_file() {
-        return Ok(vec![folder.join(SINGLE)]);
+/// The tensors of a folder, and the names of the files that hold them: the single file, or those of
+/// the index, which must agree with each other.
+pub(crate) fn read_tensors(
+    folder: &Path,
+) -> Result<(BTreeMap<String, Entry>, BTreeSet<String>), Error> {
+    let (single, index) = (folder.join(SINGLE), folder.join(INDEX));
+    let mut tensors = BTreeMap::new();
+    if !index.exists() {
+        read_file(&single, &mut tensors)?;
+        return Ok((tensors, [SINGLE.to_string()].into()));
     }
-    let bytes = std::fs::read(&index).map_err(Error::io(&index))?;
-    let parsed: Index = serde_json::from_slice(&bytes)
+    let text = files::text(&index)?;
+    let Index { weight_map } = serde_json::from_str(&text)
         .map_err(|error| Error::field(&index, "weight_map", error.to_string()))?;
-    let names: BTreeSet<String> = parsed.weight_map.into_values().collect();
+    let names: BTreeSet<String> = weight_map.values().cloned().collect();
     if names.is_empty() {
         return Err(Error::field(&index, "weight_map", "is empty"));
     }
-    names
-        .into_iter()
-        .map(|name| {
-            if Path::new(&name).file_name() != Some(name.as_ref()) {
-                let reason = format!("`{name}` is not the name of a file in the same folder");
-                return Err(Error::field(&index, "weight_map", reason));
+    for name in &names {
+        if Path::new(name).file_name() != Some(name.as_ref()) {
+            let reason = format!("`{name}` is not the name of a file in the same folder");
+            return Err(Error::field(&index, "weight_map", reason));
+        }
+        read_file(&folder.join(name), &mut tensors)?;
+    }
+    for (tensor, name) in &weight_map {
+        if tensors.get(tensor).map(|entry| &entry.path) != Some(&folder.join(name)) {
+            let reason = format!("`{tensor}` is not in {name}");
+            return Err(Error::field(&index, "weight_map", reason));
+        }
+    }
+    if let Some(tensor) = tensors
+        .keys()
+        .find(|tensor| !weight_map.contains_key(*tensor))
+    {
+        let path = tensors[tensor].path.display();
+        let reason = format!("does not list `{tensor}`, which is in {path}");
+        return Err(Error::field(&index, "weight_map", reason));
+    }
+    // Some programs would read this one, others those of the index.
+    if !names.contains(SINGLE) && single.exists() {
+        let mut others = BTreeMap::new();
+        read_file(&single, &mut others)?;
+        for tensor in tensors.keys().chain(others.keys()) {
+            let is_same = match (tensors.get(tensor), others.get(tensor)) {
+                (Some(own), Some(other)) => own.holds_the_same_as(other, tensor)?,
+                _ => false,
+            };
+            if !is_same {
+                let reason = format!(
+                    "is not the same as in the files of {}; remove the ones that are not meant",
+                    index.display()
+                );
+                return Err(Error::field(&single, tensor, reason));
             }
-            Ok(folder.join(name))
-        })
-        .collect()
+        }
+    }
+    Ok((tensors, names))
+}
+
+fn read_file(path: &Path, tensors: &mut BTreeMap<String, Entry>) -> Result<(), Error> {
+    let size = files::size(path)?;
+    let file = File::open(path).map_err(Error::io(path))?;
+    read_header(file, size, Source::File(path.into()), path, tensors)
 }
 
 /// Adds the tensors of one weight file, without reading their values.
@@ -119,6 +167,10 @@ pub(crate) fn read_header(
             ));
         }
     };
+    if header_len > LONGEST_HEADER {
+        let reason = format!("takes {header_len} bytes; safetensors allows {LONGEST_HEADER}");
+        return Err(broken(reason));
+    }
     let mut header = vec![0; header_len as usize];
     file.read_exact(&mut header).map_err(Error::io(path))?;
     let metadata: Metadata = serde_json::from_slice(&header)
@@ -151,9 +203,8 @@ pub(crate) fn read_header(
 }
 
 impl Entry {
-    /// The values; `name` is for messages.
-    pub(crate) fn read(&self, name: &str) -> Result<Vec<f32>, Error> {
-        let fail = |reason: String| Error::field(&self.path, name, reason);
+    fn bytes(&self, name: &str) -> Result<Vec<u8>, Error> {
+        self.check_memory(name)?;
         let mut bytes = vec![0; self.len];
         match &self.source {
             Source::File(path) => {
@@ -167,6 +218,29 @@ impl Entry {
                 bytes.copy_from_slice(&all[start..start + self.len]);
             }
         }
+        Ok(bytes)
+    }
+
+    /// Refuses a tensor that does not fit into memory.
+    pub(crate) fn check_memory(&self, name: &str) -> Result<(), Error> {
+        // The bytes, their values, and perhaps a transposed copy.
+        let fits = memory::check((self.len as u64).saturating_mul(5));
+        fits.map_err(|reason| Error::field(&self.path, name, reason))
+    }
+
+    pub(crate) fn num_values(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    fn holds_the_same_as(&self, other: &Self, name: &str) -> Result<bool, Error> {
+        let describe = |entry: &Self| (entry.dtype, entry.shape.clone());
+        Ok(describe(self) == describe(other) && self.bytes(name)? == other.bytes(name)?)
+    }
+
+    /// The values; `name` is for messages.
+    pub(crate) fn read(&self, name: &str) -> Result<Vec<f32>, Error> {
+        let fail = |reason: String| Error::field(&self.path, name, reason);
+        let bytes = self.bytes(name)?;
         let values: Vec<f32> = match self.dtype {
             Dtype::F32 => chunks(&bytes, f32::from_le_bytes),
             Dtype::F16 => chunks(&bytes, |bytes| f16::from_le_bytes(bytes).to_f32()),
@@ -205,36 +279,17 @@ pub(crate) fn transpose(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
     result
 }
 
-/// `values` in another dtype, and whether all are finite there.
-pub(crate) fn encode(values: &[f32], dtype: Dtype) -> (Vec<u8>, bool) {
-    let mut finite = true;
-    let mut check = |is_finite: bool| finite &= is_finite;
-    let bytes = match dtype {
-        Dtype::F16 => values
-            .iter()
-            .flat_map(|&value| {
-                let value = f16::from_f32(value);
-                check(value.is_finite());
-                value.to_le_bytes()
-            })
-            .collect(),
-        Dtype::BF16 => values
-            .iter()
-            .flat_map(|&value| {
-                let value = bf16::from_f32(value);
-                check(value.is_finite());
-                value.to_le_bytes()
-            })
-            .collect(),
-        _ => values
-            .iter()
-            .flat_map(|&value| {
-                check(value.is_finite());
-                value.to_le_bytes()
-            })
-            .collect(),
-    };
-    (bytes, finite)
+/// Bytes of values that `dtype` has.
+pub(crate) fn encode(values: &[f32], dtype: Dtype) -> Vec<u8> {
+    fn bytes<const N: usize>(values: &[f32], bytes: impl Fn(f32) -> [u8; N]) -> Vec<u8> {
+        values.iter().flat_map(|&value| bytes(value)).collect()
+    }
+
+    match dtype {
+        Dtype::F16 => bytes(values, |value| f16::from_f32(value).to_le_bytes()),
+        Dtype::BF16 => bytes(values, |value| bf16::from_f32(value).to_le_bytes()),
+        _ => bytes(values, f32::to_le_bytes),
+    }
 }
 
 /// A tensor ready to be written.

@@ -193,6 +193,8 @@ fn files_that_are_missing_or_broken() {
     case.refuses(&[], &["model.safetensors", "header"]);
     case.write("model/model.safetensors", &weights);
     case.write("model/tokenizer.json", &noise);
+    case.refuses(&[], &["tokenizer.json", "not UTF-8"]);
+    case.write("model/tokenizer.json", "{}");
     case.refuses(&[], &["tokenizer.json", "not a tokenizer"]);
     case.write("model/config.json", &noise);
     case.refuses(&[], &["config.json"]);
@@ -213,11 +215,45 @@ fn configurations_that_do_not_fit() {
         (
             "model_type",
             "gpt2".into(),
-            ["model_type", "unknown architecture `gpt2`"],
+            ["model_type", "unsupported, unknown architecture `gpt2`"],
         ),
         ("hidden_act", "gelu".into(), ["hidden_act", "`gelu`"]),
-        ("hidden_size", "many".into(), ["content", "expected usize"]),
-        ("hidden_size", Value::Null, ["content", "expected usize"]),
+        (
+            "hidden_size",
+            "many".into(),
+            ["hidden_size: is \"many\"", "expected usize"],
+        ),
+        ("hidden_size", Value::Null, ["hidden_size", "is missing"]),
+        (
+            "hidden_size",
+            1.5.into(),
+            ["hidden_size: is 1.5", "expected usize"],
+        ),
+        (
+            "eos_token_id",
+            (-1).into(),
+            ["eos_token_id: is -1", "expected u32"],
+        ),
+        (
+            "eos_token_id",
+            vec![1, -1].into(),
+            ["eos_token_id: is [1,-1]", "expected u32"],
+        ),
+        (
+            "rope_theta",
+            "10000".into(),
+            ["rope_theta: is \"10000\"", "expected f64"],
+        ),
+        (
+            "tie_word_embeddings",
+            "yes".into(),
+            ["tie_word_embeddings", "expected a boolean"],
+        ),
+        (
+            "rope_scaling",
+            "linear".into(),
+            ["rope_scaling: is \"linear\"", "not an object"],
+        ),
         (
             "num_attention_heads",
             0.into(),
@@ -404,5 +440,307 @@ fn usage_errors_exit_with_2() {
     assert_eq!(
         case.run(&["--method", "lora", "--weight-decay", "0.1"]).1,
         0
+    );
+}
+
+/// UTF-16 of either byte order, with or without a mark.
+fn utf16(text: &str, big: bool, mark: bool) -> Vec<u8> {
+    let mark = mark.then_some(0xfeff);
+    let units = mark.into_iter().chain(text.encode_utf16());
+    let bytes = units.flat_map(|unit| match big {
+        true => unit.to_be_bytes(),
+        false => unit.to_le_bytes(),
+    });
+    bytes.collect()
+}
+
+const FILES_THAT_ARE_READ: [&str; 6] = [
+    "model/config.json",
+    "model/tokenizer.json",
+    "model/tokenizer_config.json",
+    "model/model.safetensors",
+    "data.jsonl",
+    "template.txt",
+];
+
+#[test]
+fn files_of_another_kind_are_named() {
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n";
+    let line = r#"{"question": "a", "answer": "b"} {instruction}"#;
+    let kinds: [(Vec<u8>, &str); 11] = [
+        (pointer.into(), "Git LFS pointer"),
+        (b"\x1f\x8b\x08\0\0\0\0\0\0\x03".into(), "gzip"),
+        (b"PK\x03\x04\x14\0\0\0\x08\0".into(), "zip archive"),
+        (b"\x28\xb5\x2f\xfd\0\0\0\0\0".into(), "zstandard"),
+        (b"BZh91AY&SY".into(), "bzip2"),
+        (b"\xfd7zXZ\0\0\x04".into(), "xz archive"),
+        (b"PAR1\x15\x04\x15\0\0\0".into(), "parquet"),
+        (utf16(line, false, true), "UTF-16"),
+        (utf16(line, true, true), "UTF-16"),
+        (utf16(line, false, false), "UTF-16"),
+        (utf16(line, true, false), "UTF-16"),
+    ];
+    for name in FILES_THAT_ARE_READ {
+        let case = Case::new();
+        case.write("template.txt", "{instruction}");
+        for (content, kind) in &kinds {
+            // Weights have no text to begin with.
+            if name.ends_with("safetensors") && *kind == "UTF-16" {
+                continue;
+            }
+            case.write(name, content);
+            let file = name.rsplit('/').next().unwrap();
+            case.refuses(&["--prompt-template", "ROOT/template.txt"], &[file, kind]);
+        }
+    }
+    let case = Case::new();
+    std::fs::write(case.path("eval.jsonl"), pointer).unwrap();
+    let eval = ["--eval", "ROOT/eval.jsonl"];
+    case.refuses(&eval, &["eval.jsonl", "Git LFS pointer"]);
+}
+
+#[test]
+fn marks_and_line_ends_of_other_systems_are_fine() {
+    let case = Case::new();
+    case.write("template.txt", "{instruction}\n");
+    for name in FILES_THAT_ARE_READ {
+        if name.ends_with("safetensors") {
+            continue;
+        }
+        let mut content = b"\xef\xbb\xbf".to_vec();
+        content.extend(std::fs::read(case.path(name)).unwrap());
+        case.write(name, content);
+    }
+    let lines = String::from_utf8(std::fs::read(case.path("data.jsonl")).unwrap()).unwrap();
+    case.write("data.jsonl", lines.replace('\n', "\r\n") + "\r\n");
+    let template = ["--prompt-template", "ROOT/template.txt"];
+    assert_eq!(case.run(&template), (String::new(), 0));
+}
+
+#[cfg(unix)]
+#[test]
+fn what_is_no_file_keeps_nobody_waiting() {
+    for name in FILES_THAT_ARE_READ {
+        for what in ["fifo", "folder", "device"] {
+            let case = Case::new();
+            case.write("template.txt", "{instruction}");
+            let path = case.path(name);
+            std::fs::remove_file(&path).unwrap();
+            let expected = match what {
+                "fifo" => {
+                    let made = std::process::Command::new("mkfifo").arg(&path).status();
+                    assert!(made.unwrap().success());
+                    "pipe or device"
+                }
+                "folder" => {
+                    std::fs::create_dir(&path).unwrap();
+                    "directory"
+                }
+                _ => {
+                    std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
+                    "pipe or device"
+                }
+            };
+            let file = name.rsplit('/').next().unwrap();
+            case.refuses(
+                &["--prompt-template", "ROOT/template.txt"],
+                &[file, expected],
+            );
+        }
+    }
+}
+
+/// Makes a file of `size` bytes that takes no room, with `content` at its start.
+fn sparse(path: &Path, content: &[u8], size: u64) -> bool {
+    std::fs::write(path, content).unwrap();
+    let file = std::fs::File::options().write(true).open(path).unwrap();
+    file.set_len(size).is_ok()
+}
+
+#[test]
+fn gigantic_files_end_in_an_error() {
+    const SIZE: u64 = 1 << 43;
+    for name in FILES_THAT_ARE_READ {
+        let case = Case::new();
+        case.write("template.txt", "{instruction}");
+        let content = std::fs::read(case.path(name)).unwrap();
+        // A header as long as the file.
+        let content = match name.ends_with("safetensors") {
+            true => (SIZE - 8).to_le_bytes().to_vec(),
+            false => content,
+        };
+        if !sparse(&case.path(name), &content, SIZE) {
+            return println!("skipped: this file system has no files of {SIZE} bytes");
+        }
+        let file = name.rsplit('/').next().unwrap();
+        let expected = match name.ends_with("safetensors") {
+            true => "safetensors allows 100000000",
+            false => "of memory",
+        };
+        case.refuses(
+            &["--prompt-template", "ROOT/template.txt"],
+            &[file, expected],
+        );
+    }
+    // A sound header of a tensor that no machine can hold, as config.json says.
+    let case = Case::new();
+    case.edit_json("model/config.json", |config| {
+        (config["vocab_size"], config["hidden_size"]) = (16_000_000.into(), 32_768.into());
+    });
+    let len = 16_000_000u64 * 32_768 * 4;
+    let header = serde_json::json!({"model.embed_tokens.weight": {
+        "dtype": "F32", "shape": [16_000_000, 32_768], "data_offsets": [0, len]}});
+    let header = header.to_string();
+    let start = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat();
+    let size = start.len() as u64 + len;
+    if sparse(&case.path("model/model.safetensors"), &start, size) {
+        case.refuses(&[], &["model", "of memory"]);
+    }
+}
+
+#[test]
+fn weights_that_disagree_with_each_other() {
+    let tensors = |case: &Case| {
+        let bytes = std::fs::read(case.path("model/model.safetensors")).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        file.names()
+            .into_iter()
+            .map(String::from)
+            .collect::<Vec<_>>()
+    };
+    let index = "model/model.safetensors.index.json";
+    let with_index = |edit: &dyn Fn(&mut serde_json::Map<String, Value>)| {
+        let case = Case::new();
+        let part = "model-00001-of-00001.safetensors";
+        let mut map: serde_json::Map<String, Value> = tensors(&case)
+            .into_iter()
+            .map(|name| (name, part.into()))
+            .collect();
+        edit(&mut map);
+        let single = case.path("model/model.safetensors");
+        std::fs::copy(&single, case.path("model").join(part)).unwrap();
+        std::fs::remove_file(single).unwrap();
+        case.write(index, serde_json::json!({"weight_map": map}).to_string());
+        case
+    };
+    // The index and its files.
+    assert_eq!(with_index(&|_| ()).run(&[]).1, 0);
+    let case = with_index(&|map| drop(map.remove(PROJECTION)));
+    case.refuses(&[], &["index.json", "does not list", PROJECTION]);
+    let case = with_index(&|map| {
+        map.insert("x".into(), map[PROJECTION].clone());
+    });
+    case.refuses(&[], &["index.json", "`x` is not in"]);
+    // A single file beside: the same, another value, another tensor.
+    for (edit, expected) in [
+        ("same", None),
+        ("value", Some(PROJECTION)),
+        ("tensor", Some("extra")),
+    ] {
+        let case = with_index(&|_| ());
+        let part = case.path("model/model-00001-of-00001.safetensors");
+        std::fs::copy(part, case.path("model/model.safetensors")).unwrap();
+        match edit {
+            "value" => case.edit_weights(|name, tensor| {
+                tensor.2[0] ^= u8::from(name == PROJECTION);
+                true
+            }),
+            "tensor" => {
+                let bytes = std::fs::read(case.path("model/model.safetensors")).unwrap();
+                let file = SafeTensors::deserialize(&bytes).unwrap();
+                let one = [0; 4];
+                let mut all = file.tensors();
+                all.push((
+                    "extra".into(),
+                    TensorView::new(Dtype::F32, vec![1], &one).unwrap(),
+                ));
+                let path = case.path("model/model.safetensors");
+                safetensors::serialize_to_file(all, None, &path).unwrap();
+            }
+            _ => {}
+        }
+        match expected {
+            None => assert_eq!(case.run(&[]).1, 0),
+            Some(tensor) => case.refuses(&[], &["model.safetensors", tensor, "not the same"]),
+        }
+    }
+}
+
+#[test]
+fn the_family_comes_before_its_fields() {
+    for (config, name) in [
+        (
+            r#"{"model_type": "gemma3", "text_config": {"hidden_size": 3}}"#,
+            "gemma3",
+        ),
+        (
+            r#"{"architectures": ["Phi3ForCausalLM"], "hidden_size": "x"}"#,
+            "Phi3ForCausalLM",
+        ),
+        (r#"{"model_type": "llava", "vocab_size": null}"#, "llava"),
+    ] {
+        let case = Case::new();
+        case.write("model/config.json", config);
+        let expected = format!("unknown architecture `{name}`");
+        case.refuses(&[], &["model_type", &expected]);
+    }
+    let case = Case::new();
+    case.write("model/config.json", "{}");
+    case.refuses(&[], &["model_type", "is missing"]);
+}
+
+#[test]
+fn both_names_of_a_rope_type_are_fine_if_they_agree() {
+    for key in ["rope_scaling", "rope_parameters"] {
+        let run = |old: &str, new: Option<&str>| {
+            let case = Case::new();
+            case.edit_json("model/config.json", |config| {
+                config[key] = serde_json::json!({"type": old, "factor": 2.0, "rope_theta": 1e4});
+                if let Some(new) = new {
+                    config[key]["rope_type"] = new.into();
+                }
+            });
+            case.run(&[])
+        };
+        assert_eq!(run("linear", Some("linear")).1, 0);
+        assert_eq!(run("linear", None).1, 0);
+        let (message, code) = run("dynamic", Some("linear"));
+        assert_eq!(code, 1);
+        let place = format!("{key}.rope_type: is `linear`, and type beside it is `dynamic`");
+        assert!(message.contains(&place), "{message}");
+    }
+}
+
+#[test]
+fn templates_and_prompts_that_cannot_be_filled() {
+    for (template, parts) in [
+        (
+            "{instruction} {context}",
+            ["{context}", "only {instruction}"],
+        ),
+        ("{input}", ["no {instruction}", ""]),
+        (
+            "Instruction: {Instruction}",
+            ["{Instruction}", "only {instruction}"],
+        ),
+    ] {
+        let case = Case::new();
+        case.write("template.txt", template);
+        let arguments = ["--prompt-template", "ROOT/template.txt"];
+        case.refuses(&arguments, &[&["template.txt"], &parts[..]].concat());
+    }
+    for empty in ["", "   ", "\\n"] {
+        let case = Case::new();
+        let line = format!(r#"{{"question": "{empty}", "answer": "so 3"}}"#);
+        case.write("data.jsonl", format!("{line}\n").repeat(8));
+        case.refuses(&[], &["data.jsonl", "line 1", "`question` is empty"]);
+    }
+    // Held-out records whose answers are all empty have nothing to measure.
+    let case = Case::new();
+    case.write("eval.jsonl", r#"{"question": "a", "answer": " "}"#);
+    let arguments = ["--eval", "ROOT/eval.jsonl"];
+    case.refuses(
+        &arguments,
+        &["eval.jsonl", "1 without an answer", "no target"],
     );
 }

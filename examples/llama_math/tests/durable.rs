@@ -210,6 +210,7 @@ fn tampered(case: &Case, calls: &str, how: &str) -> Output {
         .arg(std::env::current_exe().unwrap())
         .args(PROGRAM)
         .env(ARGUMENTS, arguments)
+        .current_dir(case.root.path())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .output()

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
+use llama_math::export::ExportConfig;
 use llama_math::{Cache, Checkpoint};
 use safetensors::SafeTensors;
 
@@ -93,7 +94,9 @@ fn an_untrained_export_is_the_checkpoint_bit_for_bit() {
         let checkpoint = Checkpoint::open(&folder).unwrap();
         let model = checkpoint.load(&Device::flex()).unwrap();
         let output = tempfile::tempdir().unwrap();
-        checkpoint.export(&model, output.path()).unwrap();
+        checkpoint
+            .export(&model, output.path(), &ExportConfig::default())
+            .unwrap();
         assert_eq!(contents(output.path()), contents(&folder), "{name}");
         let config = |folder: &Path| std::fs::read(folder.join("config.json")).unwrap();
         assert_eq!(config(output.path()), config(&folder), "{name}");

@@ -8,8 +8,8 @@ mod fuzz;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use llama_math::checkpoint::write_weights;
 use llama_math::data::read_records;
+use llama_math::export::write_weights;
 use llama_math::tokenize::{PromptTemplate, Tokens};
 use llama_math::{Checkpoint, Llama, LlamaConfig};
 use safetensors::Dtype;

@@ -8,6 +8,7 @@ use std::path::Path;
 use burn::tensor::Device;
 use llama_math::Checkpoint;
 use llama_math::batch::{MicroBatch, Sequence};
+use llama_math::export::ExportConfig;
 use llama_math::method::{Adaptation, Method};
 use llama_math::schedule::{Decay, Schedule};
 use llama_math::train::{OptimizerSettings, Trainer};
@@ -162,7 +163,11 @@ fn training_reaches_the_recorded_weights() {
 
     let output = tempfile::tempdir().unwrap();
     checkpoint
-        .export(&trainer.into_model(), output.path())
+        .export(
+            &trainer.into_model(),
+            output.path(),
+            &ExportConfig::default(),
+        )
         .unwrap();
     let ours = std::fs::read(output.path().join("model.safetensors")).unwrap();
     let ours = SafeTensors::deserialize(&ours).unwrap();

@@ -189,10 +189,10 @@ impl Question {
     /// # Errors
     ///
     /// Those of [`Checkpoint::open`].
-    pub fn shapes_of(folder: &Path) -> Result<Vec<([usize; 2], usize)>, Error> {
+    pub fn shapes_of(folder: &Path, device: &Device) -> Result<Vec<([usize; 2], usize)>, Error> {
         let config = Checkpoint::open(folder)?.config;
         // Nothing is drawn: weights are made when they are first read.
-        Ok(llama::shapes(&Llama::new(&config, &Device::default())))
+        Ok(llama::shapes(&Llama::new(&config, device)))
     }
 
     /// Reads `ROWSxCOLUMNSxCOUNT,...`.

@@ -15,6 +15,8 @@ use serde_json::json;
 
 /// Environment variable with the arguments of [`program`], as JSON.
 pub const ARGUMENTS: &str = "LLAMA_MATH_ARGUMENTS";
+/// Environment variable with a file that gets standard output and standard error of [`program`].
+pub const STREAMS: &str = "LLAMA_MATH_STREAMS";
 pub const STEPS: u64 = 24;
 
 /// What the ignored test `program` of a test binary does: `main.rs`, so that the other tests run
@@ -24,6 +26,13 @@ pub fn program() {
         return;
     };
     let arguments: Vec<String> = serde_json::from_str(&arguments).unwrap();
+    // Here and not in the parent, because the test harness prints before.
+    #[cfg(unix)]
+    if let Some(path) = std::env::var_os(STREAMS) {
+        let stream = std::fs::File::options().write(true).open(path).unwrap();
+        rustix::stdio::dup2_stdout(&stream).unwrap();
+        rustix::stdio::dup2_stderr(&stream).unwrap();
+    }
     let code = match Cli::parse_from(arguments).run() {
         Ok(()) => 0,
         Err(error) => error.report(),
@@ -91,6 +100,8 @@ impl Case {
     pub fn command(&self, further: &[&str]) -> Command {
         let mut command = Command::new(std::env::current_exe().unwrap());
         prepare(&mut command, &self.arguments(further));
+        // Where an output is written whose place fails.
+        command.current_dir(self.root.path());
         command
     }
 
