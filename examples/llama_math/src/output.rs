@@ -213,7 +213,7 @@ impl Staged {
         self.staging.as_deref().expect("neither committed nor kept")
     }
 
-    /// Notes what made the output, for whoever looks at it later.
+    /// Writes down which program and settings made the output.
     ///
     /// # Errors
     ///

@@ -17,7 +17,7 @@ const ONE_REQUEST: Duration = Duration::from_millis(500);
 #[derive(Clone, Debug, Default)]
 pub struct Stop {
     requested: Arc<AtomicBool>,
-    /// Whether steps are being taken, of which the current one is finished first.
+    /// Whether steps are being taken. A signal then lets the current one finish.
     in_steps: Arc<AtomicBool>,
 }
 
