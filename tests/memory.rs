@@ -197,5 +197,8 @@ fn side_by_side_shares_the_weights_and_leaves_nothing_behind() {
     let least = |rounds: &[isize]| *rounds.iter().min().expect("there are rounds");
     let growth = least(&live[150..]) - least(&live[50..100]);
     println!("{growth} bytes in 100 rounds");
-    assert!(growth < 128 * 1024, "{growth} bytes in 100 rounds: {live:?}");
+    assert!(
+        growth < 128 * 1024,
+        "{growth} bytes in 100 rounds: {live:?}"
+    );
 }

@@ -29,7 +29,7 @@ const MOST_CHUNKS: usize = 1024;
 /// their exponent, which no compiler setting can fold away, and add nothing to the sums.
 ///
 /// Equal rows give equal bits. No float is added atomically. Rows without columns give zeros,
-/// a matrix without rows gives a buffer of which no element means anything.
+/// a matrix without rows gives a buffer whose content means nothing.
 ///
 /// # Errors
 ///

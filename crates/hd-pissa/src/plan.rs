@@ -9,7 +9,7 @@ use crate::adapter::path::REPARAMETERIZATION;
 use crate::svd::{singular_values, window_energy};
 use crate::{HdPissaConfig, HdPissaError, ops};
 
-/// Names of the layers that are no targets by default: heads, whose outputs are logits.
+/// Names of the layers that are not adapted by default: heads, whose outputs are logits.
 const HEADS: [&str; 2] = ["lm_head", "head"];
 
 /// A weight chosen by the configuration, checked against it.

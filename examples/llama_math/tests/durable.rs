@@ -154,20 +154,12 @@ fn two_runs_in_one_folder() {
 fn every_signal_that_ends_programs_saves_first() {
     for signal in ["HUP", "TERM", "INT"] {
         let case = Case::new();
-        let long = ["--save-every", "100000", "--steps", "100000"];
-        let child = case.command(&long).spawn().unwrap();
-        let send = || {
-            let pid = child.id().to_string();
-            Command::new("kill")
-                .args([&format!("-{signal}"), &pid])
-                .status()
-                .unwrap()
-        };
-        // Steps are being taken once the held-out data and the adapters are done.
-        std::thread::sleep(Duration::from_millis(2500));
-        // As `timeout` does.
-        send();
-        send();
+        // Steps are being taken once there is a checkpoint.
+        let child = case.start_until(1, &["--save-every", "1", "--steps", "100000"]);
+        // Two at once, as `timeout` sends.
+        let pid = child.id().to_string();
+        let signals = [&format!("-{signal}"), &pid, &pid];
+        Command::new("kill").args(signals).status().unwrap();
         let output = child.wait_with_output().unwrap();
         assert!(output.status.success(), "{signal}: {}", text(&output));
         assert!(
@@ -175,7 +167,9 @@ fn every_signal_that_ends_programs_saves_first() {
             "{signal}: {}",
             text(&output)
         );
-        assert_eq!(case.checkpoints().steps().unwrap().len(), 1, "{signal}");
+        let last = case.checkpoints().steps().unwrap().pop().unwrap();
+        let said = format!("stopped after step {last} of 100000");
+        assert!(text(&output).contains(&said), "{signal}: {}", text(&output));
     }
 }
 

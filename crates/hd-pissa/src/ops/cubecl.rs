@@ -111,7 +111,7 @@ impl HdPissaOps for CubeBackend {
     fn hd_pissa_fingerprint(x: FloatTensor<Self>) -> IntTensor<Self> {
         let x = match known(x.dtype) {
             Some(_) => untile(x),
-            // Burn's other floats are no weights of ours.
+            // Adapted weights have other dtypes; this is for the rest of a model.
             None => untile(cast::<Self>(x, DType::F32)),
         };
         let matrix = matrix(&x);
