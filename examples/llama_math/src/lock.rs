@@ -1,10 +1,11 @@
 //! One run at a time in a folder of checkpoints.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{Read, Seek, Write};
+use std::io::{ErrorKind, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
 use crate::Error;
+use crate::console::complain;
 
 const NAME: &str = ".lock";
 
@@ -26,30 +27,46 @@ impl Lock {
     pub fn take(folder: &Path) -> Result<Self, Error> {
         fs::create_dir_all(folder).map_err(Error::io(folder))?;
         let path = folder.join(NAME);
-        let mut options = OpenOptions::new();
-        let options = options.read(true).write(true).create(true).truncate(false);
-        let mut file = options.open(&path).map_err(Error::io(&path))?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                let mut holder = String::new();
-                let _ = file.read_to_string(&mut holder);
-                return Err(Error::Option {
-                    option: "checkpoints",
-                    reason: format!(
-                        "{} is in use by {}; wait for that run, or give this one another --output",
-                        folder.display(),
-                        if holder.is_empty() {
-                            "another run"
-                        } else {
-                            holder.trim()
-                        }
-                    ),
-                });
+        let mut file = loop {
+            let mut options = OpenOptions::new();
+            let options = options.read(true).write(true).create(true).truncate(false);
+            let mut file = options.open(&path).map_err(Error::io(&path))?;
+            match file.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => {
+                    let mut holder = String::new();
+                    let _ = file.read_to_string(&mut holder);
+                    let holder = match holder.trim() {
+                        "" => "another run",
+                        holder => holder,
+                    };
+                    return Err(Error::Option {
+                        option: "checkpoints",
+                        reason: format!(
+                            "{} is in use by {holder}; wait for that run, or give this one another \
+                             --output",
+                            folder.display()
+                        ),
+                    });
+                }
+                // Some network file systems have no locks. One run alone does well without.
+                Err(TryLockError::Error(error)) if error.kind() == ErrorKind::Unsupported => {
+                    complain!("{}: the file system has no locks", folder.display());
+                }
+                Err(TryLockError::Error(source)) => return Err(Error::io(&path)(source)),
             }
-            Err(TryLockError::Error(source)) => return Err(Error::io(&path)(source)),
-        }
-        let holder = format!("process {}\n", std::process::id());
+            // The holder before may have removed the file since it was opened.
+            if is_same(&file, &path) {
+                break file;
+            }
+            fs::create_dir_all(folder).map_err(Error::io(folder))?;
+        };
+        let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        let host = match host.trim() {
+            "" => String::new(),
+            host => format!(" on {host}"),
+        };
+        let holder = format!("process {}{host}\n", std::process::id());
         let note = |file: &mut File| {
             file.set_len(0)?;
             file.rewind()?;
@@ -61,6 +78,20 @@ impl Lock {
             _file: file,
         })
     }
+}
+
+/// Whether `path` still is the file that was opened.
+#[cfg(unix)]
+fn is_same(file: &File, path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let number = |found: fs::Metadata| (found.dev(), found.ino());
+    let opened = file.metadata().map(number).ok();
+    opened.is_some() && path.metadata().map(number).ok() == opened
+}
+
+#[cfg(not(unix))]
+fn is_same(_file: &File, path: &Path) -> bool {
+    path.exists()
 }
 
 impl Drop for Lock {

@@ -6,11 +6,11 @@ mod common {
 }
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::case::{Case, STEPS, assert_same, prepare, reference, text, wait};
+use common::case::{Case, Mount, STEPS, assert_same, prepare, reference, text, wait};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -249,34 +249,6 @@ fn what_cannot_be_resumed_is_refused() {
         case.command(&["--resume", exact.to_str().unwrap()]),
         &["manifest.json", "SHA-256"],
     );
-}
-
-/// A file system of `size` at the case's place, if this process may mount one.
-struct Mount(PathBuf);
-
-impl Mount {
-    fn new(place: &Path, options: &str) -> Option<Self> {
-        let mut command = Command::new("mount");
-        command
-            .args(["-t", "tmpfs", "-o", options, "tmpfs"])
-            .arg(place);
-        let status = command.stderr(Stdio::null()).status();
-        status
-            .is_ok_and(|status| status.success())
-            .then(|| Self(place.into()))
-    }
-
-    fn read_only(&self) {
-        let mut command = Command::new("mount");
-        let status = command.args(["-o", "remount,ro"]).arg(&self.0).status();
-        assert!(status.unwrap().success());
-    }
-}
-
-impl Drop for Mount {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
 }
 
 #[test]

@@ -12,7 +12,9 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
-use common::case::{self, ARGUMENTS, Case, PROGRAM, text, wait};
+use common::case::{self, ARGUMENTS, Case, Mount, PROGRAM, prepare, text, wait};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 
 #[test]
 #[ignore = "the program that the other tests start"]
@@ -196,7 +198,10 @@ fn a_finished_job_that_is_started_again_is_finished() {
 fn tampered(case: &Case, calls: &str, how: &str) -> Output {
     let trace = case.root.path().join("trace");
     let arguments = serde_json::to_string(&case.arguments(&SHORT)).unwrap();
+    // Faster, but it hides what is done to a killed process.
+    let fast = (!how.contains("SIGKILL")).then_some("--seccomp-bpf");
     Command::new("strace")
+        .args(fast)
         .args(["-f", "-o"])
         .arg(trace)
         .args(["-e", &format!("trace={calls}")])
@@ -356,4 +361,256 @@ fn a_signal_before_the_first_step_ends_the_run_at_once() {
     let status = wait(child, Duration::from_secs(20)).expect("it ends");
     assert!(!status.success());
     assert!(!case.output().exists());
+}
+
+/// Calls of the thread that works, up to the end of the last step and in all.
+fn calls_of_last_phase(call: &str) -> (usize, usize) {
+    let case = Case::new();
+    let trace = case.root.path().join("trace");
+    let arguments = serde_json::to_string(&case.arguments(&SHORT)).unwrap();
+    let output = Command::new("strace")
+        .args(["-f", "--seccomp-bpf", "-o"])
+        .arg(&trace)
+        .args(["-e", &format!("trace={call},write")])
+        .arg(std::env::current_exe().unwrap())
+        .args(PROGRAM)
+        .env(ARGUMENTS, arguments)
+        .current_dir(case.root.path())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", text(&output));
+    let trace = std::fs::read_to_string(trace).unwrap();
+    let marker = |line: &&str| line.contains("write(1, \"hd-pissa: 2 steps");
+    let worker = trace.lines().find(marker).expect("the summary is printed");
+    let worker = worker.split_whitespace().next().unwrap();
+    let (mut before, mut all) = (0, 0);
+    for line in trace.lines().filter(|line| line.starts_with(worker)) {
+        if marker(&line) {
+            before = all;
+        }
+        all += usize::from(line.contains(&format!(" {call}(")));
+    }
+    (before, all)
+}
+
+/// After the last step the disk is full, a folder is closed, a stream is gone or the process is killed
+/// at a call that is drawn: the model or the newest checkpoint is there, and the message says where.
+/// `HD_PISSA_FAULTS` says how many of each call, `HD_PISSA_KILL_SEED` which.
+#[test]
+fn faults_in_the_last_phase() {
+    if !has_strace() {
+        return;
+    }
+    let number = |name: &str, default: u64| {
+        std::env::var(name).map_or(default, |value| value.parse().unwrap())
+    };
+    let faults = number("HD_PISSA_FAULTS", 5) as usize;
+    let mut rng = StdRng::seed_from_u64(number("HD_PISSA_KILL_SEED", 1));
+    let (mut runs, mut written, mut elsewhere, mut resumable) = (0, 0, 0, 0);
+    for call in [
+        "write",
+        "openat",
+        "read",
+        "statx",
+        "getdents64",
+        "mkdir",
+        "fsync",
+        "rename",
+    ] {
+        let (before, all) = calls_of_last_phase(call);
+        assert!(all > before, "{call}: {before} {all}");
+        for _ in 0..faults.min(all - before) {
+            let when = rng.random_range(before + 1..=all);
+            let how = [
+                "error=ENOSPC",
+                "error=EACCES",
+                "error=EIO",
+                "error=EPIPE",
+                "signal=SIGKILL",
+            ];
+            let how = how[rng.random_range(0..how.len())];
+            let case = Case::new();
+            let output = tampered(&case, call, &format!("{how}:when={when}"));
+            let said = text(&output);
+            let place = format!("{call} number {when}, {how}: {said}");
+            assert!(!said.contains("panicked"), "{place}");
+            runs += 1;
+            let is_written = is_complete(&case.output());
+            let kept = said.split("the complete output is in ").nth(1);
+            let kept = kept.and_then(|rest| rest.split(", move it").next());
+            let is_kept = kept.is_some_and(|kept| is_complete(Path::new(kept)));
+            let is_resumable = case.checkpoints().latest().unwrap().checkpoint.is_some();
+            assert!(is_written || is_kept || is_resumable, "{place}");
+            written += usize::from(is_written);
+            elsewhere += usize::from(!is_written && is_kept);
+            resumable += usize::from(!is_written && !is_kept);
+            match output.status.code() {
+                Some(0) => assert!(is_written, "{place}"),
+                Some(1) => {
+                    let says = ["complete output is", "the checkpoint of step", "written: "];
+                    assert!(says.iter().any(|says| said.contains(says)), "{place}");
+                }
+                _ => assert!(how.contains("KILL"), "{place}"),
+            }
+        }
+    }
+    println!(
+        "{runs} faults: {written} outputs in place, {elsewhere} elsewhere, {resumable} resumable"
+    );
+    assert!(runs > 5 * faults);
+}
+
+#[test]
+fn a_mount_point_is_filled_and_replaced_inside() {
+    let case = Case::new();
+    std::fs::create_dir(case.output()).unwrap();
+    let Some(_mount) = Mount::new(&case.output(), "size=16m") else {
+        println!("skipped: this process may not mount a tmpfs");
+        return;
+    };
+    case.succeeds(&SHORT);
+    assert!(is_complete(&case.output()));
+    std::fs::write(case.output().join("old"), "of the first run").unwrap();
+    case.succeeds(&[&SHORT[..], &["--overwrite", "--lr", "2e-3"]].concat());
+    assert!(is_complete(&case.output()));
+    let record = std::fs::read_to_string(case.output().join("llama_math.json")).unwrap();
+    assert!(record.contains("\"--lr\": \"0.002\""), "{record}");
+    let mut names: Vec<String> = std::fs::read_dir(case.output())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    assert!(
+        names
+            .iter()
+            .all(|name| !name.starts_with('.') && name != "old"),
+        "{names:?}"
+    );
+}
+
+#[test]
+fn a_file_system_without_room_is_refused_before_the_training() {
+    let mut case = Case::new();
+    let place = case.root.path().join("small");
+    std::fs::create_dir(&place).unwrap();
+    let Some(_mount) = Mount::new(&place, "size=1m") else {
+        println!("skipped: this process may not mount a tmpfs");
+        return;
+    };
+    let checkpoints = case.root.path().join("kept").to_str().unwrap().to_string();
+    case.place = place;
+    let arguments = [&SHORT[..], &["--checkpoints", &checkpoints]].concat();
+    case.fails(
+        case.command(&arguments),
+        &["--output: takes 2 MiB", "MiB left"],
+    );
+}
+
+/// A folder of somebody else's in which an output of this user's already is.
+#[test]
+fn a_parent_that_cannot_be_written_to_is_no_hindrance() {
+    use std::os::unix::fs::{PermissionsExt, chown};
+    use std::os::unix::process::CommandExt;
+
+    const NOBODY: u32 = 65534;
+    let case = Case::new();
+    let root = case.root.path();
+    let kept = root.join("kept");
+    for folder in [&case.output(), &kept] {
+        std::fs::create_dir(folder).unwrap();
+        if chown(folder, Some(NOBODY), Some(NOBODY)).is_err() {
+            println!("skipped: this process may not give folders away");
+            return;
+        }
+    }
+    std::fs::set_permissions(root, std::fs::Permissions::from_mode(0o755)).unwrap();
+    // The program itself lies where others may not look.
+    let program = root.join("program");
+    std::fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/tiny");
+    let model = root.join("model");
+    std::fs::create_dir(&model).unwrap();
+    for entry in std::fs::read_dir(tiny).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), model.join(entry.file_name())).unwrap();
+    }
+    let paths = [&model, &kept].map(|path| path.to_str().unwrap());
+    let own = ["--model", paths[0], "--checkpoints", paths[1]];
+    for further in [&[][..], &["--overwrite"]] {
+        let mut command = Command::new(&program);
+        prepare(
+            &mut command,
+            &case.arguments(&[&SHORT[..], &own, further].concat()),
+        );
+        command.current_dir(root).uid(NOBODY).gid(NOBODY);
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{}", text(&output));
+        assert!(is_complete(&case.output()));
+    }
+}
+
+#[test]
+fn a_signal_while_the_model_is_written_waits_for_it() {
+    if !has_strace() {
+        return;
+    }
+    let case = Case::new();
+    let eval = case
+        .root
+        .path()
+        .join("data.jsonl")
+        .to_str()
+        .unwrap()
+        .to_string();
+    let long = [
+        "--steps", "2", "--shards", "2", "--rank", "2", "--eval", &eval,
+    ];
+    let arguments = serde_json::to_string(&case.arguments(&long)).unwrap();
+    // Each file takes half a second to reach the disk.
+    let child = Command::new("strace")
+        .args([
+            "-f",
+            "--seccomp-bpf",
+            "-o",
+            "/dev/null",
+            "-e",
+            "trace=fsync",
+        ])
+        .args(["-e", "inject=fsync:delay_enter=500000"])
+        .arg(std::env::current_exe().unwrap())
+        .args(PROGRAM)
+        .env(ARGUMENTS, arguments)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let process = loop {
+        let hidden = std::fs::read_dir(case.root.path())
+            .unwrap()
+            .find_map(|entry| {
+                let name = entry.unwrap().file_name().into_string().unwrap();
+                name.strip_prefix(".out.partial-").map(String::from)
+            });
+        // The first check of the place makes such a folder too, and removes it.
+        match hidden {
+            Some(process) => {
+                let folder = case.root.path().join(format!(".out.partial-{process}"));
+                if folder.join("metrics.jsonl").exists() {
+                    break process;
+                }
+            }
+            None => std::thread::sleep(Duration::from_millis(2)),
+        }
+    };
+    let sent = Command::new("kill").args(["-TERM", &process]).status();
+    assert!(sent.unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    let said = text(&output);
+    assert!(output.status.success(), "{said}");
+    assert!(
+        said.contains("stopping: the model is written first"),
+        "{said}"
+    );
+    assert!(said.contains("stopped before the evaluation"), "{said}");
+    assert!(is_complete(&case.output()));
 }

@@ -215,3 +215,31 @@ pub fn wait(mut child: Child, at_most: Duration) -> Option<ExitStatus> {
         std::thread::sleep(Duration::from_millis(1));
     }
 }
+
+/// A file system of `size` at the case's place, if this process may mount one.
+pub struct Mount(PathBuf);
+
+impl Mount {
+    pub fn new(place: &Path, options: &str) -> Option<Self> {
+        let mut command = Command::new("mount");
+        command
+            .args(["-t", "tmpfs", "-o", options, "tmpfs"])
+            .arg(place);
+        let status = command.stderr(Stdio::null()).status();
+        status
+            .is_ok_and(|status| status.success())
+            .then(|| Self(place.into()))
+    }
+
+    pub fn read_only(&self) {
+        let mut command = Command::new("mount");
+        let status = command.args(["-o", "remount,ro"]).arg(&self.0).status();
+        assert!(status.unwrap().success());
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
