@@ -614,3 +614,34 @@ fn a_signal_while_the_model_is_written_waits_for_it() {
     assert!(said.contains("stopped before the evaluation"), "{said}");
     assert!(is_complete(&case.output()));
 }
+
+#[test]
+fn a_signal_in_the_evaluation_ends_it_and_leaves_the_model() {
+    let case = Case::new();
+    let eval = case
+        .root
+        .path()
+        .join("data.jsonl")
+        .to_str()
+        .unwrap()
+        .to_string();
+    let long = [
+        "--eval",
+        &eval,
+        "--eval-samples",
+        "40",
+        "--max-new-tokens",
+        "100000",
+    ];
+    let mut child = case.command(&[&SHORT[..], &long].concat()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let written = lines.find(|line| line.as_ref().unwrap().starts_with("written: "));
+    written
+        .expect("it is written before it is evaluated")
+        .unwrap();
+    let pid = child.id().to_string();
+    Command::new("kill").args(["-INT", &pid]).status().unwrap();
+    let status = wait(child, Duration::from_secs(20)).expect("it ends");
+    assert!(!status.success());
+    assert!(is_complete(&case.output()));
+}

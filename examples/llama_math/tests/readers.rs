@@ -111,10 +111,13 @@ fn weights() {
 #[test]
 fn index_of_weights() {
     let target = Target::new();
-    let index = json!({"metadata": {"total_size": 5}, "weight_map": {
-        "model.norm.weight": "model.safetensors",
-        "model.embed_tokens.weight": "model.safetensors",
-    }});
+    let weights = target.content("model.safetensors");
+    let weights = safetensors::SafeTensors::deserialize(&weights).unwrap();
+    let names = weights.names().into_iter();
+    let map: serde_json::Map<String, serde_json::Value> = names
+        .map(|name| (name.into(), "model.safetensors".into()))
+        .collect();
+    let index = json!({"metadata": {"total_size": 5}, "weight_map": map});
     let name = "model.safetensors.index.json";
     std::fs::write(target.path(name), index.to_string()).unwrap();
     target.fuzz(name, load);
