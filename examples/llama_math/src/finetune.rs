@@ -8,6 +8,7 @@ use std::time::Duration;
 use burn::module::Module;
 use burn::tensor::Device;
 use clap::ValueEnum;
+use clap::builder::PossibleValue;
 use hd_pissa::checkpoint::{Checkpoint as Saved, CheckpointError, Checkpoints};
 use hd_pissa::comm::{Communicator, Solo};
 use serde_json::{Value, json};
@@ -17,7 +18,7 @@ use crate::batch::Sequence;
 use crate::console::{complain, say};
 use crate::data::{Fields, Record, read_records};
 use crate::evaluate::{Solver, mean_loss};
-use crate::export::ExportConfig;
+use crate::export::{ExportConfig, Rounding};
 use crate::lock::Lock;
 use crate::output::{RECORD, Staged, normalized};
 use crate::progress::Progress;
@@ -205,7 +206,7 @@ impl FineTuning {
         })?;
         team.agree(compare_with_first(&team, &inputs))?;
         let finished = team.agree(match finished {
-            Some(settings) => self.is_finished(&settings, &inputs.settings),
+            Some(settings) => self.is_finished(&settings, &self.of_output(&inputs.settings)),
             None => Ok(false),
         })?;
         if finished && is_first {
@@ -334,6 +335,20 @@ impl FineTuning {
             saved,
             finished,
         })
+    }
+
+    /// What an output notes about itself: the settings of the training, and how it is written.
+    fn of_output(&self, settings: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+        let name = |value: &dyn Fn() -> Option<PossibleValue>| {
+            value().map_or_else(String::new, |value| value.get_name().to_string())
+        };
+        let ExportConfig {
+            dtype, rounding, ..
+        } = self.export;
+        let mut all = settings.clone();
+        all.insert("--output-dtype".into(), name(&|| dtype.to_possible_value()));
+        all.insert("--rounding".into(), name(&|| rounding.to_possible_value()));
+        all
     }
 
     /// Whether the output that is there is what this run would make. With `--overwrite` another one is
@@ -500,7 +515,7 @@ impl FineTuning {
         // Adapters are merged, as in what is written.
         let model = trained.model.valid().materialize();
         let device = model.device();
-        let settings = serde_json::to_value(&inputs.settings);
+        let settings = serde_json::to_value(self.of_output(&inputs.settings));
         let settings = settings.expect("a map of texts has a JSON form");
         let write = |folder: &Path| {
             let exported = inputs.checkpoint.export(&model, folder, &self.export)?;
@@ -545,7 +560,7 @@ impl FineTuning {
             say!(
                 "{:.1} % of the update survives the rounding of the written weights{}",
                 100.0 * share,
-                match share < 0.99 {
+                match share < 0.99 && self.export.rounding == Rounding::Nearest {
                     true => "; --output-dtype f32 keeps all of it, --rounding stochastic its mean",
                     false => "",
                 }

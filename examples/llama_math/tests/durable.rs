@@ -184,6 +184,18 @@ fn a_finished_job_that_is_started_again_is_finished() {
     assert!(said.contains("finished already"), "{said}");
     assert!(case.result().weights == before);
     assert!(!case.checkpoints().folder().exists());
+    // Nor is it the same in another dtype.
+    let other = case.run(&[&SHORT[..], &["--resume", "--output-dtype", "bf16"]].concat());
+    assert_eq!(other.status.code(), Some(1));
+    let differs = "made with --output-dtype same where this run has bf16";
+    assert!(text(&other).contains(differs), "{}", text(&other));
+    // With --overwrite a finished job is finished too, and another one replaces it.
+    let again = ["--resume", "--overwrite"];
+    let said = case.succeeds(&[&SHORT[..], &again].concat());
+    assert!(said.contains("finished already"), "{said}");
+    let said = case.succeeds(&[&SHORT[..], &again, &["--output-dtype", "bf16"]].concat());
+    assert!(said.contains("written: "), "{said}");
+    case.succeeds(&[&SHORT[..], &["--overwrite"]].concat());
     // Another job's output is not this job's.
     let other = case.run(&[&SHORT[..], &["--resume", "--lr", "2e-3"]].concat());
     assert_eq!(other.status.code(), Some(1));
