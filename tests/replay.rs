@@ -43,6 +43,15 @@ fn committed_runs() {
     assert_replays(&data(name), SvdPrecision::F32, 1e-3);
 }
 
+/// The README gives the whole folder to the example, so it holds nothing else.
+#[test]
+fn the_folder_of_recorded_runs_holds_runs_of_one_layer_only() {
+    for entry in std::fs::read_dir(data("")).unwrap() {
+        let path = entry.unwrap().path();
+        RecordedRun::read(&path).unwrap_or_else(|error| panic!("{error}"));
+    }
+}
+
 /// Runs that the repository does not hold, where there are any. CI does not rely on them.
 #[test]
 fn shared_runs() {

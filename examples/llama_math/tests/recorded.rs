@@ -20,7 +20,7 @@ use common::{floats, integers, largest, largest_difference, tokens};
 
 /// The recorded run, which the repository holds.
 fn run() -> Vec<u8> {
-    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data");
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
     std::fs::read(data.join("tiny_llama_k2_r4.safetensors")).unwrap()
 }
 
