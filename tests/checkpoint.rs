@@ -130,7 +130,7 @@ fn across(
         // Other values and ids than those saved.
         let other = adapted(&Lean::new(&Device::flex().autodiff()), hosted);
         let mut model = checkpoint.restore(other).unwrap();
-        let state = checkpoint.optimizer(&model).unwrap();
+        let state = checkpoint.optimizer(&model, &Solo).unwrap();
         let optim = HdPissaOptimizer::new(adam(), communicator).unwrap();
         let mut optim = optim.from_bytes(state).unwrap();
         for batches in &data[3..] {

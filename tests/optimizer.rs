@@ -537,7 +537,7 @@ fn the_norm_of_an_update_is_that_of_the_change() {
     let (model, gradients) = gradients(adapted(&config(2, 2), &device), &data(1, 2, &device)[0]);
     let weights = |m: &Lean| [base(&m.first.weight), base(&m.second.weight)];
     let before = weights(&model);
-    let mut optim = optimizer(adam()).with_update_norm();
+    let mut optim = optimizer(adam()).with_norms();
     assert_eq!(optim.update_norm(), None);
     let model = optim.step(1e-2, model, gradients).unwrap();
     let change: f64 = weights(&model)

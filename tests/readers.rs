@@ -105,7 +105,9 @@ impl Target {
         let model = checkpoint
             .restore(self.model.clone())
             .map_err(|e| e.to_string())?;
-        let state = checkpoint.optimizer(&model).map_err(|e| e.to_string())?;
+        let state = checkpoint
+            .optimizer(&model, &hd_pissa::comm::Solo)
+            .map_err(|e| e.to_string())?;
         let optim = HdPissaOptimizer::new(adam(), Solo).unwrap();
         let optim = optim.from_bytes(state).map_err(|e| e.to_string())?;
         optim.to_bytes().map(drop).map_err(|e| e.to_string())

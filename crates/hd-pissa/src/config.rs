@@ -41,6 +41,21 @@ pub enum MergePrecision {
     Plain,
 }
 
+/// Which gradients a shard learns from.
+#[derive(Config, Debug, Copy, PartialEq, Eq)]
+pub enum GradientMode {
+    /// Each shard takes the gradients of its own micro-batches, as published (paper, section 3.2).
+    /// A forward pass serves the [selected](crate::HdPissaModule::select_shard) shard.
+    PerShard,
+    /// Every shard takes the mean gradient over all micro-batches of the step. A forward pass
+    /// serves all shards at once.
+    ///
+    /// Each worker knows the frames of all shards, and hosts the optimizer state of its share of
+    /// them. With an optimizer that works element by element, as Adam does, `K` shards of rank `r`
+    /// train like one shard of rank `K·r`.
+    Shared,
+}
+
 /// A rank for some of the targets.
 #[derive(Config, Debug)]
 pub struct TargetRank {
@@ -90,4 +105,7 @@ pub struct HdPissaConfig {
     /// What half-precision weights keep of an update.
     #[config(default = "MergePrecision::Split")]
     pub precision: MergePrecision,
+    /// Which gradients a shard learns from.
+    #[config(default = "GradientMode::PerShard")]
+    pub gradients: GradientMode,
 }

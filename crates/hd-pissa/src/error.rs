@@ -131,6 +131,17 @@ pub enum HdPissaError {
         /// Number of shards of the configuration.
         shards: usize,
     },
+    /// With shared gradients, every worker computes those of all shards.
+    #[error(
+        "hosted shards {hosted:?} of {shards}: with GradientMode::Shared every worker names all \
+         shards, 0..{shards}; the optimizer deals them out to the workers"
+    )]
+    SharedNeedsAllShards {
+        /// What was given.
+        hosted: Vec<usize>,
+        /// Number of shards of the configuration.
+        shards: usize,
+    },
     /// Another worker could not prepare its share.
     #[error("worker {worker}: {reason}")]
     OtherWorker {

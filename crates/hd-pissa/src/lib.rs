@@ -49,8 +49,8 @@ mod adapter;
 pub mod checkpoint;
 mod config;
 mod error;
+mod hosting;
 mod linear;
-mod message;
 pub mod ops;
 mod optim;
 mod parallel;
@@ -62,11 +62,14 @@ mod svd;
 pub use hd_pissa_comm as comm;
 
 pub use adapter::{HdPissa, HdPissaAdapter, HdPissaModule, HdPissaShard, LayerProgress};
-pub use config::{HdPissaConfig, MergePrecision, SvdMethod, SvdPrecision, TargetRank};
+pub use config::{
+    GradientMode, HdPissaConfig, MergePrecision, SvdMethod, SvdPrecision, TargetRank,
+};
 pub use error::HdPissaError;
 pub use linear::{HdPissaLinear, HdPissaLinearConfig};
 pub use optim::{
-    HdPissaOptimizer, OptimizerError, ShardGradients, StepError, StepGradients, WireDtype,
+    HdPissaOptimizer, OptimizerError, ShardGradients, SharedGradients, StepError, StepGradients,
+    WireDtype,
 };
 pub use parallel::side_by_side;
 pub use pissa::{Pissa, PissaConfig, PissaModule};

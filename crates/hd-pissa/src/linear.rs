@@ -98,10 +98,10 @@ impl HdPissaLinear {
             return dense(input, self.weight.val(), bias);
         };
         let weight = self.weight.base();
-        let Some(shard) = adapter.selected() else {
+        let Some((a, b)) = adapter.frames() else {
             return dense(input, weight, bias);
         };
-        let output = adapter_linear(input, weight, shard.a.val(), shard.b.val(), adapter.scale);
+        let output = adapter_linear(input, weight, a, b, adapter.scale);
         match bias {
             Some(bias) => output + bias.unsqueeze(),
             None => output,

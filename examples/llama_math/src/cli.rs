@@ -5,14 +5,14 @@ use std::time::Duration;
 
 use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
-use hd_pissa::WireDtype;
+use hd_pissa::{GradientMode, WireDtype};
 
 use crate::batch::FeedConfig;
 use crate::compare::Comparison;
 use crate::data::Fields;
 use crate::export::{ExportConfig, OutputDtype, Rounding};
 use crate::finetune::{Change, FineTuning, Resume, SaveOptions};
-use crate::method::{Adaptation, Method};
+use crate::method::{Adaptation, Method, gradients_name};
 use crate::pretrain::Pretraining;
 use crate::run::{Length, RunConfig};
 use crate::scaling::cost::{Layout, Work};
@@ -84,6 +84,10 @@ struct Options {
     /// Shards of HD-PiSSA; the other methods average the gradients of as many micro-batches
     #[arg(long, default_value_t = 8, value_parser = at_least(1))]
     shards: usize,
+    /// Which gradients a shard of HD-PiSSA learns from: those of its own micro-batches, as published,
+    /// or the mean over all micro-batches of a step
+    #[arg(long, requires = "model", default_value = "per-shard", value_parser = gradients())]
+    gradients: GradientMode,
     /// Numerator of the adapters' scale alpha / rank [default: the rank]
     #[arg(long, requires = "model", value_parser = positive)]
     alpha: Option<f64>,
@@ -108,10 +112,11 @@ struct Options {
     /// Records per micro-batch
     #[arg(long, requires = "model", default_value_t = 1, value_parser = at_least(1))]
     batch_size: usize,
-    /// Micro-batches per shard and step
+    /// Micro-batches per step; with --gradients per-shard, and other methods than hd-pissa, times
+    /// --shards
     #[arg(long, requires = "model", default_value_t = 1, value_parser = at_least(1))]
     accumulation: usize,
-    /// Largest global gradient norm, with HD-PiSSA of each shard
+    /// Largest global gradient norm; of each shard where it has gradients of its own
     #[arg(long, requires = "model", value_parser = positive)]
     clip: Option<f64>,
     /// Decoupled weight decay; not with HD-PiSSA
@@ -351,6 +356,14 @@ fn share(text: &str) -> Result<f64, OutOfRange> {
     number(text, |value| (0.0..=1.0).contains(&value), "from 0 to 1")
 }
 
+fn gradients() -> impl TypedValueParser<Value = GradientMode> {
+    let all = [GradientMode::PerShard, GradientMode::Shared];
+    PossibleValuesParser::new(all.map(gradients_name)).map(move |name| {
+        let named = all.into_iter().find(|&mode| gradients_name(mode) == name);
+        named.expect("one of the possible values")
+    })
+}
+
 fn wire() -> impl TypedValueParser<Value = WireDtype> {
     let all = [WireDtype::F32, WireDtype::Bf16];
     PossibleValuesParser::new(["f32", "bf16"]).map(move |name| {
@@ -418,9 +431,9 @@ impl Cli {
                     if self.options.mpi {
                         return mpi::run(&fine_tuning, device);
                     }
-                    let adaptation = &fine_tuning.run.adaptation;
-                    adaptation.check_workers("workers", self.options.workers)?;
-                    fine_tuning.run(&device::of_workers(device, self.options.workers)?)
+                    let workers = self.options.workers;
+                    fine_tuning.run.check_workers("workers", workers)?;
+                    fine_tuning.run(&device::of_workers(device, workers)?)
                 }
                 _ => self.options.compare(),
             },
@@ -461,6 +474,12 @@ impl Options {
                     .into(),
             });
         }
+        if self.method != Method::HdPissa && self.gradients == GradientMode::Shared {
+            return Err(Error::Usage {
+                option: "gradients",
+                reason: format!("{} has no shards that could share gradients", self.method),
+            });
+        }
         if self.method != Method::HdPissa && self.wire != WireDtype::F32 {
             return Err(Error::Usage {
                 option: "wire",
@@ -492,6 +511,7 @@ impl Options {
                     shards: self.shards,
                     alpha: self.alpha,
                     targets: self.targets.clone(),
+                    gradients: self.gradients,
                 },
                 optimizer: OptimizerSettings {
                     clip: self.clip,
@@ -499,7 +519,10 @@ impl Options {
                     wire: self.wire,
                 },
                 feed: FeedConfig {
-                    shards: self.shards,
+                    shards: match self.gradients {
+                        GradientMode::PerShard => self.shards,
+                        GradientMode::Shared => 1,
+                    },
                     accumulation: self.accumulation,
                     batch_size: self.batch_size,
                     shuffle: (!self.no_shuffle).then_some(self.seed),

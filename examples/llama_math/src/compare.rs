@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use burn::module::Module;
 use burn::tensor::Device;
+use hd_pissa::GradientMode;
 use serde::{Deserialize, Serialize};
 
 use crate::batch::FeedConfig;
@@ -197,6 +198,7 @@ impl Comparison {
                 shards: self.shards,
                 alpha: None,
                 targets: None,
+                gradients: GradientMode::PerShard,
             },
             optimizer: OptimizerSettings::default(),
             feed: FeedConfig {

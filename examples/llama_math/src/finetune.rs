@@ -20,6 +20,7 @@ use crate::data::{Fields, Record, read_records};
 use crate::evaluate::{Solver, mean_loss};
 use crate::export::{ExportConfig, Rounding};
 use crate::lock::Lock;
+use crate::method::gradients_name;
 use crate::output::{RECORD, Staged, normalized};
 use crate::progress::Progress;
 use crate::run::{METRICS, Outcome, RunConfig, Saving, Trained, Training};
@@ -183,7 +184,7 @@ impl FineTuning {
         let team = Team::new(&communicator, device);
         let is_first = team.is_first();
         let workers = communicator.num_workers();
-        team.agree(self.run.adaptation.check_workers("mpi", workers))?;
+        team.agree(self.run.check_workers("mpi", workers))?;
         let checkpoints = Checkpoints::new(self.checkpoint_folder());
         let checkpoints = checkpoints.with_keep_last(self.saving.keep_last);
 
@@ -661,13 +662,14 @@ impl FineTuning {
         let order = feed
             .shuffle
             .map_or("of the file".into(), |_| "shuffled".into());
-        let settings: [(&str, String); 18] = [
+        let settings: [(&str, String); 19] = [
             ("--model (SHA-256)", checkpoint.digest()?),
             ("--data, as tokens (SHA-256)", tokens),
             ("--max-length", max_length.to_string()),
             ("--method", adaptation.method.to_string()),
             ("--rank", adaptation.rank.to_string()),
             ("--shards", adaptation.shards.to_string()),
+            ("--gradients", gradients_name(adaptation.gradients).into()),
             ("--alpha", optional(adaptation.alpha)),
             ("--targets", targets.into()),
             ("--clip", optional(optimizer.clip)),

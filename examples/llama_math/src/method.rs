@@ -7,7 +7,7 @@ use burn::module::{Lora, Module, ModuleVisitor, Param, ParamGroup};
 use burn::tensor::Tensor;
 use clap::ValueEnum;
 use hd_pissa::comm::{Communicator, Solo};
-use hd_pissa::{HdPissaConfig, HdPissaModule, PissaConfig, PissaModule};
+use hd_pissa::{GradientMode, HdPissaConfig, HdPissaModule, PissaConfig, PissaModule};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Llama};
@@ -42,6 +42,14 @@ impl Display for Method {
     }
 }
 
+/// A gradient mode as the command line has it.
+pub fn gradients_name(gradients: GradientMode) -> &'static str {
+    match gradients {
+        GradientMode::PerShard => "per-shard",
+        GradientMode::Shared => "shared",
+    }
+}
+
 /// The projections of attention and feed-forward layers.
 pub const DEFAULT_TARGETS: &str = r"(q|k|v|o|gate|up|down)_proj\.weight$";
 
@@ -58,24 +66,42 @@ pub struct Adaptation {
     pub alpha: Option<f64>,
     /// Regular expression on parameter paths; `None` for [`DEFAULT_TARGETS`].
     pub targets: Option<String>,
+    /// Which gradients a shard of HD-PiSSA learns from.
+    pub gradients: GradientMode,
 }
 
 impl Adaptation {
-    /// Refuses a number of workers that cannot share the shards out evenly.
+    /// Refuses a number of workers that cannot share out evenly the shards, or the `micro_batches` of
+    /// a step where these are for all shards.
     ///
     /// # Errors
     ///
     /// [`Error::Usage`] for `option`, which chooses the number.
-    pub fn check_workers(&self, option: &'static str, workers: usize) -> Result<(), Error> {
+    pub fn check_workers(
+        &self,
+        option: &'static str,
+        workers: usize,
+        micro_batches: usize,
+    ) -> Result<(), Error> {
         let Self { method, shards, .. } = self;
         let reason = if workers > 1 && *method != Method::HdPissa {
             format!("{method} has no shards to share out")
         } else if !shards.is_multiple_of(workers) {
             format!("{workers} workers cannot share {shards} shards out evenly")
+        } else if self.shares_gradients() && !micro_batches.is_multiple_of(workers) {
+            format!(
+                "{workers} workers cannot share out evenly the micro-batches of a step, of which \
+                 --accumulation sets {micro_batches}"
+            )
         } else {
             return Ok(());
         };
         Err(Error::Usage { option, reason })
+    }
+
+    /// Whether every shard learns from all micro-batches.
+    pub fn shares_gradients(&self) -> bool {
+        self.method == Method::HdPissa && self.gradients == GradientMode::Shared
     }
 
     /// Attaches the adapters and freezes what is not trained.
@@ -135,6 +161,7 @@ impl Adaptation {
                     .with_rank(self.rank)
                     .with_shards(self.shards)
                     .with_alpha(self.alpha)
+                    .with_gradients(self.gradients)
                     .with_targets(Some(targets));
                 Ok(model.apply_hd_pissa_shared(&config, hosted, communicator)?)
             }

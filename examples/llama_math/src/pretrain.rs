@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use burn::tensor::Device;
+use hd_pissa::GradientMode;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use regex::Regex;
@@ -76,6 +77,7 @@ impl Pretraining {
             shards: 1,
             alpha: None,
             targets: None,
+            gradients: GradientMode::PerShard,
         };
         let settings = OptimizerSettings {
             clip: Some(1.0),
@@ -97,7 +99,7 @@ impl Pretraining {
                 })
                 .collect::<Result<_, Error>>()?;
             let batch = MicroBatch::new(&sequences.iter().collect::<Vec<_>>());
-            let report = trainer.step(step + 1, schedule.at(step), &[vec![batch]])?;
+            let report = trainer.step(step + 1, schedule.at(step), vec![vec![batch]])?;
             progress.step(report.loss, report.tokens);
         }
         progress.finish();

@@ -14,7 +14,7 @@ use hd_pissa::comm::{Communicator, Solo, thread_group};
 use serde::{Deserialize, Serialize};
 
 use crate::batch::{Feed, FeedConfig, Sequence};
-use crate::method::{Adaptation, num_trainable};
+use crate::method::Adaptation;
 use crate::panics::message;
 use crate::progress::Progress;
 use crate::schedule::{Decay, Schedule};
@@ -48,6 +48,19 @@ pub struct RunConfig {
     pub decay: Decay,
     /// Share of the steps that warm up.
     pub warmup_ratio: f64,
+}
+
+impl RunConfig {
+    /// Refuses a number of workers that cannot share out a step's work evenly.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Usage`] for `option`, which chooses the number.
+    pub fn check_workers(&self, option: &'static str, workers: usize) -> Result<(), Error> {
+        let micro_batches = self.feed.shards * self.feed.accumulation;
+        self.adaptation
+            .check_workers(option, workers, micro_batches)
+    }
 }
 
 /// The metrics of one step: a line of `metrics.jsonl`.
@@ -218,7 +231,6 @@ impl<'a> Training<'a> {
     ) -> Result<Outcome, Error> {
         let config = self.config;
         let schedule = Schedule::new(config.lr, config.decay, config.warmup_ratio, self.total);
-        let workers = communicator.num_workers();
         let is_first = communicator.worker_index() == 0;
 
         let start = Instant::now();
@@ -230,7 +242,7 @@ impl<'a> Training<'a> {
             trainer = trainer.restore(checkpoint)?;
             history = History::of(checkpoint)?;
         }
-        let trainable = num_trainable(trainer.model()) * workers;
+        let trainable = trainer.num_trainable();
         let preparation = start.elapsed().as_secs_f64();
         preparing.finish();
 
@@ -243,8 +255,7 @@ impl<'a> Training<'a> {
         for step in first..self.total {
             let step_start = Instant::now();
             let lr = schedule.at(step);
-            let batches = &feed.step(step)[trainer.hosted()];
-            let report = trainer.step(step + 1, lr, batches)?;
+            let report = trainer.step(step + 1, lr, feed.step(step))?;
             progress.step(report.loss, report.tokens);
             history.push(StepMetrics {
                 step: step + 1,
@@ -271,7 +282,7 @@ impl<'a> Training<'a> {
                 };
                 // A run that starts again from there could only fail again.
                 let next = feed.step((step + 1).min(self.total - 1));
-                let is_sound = trainer.is_sound(&next[trainer.hosted().start][0]);
+                let is_sound = trainer.is_sound(next);
                 let sound = trainer.gather(&[f32::from(u8::from(is_sound))])?;
                 if sound.contains(&0.0) {
                     return Err(Error::NonFiniteWeights { step: step + 1 });

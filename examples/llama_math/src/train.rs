@@ -11,11 +11,12 @@ use burn::tensor::{Bytes, Device, Tensor};
 use hd_pissa::checkpoint::Checkpoint;
 use hd_pissa::comm::{Communicator, Solo};
 use hd_pissa::{
-    HdPissaModule, HdPissaOptimizer, OptimizerError, ShardGradients, WireDtype, side_by_side,
+    HdPissaModule, HdPissaOptimizer, OptimizerError, ShardGradients, SharedGradients,
+    StepGradients, WireDtype, side_by_side,
 };
 
 use crate::batch::MicroBatch;
-use crate::method::{Adaptation, Method};
+use crate::method::{Adaptation, Method, num_trainable};
 use crate::spectrum::Snapshot;
 use crate::{Error, Llama};
 
@@ -39,8 +40,38 @@ pub struct Trainer {
     model: Option<Llama>,
     optimizer: Optimizer,
     device: Device,
-    /// The shards whose micro-batches this worker takes.
-    hosted: Range<usize>,
+    /// Whose micro-batches this worker takes.
+    share: Share,
+}
+
+/// The micro-batches of a step that a worker takes.
+enum Share {
+    /// Those of these shards, each with its own.
+    Shards(Range<usize>),
+    /// The part of this worker, of so many, for all shards at once.
+    Part { worker: usize, workers: usize },
+}
+
+impl Share {
+    /// Of the micro-batches of all shards, those of this worker: a group for each shard, or one.
+    fn of(&self, mut shards: Vec<Vec<MicroBatch>>) -> Vec<Vec<MicroBatch>> {
+        match self {
+            Self::Shards(hosted) => shards.drain(hosted.clone()).collect(),
+            Self::Part { worker, workers } => {
+                let mut all: Vec<MicroBatch> = shards.into_iter().flatten().collect();
+                let part = all.len() / workers;
+                vec![all.drain(worker * part..(worker + 1) * part).collect()]
+            }
+        }
+    }
+
+    /// The first of the shards that have micro-batches of their own.
+    fn first_shard(&self) -> Option<usize> {
+        match self {
+            Self::Shards(hosted) => Some(hosted.start),
+            Self::Part { .. } => None,
+        }
+    }
 }
 
 enum Optimizer {
@@ -93,15 +124,20 @@ impl Trainer {
         communicator: impl Communicator + 'static,
     ) -> Result<Self, Error> {
         let device = model.device();
-        let share = adaptation.shards / communicator.num_workers();
-        let first = share * communicator.worker_index();
-        let hosted = first..first + share;
-        let model = adaptation.apply_hosted(model, hosted.clone(), &communicator)?;
+        let (worker, workers) = (communicator.worker_index(), communicator.num_workers());
+        let part = adaptation.shards / workers;
+        let own = part * worker..part * (worker + 1);
+        let is_per_shard = adaptation.method == Method::HdPissa && !adaptation.shares_gradients();
+        let (hosted, share) = match is_per_shard {
+            true => (own.clone(), Share::Shards(own)),
+            false => (0..adaptation.shards, Share::Part { worker, workers }),
+        };
+        let model = adaptation.apply_hosted(model, hosted, &communicator)?;
         let optimizer = match adaptation.method {
             Method::HdPissa => {
                 let adam = AdamConfig::new().with_epsilon(EPSILON).init();
                 let optimizer = HdPissaOptimizer::new(adam, communicator)?
-                    .with_update_norm()
+                    .with_norms()
                     .with_wire_dtype(settings.wire);
                 Optimizer::HdPissa(match settings.clip {
                     Some(clip) => optimizer.with_max_grad_norm(clip)?,
@@ -121,7 +157,7 @@ impl Trainer {
             model: Some(model),
             optimizer,
             device,
-            hosted,
+            share,
         })
     }
 
@@ -132,7 +168,11 @@ impl Trainer {
     /// [`Error::Checkpoint`], and [`Error::Optimizer`] for a record of another optimizer.
     pub fn restore(self, checkpoint: &Checkpoint) -> Result<Self, Error> {
         let model = checkpoint.restore(self.model.expect("a step puts the model back"))?;
-        let state = checkpoint.optimizer(&model)?;
+        let communicator: &dyn Communicator = match &self.optimizer {
+            Optimizer::HdPissa(inner) => inner.communicator(),
+            Optimizer::Mean { .. } => &Solo,
+        };
+        let state = checkpoint.optimizer(&model, communicator)?;
         let optimizer = match self.optimizer {
             Optimizer::HdPissa(inner) => Optimizer::HdPissa(inner.from_bytes(state)?),
             Optimizer::Mean { inner, clip } => {
@@ -167,9 +207,13 @@ impl Trainer {
         }
     }
 
-    /// The shards whose micro-batches this worker takes.
-    pub fn hosted(&self) -> Range<usize> {
-        self.hosted.clone()
+    /// Number of values that gradients move, over all workers.
+    pub fn num_trainable(&self) -> usize {
+        let own = num_trainable(self.model());
+        match &self.share {
+            Share::Shards(_) => own * self.communicator().num_workers(),
+            Share::Part { .. } => own,
+        }
     }
 
     /// A few numbers of every worker, the same number of each, in the order of workers.
@@ -193,8 +237,10 @@ impl Trainer {
     }
 
     /// Whether a run could go on from here: all parameters are finite, and so are loss and gradients
-    /// of a micro-batch.
-    pub fn is_sound(&self, micro_batch: &MicroBatch) -> bool {
+    /// of one of this worker's micro-batches, given those of all shards.
+    pub fn is_sound(&self, shards: Vec<Vec<MicroBatch>>) -> bool {
+        let own = self.share.of(shards);
+        let micro_batch = &own[0][0];
         /// Zero as long as everything is finite.
         struct Zero(Vec<Tensor<1>>);
 
@@ -213,12 +259,9 @@ impl Trainer {
         {
             return false;
         }
-        let first = match self.optimizer {
-            Optimizer::HdPissa(_) => Some(self.hosted.start),
-            Optimizer::Mean { .. } => None,
-        };
+        let first = self.share.first_shard();
         let total = &mut Total::default();
-        let groups = [[micro_batch]];
+        let groups = [vec![micro_batch]];
         let gradients = mean_gradients(self.model(), first, &groups, &self.device, total);
         let is_finite = |gradients: &GradientsParams| {
             squared_gradient_norm(self.model(), gradients).is_finite()
@@ -231,8 +274,10 @@ impl Trainer {
         self.model.expect("a step puts the model back")
     }
 
-    /// Takes a step on the micro-batches of each hosted shard. `step` counts from 1, for messages.
-    /// The report is about all shards, the same on every worker.
+    /// Takes a step on this worker's share of the micro-batches of all shards. `step` counts from 1,
+    /// for messages. The report is about all shards, the same on every worker.
+    ///
+    /// Where shards share gradients, the number of workers must divide that of micro-batches.
     ///
     /// # Errors
     ///
@@ -242,8 +287,9 @@ impl Trainer {
         &mut self,
         step: usize,
         lr: f64,
-        shards: &[Vec<MicroBatch>],
+        shards: Vec<Vec<MicroBatch>>,
     ) -> Result<StepReport, Error> {
+        let groups = &self.share.of(shards)[..];
         let model = self.model.take().expect("a step puts the model back");
         let mut total = Total {
             step,
@@ -251,11 +297,11 @@ impl Trainer {
         };
         let (model, norms) = match &mut self.optimizer {
             Optimizer::HdPissa(inner) => {
-                let first = self.hosted.start;
-                step_of_shards(inner, model, lr, first, shards, &self.device, &mut total)
+                let first = self.share.first_shard();
+                step_of_shards(inner, model, lr, first, groups, &self.device, &mut total)
             }
             Optimizer::Mean { inner, clip } => {
-                step_of_mean(inner, *clip, model, lr, shards, &self.device, &mut total)
+                step_of_mean(inner, *clip, model, lr, groups, &self.device, &mut total)
             }
         };
         self.model = Some(model);
@@ -296,30 +342,44 @@ struct Norms {
     update: f64,
 }
 
-/// HD-PiSSA: every shard's mean gradient goes to its own factors and moments.
+/// HD-PiSSA: the shards step with the mean gradients of their own micro-batches, from shard
+/// `first_shard` on, or all of them with that of all.
 fn step_of_shards(
     optimizer: &mut HdPissaOptimizer,
     model: Llama,
     lr: f64,
-    first: usize,
-    shards: &[Vec<MicroBatch>],
+    first_shard: Option<usize>,
+    groups: &[Vec<MicroBatch>],
     device: &Device,
     total: &mut Total,
 ) -> (Llama, Result<Norms, Error>) {
-    let means = match mean_gradients(&model, Some(first), shards, device, total) {
-        Ok(means) => means,
+    let gradients: Result<StepGradients, Error> = match first_shard {
+        Some(first) => {
+            let mut gradients = ShardGradients::new(&model);
+            mean_gradients(&model, Some(first), groups, device, total).map(|means| {
+                for (shard, mean) in (first..).zip(means) {
+                    gradients.push(shard, mean);
+                }
+                gradients.into()
+            })
+        }
+        None => {
+            let count = groups.iter().map(Vec::len).sum();
+            let mut gradients = SharedGradients::new(&model, count);
+            let add = |_, of_micro_batch| gradients.push(of_micro_batch);
+            each_gradient(&model, None, groups, device, total, |_| 1, add)
+                .map(|()| gradients.into())
+        }
+    };
+    let gradients = match gradients {
+        Ok(gradients) => gradients,
         Err(error) => return (model, Err(error)),
     };
-    let mut gradients = ShardGradients::new(&model);
-    let mut squared_gradients = Vec::with_capacity(shards.len());
-    for (shard, mean) in (first..).zip(means) {
-        squared_gradients.push(squared_gradient_norm(&model, &mean));
-        gradients.push(shard, mean);
-    }
     match optimizer.step(lr, model, gradients) {
         Ok(model) => {
+            let squares = optimizer.gradient_norms().iter().map(|norm| norm * norm);
             let norms = Norms {
-                squared_gradients,
+                squared_gradients: squares.collect(),
                 update: optimizer.update_norm().unwrap_or_default(),
             };
             (model, Ok(norms))
@@ -340,11 +400,11 @@ fn step_of_mean(
     clip: Option<f64>,
     model: Llama,
     lr: f64,
-    shards: &[Vec<MicroBatch>],
+    groups: &[Vec<MicroBatch>],
     device: &Device,
     total: &mut Total,
 ) -> (Llama, Result<Norms, Error>) {
-    let all = [shards.iter().flatten().collect::<Vec<_>>()];
+    let all = [groups.iter().flatten().collect::<Vec<_>>()];
     let mut mean = match mean_gradients(&model, None, &all, device, total) {
         Ok(mut means) => means.remove(0),
         Err(error) => return (model, Err(error)),
@@ -392,20 +452,35 @@ struct Total {
 fn mean_gradients<B: Borrow<MicroBatch>>(
     model: &Llama,
     first_shard: Option<usize>,
-    groups: &[impl AsRef<[B]>],
+    groups: &[Vec<B>],
     device: &Device,
     total: &mut Total,
 ) -> Result<Vec<GradientsParams>, Error> {
+    let mut accumulators: Vec<_> = groups.iter().map(|_| GradientsAccumulator::new()).collect();
+    let add = |group: usize, gradients| accumulators[group].accumulate(model, gradients);
+    each_gradient(model, first_shard, groups, device, total, Vec::len, add)?;
+    Ok(accumulators.iter_mut().map(|all| all.grads()).collect())
+}
+
+/// Hands the gradients of each micro-batch's mean loss per target, divided by `divisor` of its group, to
+/// `collect`, in order, with the position of the group.
+fn each_gradient<B: Borrow<MicroBatch>>(
+    model: &Llama,
+    first_shard: Option<usize>,
+    groups: &[Vec<B>],
+    device: &Device,
+    total: &mut Total,
+    divisor: impl Fn(&Vec<B>) -> usize,
+    mut collect: impl FnMut(usize, GradientsParams),
+) -> Result<(), Error> {
     let micro_batches = groups
         .iter()
         .enumerate()
         .flat_map(|(group, micro_batches)| {
-            let micro_batches = micro_batches.as_ref();
-            let count = micro_batches.len();
+            let count = divisor(micro_batches);
             let of_group = micro_batches.iter().map(Borrow::borrow);
             of_group.map(move |micro_batch: &MicroBatch| (group, count, micro_batch))
         });
-    let mut accumulators: Vec<_> = groups.iter().map(|_| GradientsAccumulator::new()).collect();
     let mut failed = None;
     side_by_side(
         model,
@@ -427,7 +502,7 @@ fn mean_gradients<B: Borrow<MicroBatch>>(
             total.losses.push(loss);
             total.tokens += tokens;
             match gradients {
-                Some(gradients) => accumulators[group].accumulate(model, gradients),
+                Some(gradients) => collect(group, gradients),
                 None => {
                     let step = total.step;
                     failed.get_or_insert(Error::NonFiniteLoss { step, loss });
@@ -437,7 +512,7 @@ fn mean_gradients<B: Borrow<MicroBatch>>(
     );
     match failed {
         Some(error) => Err(error),
-        None => Ok(accumulators.iter_mut().map(|all| all.grads()).collect()),
+        None => Ok(()),
     }
 }
 

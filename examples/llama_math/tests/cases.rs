@@ -8,7 +8,7 @@ mod common {
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use common::case::{STREAMS, prepare, text};
+use common::case::{STREAMS, prepare, text, this_binary};
 use safetensors::SafeTensors;
 
 #[test]
@@ -97,7 +97,7 @@ impl Reported {
             arguments.push(option.to_string());
             arguments.extend((!value.is_empty()).then(|| value.to_string()));
         }
-        let mut command = Command::new(std::env::current_exe().unwrap());
+        let mut command = this_binary();
         prepare(&mut command, &arguments);
         command
     }

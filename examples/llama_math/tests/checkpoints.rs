@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::case::{Case, Mount, STEPS, assert_same, prepare, reference, text, wait};
+use common::case::{Case, Mount, SHARED, STEPS, assert_same, prepare, reference, text, wait};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -134,12 +134,53 @@ fn every_method_resumes() {
 
 #[test]
 fn any_number_of_workers_gives_the_same_weights() {
-    let reference = reference();
-    for workers in ["2", "4", "8"] {
-        let case = Case::new();
-        case.succeeds(&["--workers", workers]);
-        assert_same(&case.result(), &reference);
+    let shared = Case::new();
+    shared.succeeds(&SHARED);
+    let shared = shared.result();
+    let per_shard = reference();
+    assert!(shared.weights != per_shard.weights);
+    for (options, reference) in [(&[][..], &per_shard), (&SHARED[..], &shared)] {
+        for workers in ["2", "4", "8"] {
+            let case = Case::new();
+            case.succeeds(&[options, &["--workers", workers]].concat());
+            assert_same(&case.result(), reference);
+        }
     }
+    let case = Case::new();
+    let uneven = [
+        "--gradients",
+        "shared",
+        "--accumulation",
+        "6",
+        "--workers",
+        "4",
+    ];
+    let output = case.command(&uneven).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    for part in [
+        "--workers",
+        "4 workers",
+        "micro-batches",
+        "--accumulation sets 6",
+    ] {
+        assert!(text(&output).contains(part), "{}", text(&output));
+    }
+}
+
+#[test]
+fn shared_gradients_resume_on_other_workers() {
+    const OPTIONS: [&str; 4] = ["--gradients", "shared", "--accumulation", "4"];
+    let whole = Case::new();
+    whole.succeeds(&OPTIONS);
+    let case = Case::new();
+    let save = [&OPTIONS[..], &["--save-every", "2", "--workers", "4"]].concat();
+    let mut child = case.start_until(2, &save);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let other = case.command(&["--accumulation", "4", "--resume"]);
+    case.fails(other, &["--gradients", "shared", "per-shard"]);
+    case.succeeds(&[&OPTIONS[..], &["--resume", "--workers", "2"]].concat());
+    assert_same(&case.result(), &whole.result());
 }
 
 /// A checkpoint of `step`, left by a run that was killed.

@@ -29,7 +29,7 @@ mod mpi {
     use std::process::{Child, Command, Output, Stdio};
     use std::time::{Duration, Instant};
 
-    use super::common::case::{ARGUMENTS, Case, PROGRAM, assert_same, text};
+    use super::common::case::{ARGUMENTS, Case, PROGRAM, SHARED, assert_same, text};
 
     /// A run that is long enough to be stopped in its middle.
     const SHORT: [&str; 2] = ["--steps", "8"];
@@ -156,20 +156,22 @@ mod mpi {
         Some(end(child))
     }
 
-    /// What a run of [`SHORT`] on one worker leaves.
-    fn on_one_worker() -> super::common::case::Run {
+    /// What a run of [`SHORT`] with further options leaves on one worker.
+    fn on_one_worker(options: &[&str]) -> super::common::case::Run {
         let case = Case::new();
-        case.succeeds(&SHORT);
+        case.succeeds(&[&SHORT[..], options].concat());
         case.result()
     }
 
     #[test]
     fn any_number_of_processes_gives_the_same_weights() {
-        let expected = on_one_worker();
-        for workers in [1, 2, 4, 8] {
-            let case = Case::new();
-            if succeeds(workers, &case, &SHORT) {
-                assert_same(&case.result(), &expected);
+        for options in [&[][..], &SHARED[..]] {
+            let expected = on_one_worker(options);
+            for workers in [1, 2, 4, 8] {
+                let case = Case::new();
+                if succeeds(workers, &case, &[&SHORT[..], options].concat()) {
+                    assert_same(&case.result(), &expected);
+                }
             }
         }
     }
@@ -193,7 +195,7 @@ mod mpi {
         );
         assert!(!saved.output().exists());
 
-        let expected = on_one_worker();
+        let expected = on_one_worker(&[]);
         for (workers, processes) in [(1, false), (2, false), (8, true)] {
             let case = Case::new();
             let mut copy = Command::new("cp");
@@ -237,7 +239,7 @@ mod mpi {
 
         let resume = [&SHORT[..], &["--resume"]].concat();
         succeeds(4, &case, &resume);
-        assert_same(&case.result(), &on_one_worker());
+        assert_same(&case.result(), &on_one_worker(&[]));
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use burn::tensor::Device;
+use hd_pissa::GradientMode;
 use llama_math::Checkpoint;
 use llama_math::batch::{MicroBatch, Sequence};
 use llama_math::export::ExportConfig;
@@ -129,6 +130,7 @@ fn training_reaches_the_recorded_weights() {
         shards,
         alpha: case["alpha"].as_f64(),
         targets: None,
+        gradients: GradientMode::PerShard,
     };
     let model = checkpoint.load(&device).unwrap();
     let mut trainer = Trainer::new(model, &adaptation, OptimizerSettings::default()).unwrap();
@@ -146,7 +148,7 @@ fn training_reaches_the_recorded_weights() {
                     .collect()
             })
             .collect();
-        let report = trainer.step(step + 1, schedule.at(step), &batches).unwrap();
+        let report = trainer.step(step + 1, schedule.at(step), batches).unwrap();
         let recorded: f64 = case["losses"][step]
             .as_array()
             .unwrap()

@@ -5,6 +5,7 @@ mod common;
 use std::path::Path;
 
 use burn::tensor::Device;
+use hd_pissa::GradientMode;
 use llama_math::batch::{MicroBatch, Sequence};
 use llama_math::data::{Record, read_records};
 use llama_math::evaluate::{greedy, mean_loss};
@@ -137,6 +138,7 @@ fn four_recorded_steps() {
         shards,
         alpha: case["alpha"].as_f64(),
         targets: None,
+        gradients: GradientMode::PerShard,
     };
     let mut trainer = Trainer::new(model, &adaptation, OptimizerSettings::default()).unwrap();
     let losses = numbers(&case["official_losses"]);
@@ -150,7 +152,7 @@ fn four_recorded_steps() {
         let batches: Vec<Vec<MicroBatch>> = (0..shards)
             .map(|shard| vec![MicroBatch::new(&[&sequence(step, shard)])])
             .collect();
-        let report = trainer.step(step + 1, schedule.at(step), &batches).unwrap();
+        let report = trainer.step(step + 1, schedule.at(step), batches).unwrap();
         println!(
             "step {step}: loss {:.6}, recorded {recorded:.6}",
             report.loss

@@ -13,7 +13,7 @@ use super::select::select_shard;
 use crate::parallel;
 use crate::plan::Target;
 use crate::svd::{TruncatedSvd, window_energy};
-use crate::{HdPissaConfig, HdPissaError, MergePrecision};
+use crate::{GradientMode, HdPissaConfig, HdPissaError, MergePrecision};
 
 /// What is known of a weight once its factors are computed.
 #[derive(Clone, Debug)]
@@ -97,7 +97,7 @@ impl Selected {
         config: &HdPissaConfig,
         hosted_shards: impl IntoIterator<Item = usize>,
     ) -> Result<Self, HdPissaError> {
-        let hosted = check_hosted(hosted_shards.into_iter().collect(), config.shards)?;
+        let hosted = check_hosted(hosted_shards.into_iter().collect(), config)?;
         let targets = config.choose(model)?.targets;
         if config.precision == MergePrecision::Plain {
             let half = targets.iter().filter(|target| is_half(&target.weight));
@@ -136,14 +136,23 @@ pub(super) fn decompose(
     Ok((svd, layer))
 }
 
-fn check_hosted(mut hosted: Vec<usize>, shards: usize) -> Result<Vec<usize>, HdPissaError> {
+fn check_hosted(
+    mut hosted: Vec<usize>,
+    config: &HdPissaConfig,
+) -> Result<Vec<usize>, HdPissaError> {
+    let shards = config.shards;
     if shards == 0 {
         return Err(HdPissaError::ZeroShards);
     }
     hosted.sort_unstable();
     let distinct = hosted.windows(2).all(|pair| pair[0] != pair[1]);
     match hosted.last() {
-        Some(&last) if distinct && last < shards => Ok(hosted),
+        Some(&last) if distinct && last < shards => match config.gradients {
+            GradientMode::Shared if hosted.len() < shards => {
+                Err(HdPissaError::SharedNeedsAllShards { hosted, shards })
+            }
+            _ => Ok(hosted),
+        },
         _ => Err(HdPissaError::InvalidHostedShards { hosted, shards }),
     }
 }
@@ -158,6 +167,7 @@ pub(super) fn adapter(
     let device = target.weight.device();
     let [d_input, d_output] = target.weight.dims();
     let rank = target.rank;
+    let is_shared = config.gradients == GradientMode::Shared;
     let factor = |values: Vec<f32>, shape: [usize; 2], shard: usize, side: Side| {
         let data = TensorData::new(values, shape);
         let mut param = Param::from_tensor(Tensor::<2>::from_data(data, (&device, DType::F32)));
@@ -173,7 +183,7 @@ pub(super) fn adapter(
                 HdPissaShard {
                     a: factor(a, [d_input, rank], index, Side::A),
                     b: factor(b, [rank, d_output], index, Side::B),
-                    selected: Param::<Flag>::from_bool(index == hosted[0]),
+                    selected: Param::<Flag>::from_bool(is_shared || index == hosted[0]),
                     index,
                 }
             })
@@ -194,6 +204,7 @@ pub(super) fn adapter(
     HdPissaAdapter {
         shards,
         num_shards: config.shards,
+        gradients: config.gradients,
         scale: config.alpha.map_or(1.0, |alpha| alpha / rank as f64),
         companion,
         rounding_seed: match config.precision {
@@ -225,8 +236,9 @@ pub trait HdPissaModule: Module {
     /// float parameter. Model code stays as it is.
     ///
     /// `hosted_shards` are the shards whose gradients this worker computes: `0..config.shards` on
-    /// a single worker. The values of all weights are unchanged, bit for bit. Module-owned flags
-    /// (dropout, batch normalization) keep their state, as under Burn's `Lora`.
+    /// a single worker, and on every worker with [`GradientMode::Shared`]. The values of all weights
+    /// are unchanged, bit for bit. Module-owned flags (dropout, batch normalization) keep their
+    /// state, as under Burn's `Lora`.
     ///
     /// An adapted weight takes no gradient of its own. `freeze()` stops the training of everything;
     /// after `unfreeze()` a step is refused. `set_require_grad_group` lets other parameters train
@@ -268,7 +280,8 @@ pub trait HdPissaModule: Module {
     ///
     /// # Panics
     ///
-    /// If no adapter of the model hosts that shard.
+    /// If no adapter of the model hosts that shard, or with [`GradientMode::Shared`], where every
+    /// forward pass serves all shards.
     fn select_shard(self, index: usize) -> Self {
         select_shard(self, index)
     }

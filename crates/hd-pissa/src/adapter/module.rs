@@ -1,10 +1,13 @@
+//! The adapter of a weight, as a Burn module.
+
 use burn::module::{
     Content, Devices, Flag, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper,
     ModuleVisitor, Param, Reparameterization,
 };
 use burn::tensor::{Device, Int, Tensor};
 
-use super::path::{COMPANION, shard_name, stochastic_name};
+use super::path::{COMPANION, ShardName, stochastic_name};
+use crate::GradientMode;
 use crate::ops::adapter_weight;
 
 /// One shard of an adapter: a window of principal components of the weight.
@@ -23,20 +26,23 @@ pub struct HdPissaShard {
     pub index: usize,
 }
 
-/// The adapter of one weight: the factors of the shards that this worker hosts.
+/// The adapter of one weight: the factors of the shards that this worker hosts, or of all shards
+/// where they share gradients.
 ///
 /// Attached to a `Param<Tensor<2>>` as a [`Reparameterization`]. The value of the parameter is the
 /// base weight, unchanged; the shard that [`select_shard`](crate::HdPissaModule::select_shard)
-/// chose receives the gradients.
+/// chose receives the gradients, or all shards do.
 ///
-/// Parameter paths are `{weight}.hd_pissa.shard_{k}_of_{K}.a` and `.b`, and
-/// `{weight}.hd_pissa.companion`.
+/// Parameter paths are `{weight}.hd_pissa.shard_{k}_of_{K}.a` and `.b`, with `_shared` behind `{K}`
+/// where shards share gradients, and `{weight}.hd_pissa.companion`.
 #[derive(Clone, Debug)]
 pub struct HdPissaAdapter {
-    /// The hosted shards, by ascending index.
+    /// The shards, by ascending index.
     pub shards: Vec<HdPissaShard>,
     /// Number of shards `K` over all workers.
     pub num_shards: usize,
+    /// Which gradients a shard learns from.
+    pub gradients: GradientMode,
     /// Gradient scale `s = alpha / rank`.
     pub scale: f64,
     /// 16 more bits of every element of a half-precision weight, with
@@ -49,9 +55,34 @@ pub struct HdPissaAdapter {
 }
 
 impl HdPissaAdapter {
-    /// The shard that gradients go to, if any: none in validation mode.
-    pub fn selected(&self) -> Option<&HdPissaShard> {
-        self.shards.iter().find(|shard| shard.selected.is_enabled())
+    /// The shards that gradients go to: none in validation mode.
+    pub fn selected(&self) -> impl Iterator<Item = &HdPissaShard> {
+        self.shards
+            .iter()
+            .filter(|shard| shard.selected.is_enabled())
+    }
+
+    /// The frames of the [selected](Self::selected) shards side by side, `[d_input, n · rank]` and
+    /// `[n · rank, d_output]` for `n` shards. `None` if no shard is selected.
+    pub(crate) fn frames(&self) -> Option<(Tensor<2>, Tensor<2>)> {
+        let (mut a, mut b): (Vec<_>, Vec<_>) = self
+            .selected()
+            .map(|shard| (shard.a.val(), shard.b.val()))
+            .unzip();
+        match a.len() {
+            0 => None,
+            1 => Some((a.remove(0), b.remove(0))),
+            _ => Some((Tensor::cat(a, 1), Tensor::cat(b, 0))),
+        }
+    }
+
+    fn name(&self, shard: &HdPissaShard) -> String {
+        let name = ShardName {
+            index: shard.index,
+            shards: self.num_shards,
+            gradients: self.gradients,
+        };
+        name.to_string()
     }
 
     fn map_parts(
@@ -71,11 +102,11 @@ impl Reparameterization for HdPissaAdapter {
     const NAME: &'static str = "hd_pissa";
 
     fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
-        match self.selected() {
-            Some(shard) => {
+        match self.frames() {
+            Some((a, b)) => {
                 // Attached to rank-2 parameters only; this restates the type.
                 let base = Tensor::<2>::from_dispatch(base.into_dispatch());
-                let weight = adapter_weight(base, shard.a.val(), shard.b.val(), self.scale);
+                let weight = adapter_weight(base, a, b, self.scale);
                 Tensor::from_dispatch(weight.into_dispatch())
             }
             None => base,
@@ -91,7 +122,7 @@ const CONTAINER: &str = "Struct:HdPissaAdapter";
 impl Module for HdPissaAdapter {
     fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
         for shard in &self.shards {
-            let name = shard_name(shard.index, self.num_shards);
+            let name = self.name(shard);
             visitor.enter_module(&name, CONTAINER);
             shard.visit(visitor);
             visitor.exit_module(&name, CONTAINER);
@@ -108,12 +139,11 @@ impl Module for HdPissaAdapter {
         }
     }
 
-    fn map<M: ModuleMapper>(self, mapper: &mut M) -> Self {
-        let num_shards = self.num_shards;
-        let shards = self.shards.into_iter();
+    fn map<M: ModuleMapper>(mut self, mapper: &mut M) -> Self {
+        let shards = std::mem::take(&mut self.shards).into_iter();
         let shards = shards
             .map(|shard| {
-                let name = shard_name(shard.index, num_shards);
+                let name = self.name(&shard);
                 mapper.enter_module(&name, CONTAINER);
                 let shard = shard.map(mapper);
                 mapper.exit_module(&name, CONTAINER);
@@ -166,6 +196,7 @@ impl ModuleDisplayDefault for HdPissaAdapter {
     fn content(&self, content: Content) -> Option<Content> {
         content
             .add("num_shards", &self.num_shards)
+            .add_formatted(&format!("gradients: {:?}", self.gradients))
             .add("scale", &self.scale)
             .add("companion", &self.companion.is_some())
             .add("shards", &self.shards)

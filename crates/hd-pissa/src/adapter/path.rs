@@ -1,6 +1,11 @@
+//! Where a traversal of a model stands: names and ids of the parts of adapters.
+
+use std::fmt::{self, Display, Formatter};
+
 use burn::module::{ParamId, Reparameterization};
 
 use super::HdPissaAdapter;
+use crate::GradientMode;
 
 /// Container type that Burn announces when a traversal enters an attached reparameterization.
 pub(crate) const REPARAMETERIZATION: &str = "Reparameterization";
@@ -21,19 +26,51 @@ impl Side {
     }
 }
 
-/// Name of a shard in parameter paths: `shard_3_of_8`.
+/// A shard as its name in parameter paths has it: `shard_3_of_8`, or `shard_3_of_8_shared` where
+/// all shards take the same gradients.
 ///
-/// Traversals see names, ids and tensors, but no plain field of an adapter. The index and the
-/// number of shards are part of the name so that the optimizer, records and other workers know
-/// which window of principal components a factor belongs to.
-pub(crate) fn shard_name(index: usize, shards: usize) -> String {
-    format!("shard_{index}_of_{shards}")
+/// Traversals see names, ids and tensors, but no plain field of an adapter. What the optimizer,
+/// records and other workers must know of a factor is therefore part of the name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ShardName {
+    pub(crate) index: usize,
+    /// Number of shards.
+    pub(crate) shards: usize,
+    pub(crate) gradients: GradientMode,
 }
 
-/// Path of a shard of the adapter of a weight.
-pub(crate) fn shard_path(weight: &str, index: usize, shards: usize) -> String {
-    let (adapter, shard) = (HdPissaAdapter::NAME, shard_name(index, shards));
-    format!("{weight}.{adapter}.{shard}")
+/// Ending of the names of shards that share gradients.
+const SHARED: &str = "_shared";
+
+impl ShardName {
+    fn parse(name: &str) -> Option<Self> {
+        let name = name.strip_prefix("shard_")?;
+        let (name, gradients) = match name.strip_suffix(SHARED) {
+            Some(name) => (name, GradientMode::Shared),
+            None => (name, GradientMode::PerShard),
+        };
+        let (index, shards) = name.split_once("_of_")?;
+        Some(Self {
+            index: index.parse().ok()?,
+            shards: shards.parse().ok()?,
+            gradients,
+        })
+    }
+
+    /// Path of the shard, in the adapter of a weight.
+    pub(crate) fn path(&self, weight: &str) -> String {
+        format!("{weight}.{}.{self}", HdPissaAdapter::NAME)
+    }
+}
+
+impl Display for ShardName {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let ending = match self.gradients {
+            GradientMode::PerShard => "",
+            GradientMode::Shared => SHARED,
+        };
+        write!(f, "shard_{}_of_{}{ending}", self.index, self.shards)
+    }
 }
 
 /// Name of a half-precision weight's companion in parameter paths.
@@ -45,11 +82,6 @@ pub(crate) fn stochastic_name(seed: u64) -> String {
 }
 
 const STOCHASTIC: &str = "stochastic_";
-
-fn parse_shard_name(name: &str) -> Option<(usize, usize)> {
-    let (index, shards) = name.strip_prefix("shard_")?.split_once("_of_")?;
-    Some((index.parse().ok()?, shards.parse().ok()?))
-}
 
 /// Id of a factor: the same in every process that gives the model the same paths.
 pub(crate) fn factor_id(weight_path: &str, shard: usize, side: Side) -> ParamId {
@@ -77,8 +109,7 @@ pub(crate) enum Place {
     /// In a shard of the HD-PiSSA adapter of a weight.
     Shard {
         weight: String,
-        index: usize,
-        shards: usize,
+        name: ShardName,
         /// `None` at the shard's flag.
         side: Option<Side>,
     },
@@ -124,11 +155,10 @@ impl PathTracker {
         if part == Some(COMPANION) {
             return Place::Companion { weight };
         }
-        match part.and_then(parse_shard_name) {
-            Some((index, shards)) => Place::Shard {
+        match part.and_then(ShardName::parse) {
+            Some(name) => Place::Shard {
                 weight,
-                index,
-                shards,
+                name,
                 side: match self.stack.get(depth + 2).map(String::as_str) {
                     Some("a") => Some(Side::A),
                     Some("b") => Some(Side::B),
@@ -190,8 +220,11 @@ mod tests {
             tracker.place(),
             Place::Shard {
                 weight: "hd_pissa.shard_0_of_2.weight".into(),
-                index: 11,
-                shards: 16,
+                name: ShardName {
+                    index: 11,
+                    shards: 16,
+                    gradients: GradientMode::PerShard,
+                },
                 side: Some(Side::B)
             }
         );
@@ -199,6 +232,27 @@ mod tests {
             tracker.exit();
         }
         assert!(matches!(tracker.place(), Place::Other(_)));
+    }
+
+    #[test]
+    fn names_of_shards_are_read_back() {
+        for gradients in [GradientMode::PerShard, GradientMode::Shared] {
+            let name = ShardName {
+                index: 3,
+                shards: 8,
+                gradients,
+            };
+            assert_eq!(ShardName::parse(&name.to_string()), Some(name));
+        }
+        for name in [
+            "shard_3",
+            "shard_x_of_8",
+            "shard_3_of_8_",
+            "shared",
+            "shard_3_of_8_share",
+        ] {
+            assert_eq!(ShardName::parse(name), None, "{name}");
+        }
     }
 
     #[test]

@@ -1,6 +1,9 @@
+//! The choice of the shard that gradients go to.
+
 use burn::module::{Flag, Module, ModuleMapper, Param};
 
 use super::path::{PathTracker, Place, track_path};
+use crate::GradientMode;
 
 /// Enables the flag of one shard in every adapter and disables the others.
 struct SelectShard {
@@ -14,9 +17,15 @@ impl ModuleMapper for SelectShard {
 
     fn map_flag(&mut self, flag: Param<Flag>) -> Param<Flag> {
         match self.path.place() {
-            Place::Shard { index, .. } => {
-                self.found |= index == self.index;
-                flag.with_value(index == self.index)
+            Place::Shard { name, .. } => {
+                assert!(
+                    name.gradients == GradientMode::PerShard,
+                    "select_shard({}): the shards share gradients, so that every forward pass \
+                     serves all of them",
+                    self.index
+                );
+                self.found |= name.index == self.index;
+                flag.with_value(name.index == self.index)
             }
             Place::Companion { .. } | Place::Other(_) => flag,
         }

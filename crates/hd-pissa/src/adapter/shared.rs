@@ -119,9 +119,11 @@ fn description(config: &HdPissaConfig, targets: &[Target]) -> String {
     let version = env!("CARGO_PKG_VERSION");
     let (shards, alpha, svd, precision) =
         (config.shards, config.alpha, config.svd, config.precision);
+    let gradients = config.gradients;
     let head = format!(
         "adapters of hd-pissa {version}\n{shards} shards\nadapters with alpha {alpha:?}\n\
-         decompositions by {svd:?}\nmerges by {precision:?}\n{} weights\n",
+         decompositions by {svd:?}\nmerges by {precision:?}\n{gradients:?} gradients\n\
+         {} weights\n",
         targets.len()
     );
     let weights = targets.iter().map(|target| {

@@ -247,7 +247,7 @@ impl Checkpoints {
             false => Ok(()),
         };
         let written = agree(first(&|| self.begin(&draft)))
-            .and_then(|()| agree(write_parts(snapshot, is_first, &draft)))
+            .and_then(|()| agree(write_parts(snapshot, communicator, &draft)))
             .and_then(|()| agree(first(&|| self.finish(snapshot, &draft, &path))));
         if written.is_err() && is_first {
             // What failed is worth more than a failure to clean up after it.
@@ -342,17 +342,17 @@ fn replaced_step(name: &str) -> Option<u64> {
 
 fn write_parts<M: Module>(
     snapshot: &Snapshot<'_, M>,
-    is_first: bool,
+    communicator: &dyn Communicator,
     folder: &Path,
 ) -> Result<(), CheckpointError> {
     let parameters = Parameters::of(snapshot.model);
     let mut states = States::split(snapshot.optimizer.clone(), &parameters.shard_of())?;
-    for shard in parameters.hosted() {
+    for shard in parameters.hosted(communicator) {
         let file = |name: fn(usize, usize) -> String| folder.join(name(shard, parameters.shards));
         parameters.write(Some(shard), &file(frames_file))?;
         states.write(Some(shard), &file(moments_file))?;
     }
-    if is_first {
+    if communicator.worker_index() == 0 {
         parameters.write(None, &folder.join(MODEL))?;
         states.write(None, &folder.join(OPTIMIZER))?;
         for (name, content) in &snapshot.attachments {

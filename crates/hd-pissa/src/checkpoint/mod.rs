@@ -56,7 +56,7 @@
 //! if let Some(checkpoint) = found.checkpoint {
 //!     checkpoint.check_settings(&snapshot.settings)?;
 //!     let model = checkpoint.restore(model)?;
-//!     let optim = optim.from_bytes(checkpoint.optimizer(&model)?)?;
+//!     let optim = optim.from_bytes(checkpoint.optimizer(&model, &Solo)?)?;
 //!     assert_eq!(checkpoint.step(), 40);
 //! }
 //! # Ok(())

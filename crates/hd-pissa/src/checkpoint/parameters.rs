@@ -6,9 +6,12 @@ use std::path::Path;
 use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Bool, DType, Int, Shape, Tensor};
 use burn_pack::{HEADER_SIZE, Header, Reader, Writer};
+use hd_pissa_comm::Communicator;
 
 use super::{CheckpointError, files};
+use crate::GradientMode;
 use crate::adapter::path::{PathTracker, Place, track_path};
+use crate::hosting::hosted_shards;
 
 /// A parameter as a traversal shows it.
 pub(super) struct Parameter {
@@ -23,6 +26,7 @@ pub(super) struct Parameters {
     pub(super) all: Vec<Parameter>,
     /// 0 without HD-PiSSA adapters.
     pub(super) shards: usize,
+    gradients: GradientMode,
 }
 
 impl Parameters {
@@ -33,18 +37,24 @@ impl Parameters {
             parameters: Self {
                 all: Vec::new(),
                 shards: 0,
+                gradients: GradientMode::PerShard,
             },
         };
         model.visit(&mut collector);
         collector.parameters
     }
 
-    /// The hosted shards, by ascending index.
-    pub(super) fn hosted(&self) -> Vec<usize> {
-        let mut hosted: Vec<usize> = self.all.iter().filter_map(|p| p.shard).collect();
-        hosted.sort_unstable();
-        hosted.dedup();
-        hosted
+    /// The shards whose factors the model has, by ascending index.
+    pub(super) fn known(&self) -> Vec<usize> {
+        let mut known: Vec<usize> = self.all.iter().filter_map(|p| p.shard).collect();
+        known.sort_unstable();
+        known.dedup();
+        known
+    }
+
+    /// Those that the worker of `communicator` hosts.
+    pub(super) fn hosted(&self, communicator: &dyn Communicator) -> Vec<usize> {
+        hosted_shards(&self.known(), self.gradients, communicator)
     }
 
     pub(super) fn shard_of(&self) -> HashMap<u64, usize> {
@@ -110,9 +120,10 @@ impl Collector {
         data: impl Fn() -> burn::tensor::TensorData + Send + Sync + 'static,
     ) {
         let shard = match self.path.place() {
-            Place::Shard { index, shards, .. } => {
-                self.parameters.shards = shards;
-                Some(index)
+            Place::Shard { name, .. } => {
+                self.parameters.shards = name.shards;
+                self.parameters.gradients = name.gradients;
+                Some(name.index)
             }
             Place::Companion { .. } | Place::Other(_) => None,
         };

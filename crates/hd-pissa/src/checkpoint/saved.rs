@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use burn::module::Module;
 use burn::store::ModuleRecord;
 use burn::tensor::Bytes;
+use hd_pissa_comm::Communicator;
 use serde_json::Value;
 
 use super::manifest::Manifest;
@@ -120,7 +121,7 @@ impl Checkpoint {
     /// lost.
     pub fn restore<M: Module>(&self, model: M) -> Result<M, CheckpointError> {
         let parameters = Parameters::of(&model);
-        let files = self.parts(&parameters, MODEL, frames_file)?;
+        let files = self.parts(&parameters, parameters.known(), MODEL, frames_file)?;
         for (shard, path) in &files {
             parameters.check(*shard, path)?;
         }
@@ -136,7 +137,7 @@ impl Checkpoint {
         })
     }
 
-    /// The optimizer's state for the shards that `model` hosts, for
+    /// The optimizer's state for the shards that the worker of `communicator` hosts, for
     /// [`HdPissaOptimizer::from_bytes`](crate::HdPissaOptimizer::from_bytes) or
     /// [`ModuleOptimizer::from_bytes`](burn::optim::ModuleOptimizer::from_bytes), whichever was
     /// saved. `model` is what [`restore`](Self::restore) returned.
@@ -144,16 +145,22 @@ impl Checkpoint {
     /// # Errors
     ///
     /// [`CheckpointError::Damaged`].
-    pub fn optimizer<M: Module>(&self, model: &M) -> Result<Bytes, CheckpointError> {
+    pub fn optimizer<M: Module>(
+        &self,
+        model: &M,
+        communicator: &dyn Communicator,
+    ) -> Result<Bytes, CheckpointError> {
         let parameters = Parameters::of(model);
-        let files = self.parts(&parameters, OPTIMIZER, moments_file)?;
+        let hosted = parameters.hosted(communicator);
+        let files = self.parts(&parameters, hosted, OPTIMIZER, moments_file)?;
         states::merge(files.iter().map(|(_, path)| path.as_path()), &parameters)
     }
 
-    /// The file of parameters outside the shards, and those of the hosted shards.
+    /// The file of parameters outside the shards, and those of `shards`.
     fn parts(
         &self,
         parameters: &Parameters,
+        shards: Vec<usize>,
         others: &str,
         of_shard: fn(usize, usize) -> String,
     ) -> Result<Vec<(Option<usize>, PathBuf)>, CheckpointError> {
@@ -165,7 +172,6 @@ impl Checkpoint {
                 given: parameters.shards.to_string(),
             });
         }
-        let shards = parameters.hosted();
         let shards = shards
             .into_iter()
             .map(|shard| (Some(shard), of_shard(shard, self.shards())));

@@ -36,7 +36,10 @@ enum Subject {
 
 /// What the numbers say, and the sum of the squares of all updates.
 pub(super) enum Verdict {
-    Merged { squared_norm: f64 },
+    Merged {
+        squared_norm: f64,
+        squared_gradients: Vec<f64>,
+    },
     StaleFrames,
 }
 
@@ -96,14 +99,18 @@ impl Checks {
         Tensor::cat(self.numbers.clone(), 0).sum()
     }
 
-    /// The step's one read-back. `squares` are those of each weight's update, `[1]`.
+    /// The step's one read-back. `squares` are those of each weight's update, `[1]`, and
+    /// `squared_gradients` those of each shard's gradients, if wanted.
     pub(super) fn read(
         self,
         factors: &Factors,
         squares: Vec<Tensor<1>>,
+        squared_gradients: Option<Tensor<1>>,
     ) -> Result<Verdict, OptimizerError> {
         let lengths: Vec<usize> = self.numbers.iter().map(|n| n.dims()[0]).collect();
-        let all = Tensor::cat([self.numbers, squares].concat(), 0).into_data();
+        let updates = squares.len();
+        let gradients = squared_gradients.into_iter().collect();
+        let all = Tensor::cat([self.numbers, squares, gradients].concat(), 0).into_data();
         let all: Vec<f32> = all.iter::<f32>().collect();
         let mut stale = false;
         let mut start = 0;
@@ -117,7 +124,7 @@ impl Checks {
                 continue;
             };
             let count = numbers[shard] as usize;
-            let shard_path = |weight: usize| factors.weights[weight].shard_path(shard);
+            let shard_path = |weight: usize| factors.shard_path(weight, shard);
             return Err(match subject {
                 Subject::Gradient(weight) => OptimizerError::NonFiniteGradient {
                     path: shard_path(weight),
@@ -139,8 +146,12 @@ impl Checks {
                 },
             });
         }
-        let squares = all[start..].iter();
-        let squared_norm = squares.map(|&square| f64::from(square)).sum();
-        Ok(Verdict::Merged { squared_norm })
+        let (updates, gradients) = all[start..].split_at(updates);
+        let [updates, gradients] = [updates, gradients]
+            .map(|squares| squares.iter().copied().map(f64::from).collect::<Vec<f64>>());
+        Ok(Verdict::Merged {
+            squared_norm: updates.iter().sum(),
+            squared_gradients: gradients,
+        })
     }
 }

@@ -1,16 +1,21 @@
-//! Gradient clipping by the global norm of each shard.
+//! Gradient clipping by the global norm of each shard, or of all shards together.
 
 use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
+use hd_pissa_comm::Communicator;
 
+use super::OptimizerError;
 use super::factors::Factors;
-use super::packed::RowStatistics;
+use super::layout::ShardLayout;
+use super::packed::{RowStatistics, sum_of};
+use crate::GradientMode;
 
 /// `2^80`, by which [`RowStatistics::scaled_squares`] divides.
 const SCALE: f64 = (1u128 << 80) as f64;
 
 /// Scales the factor gradients of each hosted shard to a norm of at most `max_norm` over all
-/// weights.
+/// weights; over all weights and shards where these share gradients. Every worker then calls it at
+/// the same time.
 ///
 /// `statistics` are those of the gradients, for each weight. NaN and infinite values do not count, so
 /// that they stay where they are.
@@ -19,14 +24,24 @@ pub(super) fn clip(
     factors: &Factors,
     statistics: &[RowStatistics],
     max_norm: f64,
-) {
-    let sum = |of: fn(&RowStatistics) -> Tensor<1>| {
-        let sums = statistics.iter().map(of);
-        sums.reduce(|sum, squares| sum + squares)
-            .expect("there is a weight")
+    layout: &ShardLayout,
+    communicator: &dyn Communicator,
+) -> Result<(), OptimizerError> {
+    let sum = |of| sum_of(statistics, of);
+    let (squares, scaled_squares) = match factors.gradients {
+        GradientMode::PerShard => (
+            sum(RowStatistics::squares),
+            sum(RowStatistics::scaled_squares),
+        ),
+        GradientMode::Shared => {
+            let all = |own| sum_over_shards(own, layout, communicator);
+            (
+                all(sum(RowStatistics::squares))?,
+                all(sum(RowStatistics::scaled_squares))?,
+            )
+        }
     };
-    let squares = sum(RowStatistics::squares);
-    let scaled_norm = sum(RowStatistics::scaled_squares).sqrt();
+    let scaled_norm = scaled_squares.sqrt();
     // Where the sum of squares is above the range of f32, gradients are divided by 2^80 first. That
     // loses nothing that the norm leaves visible.
     let is_huge = squares.clone().is_inf();
@@ -47,4 +62,24 @@ pub(super) fn clip(
             }
         }
     }
+    Ok(())
+}
+
+/// The sum over the shards of all workers, for each of the hosted shards, `[hosted]` both. It is taken
+/// in the order of shards, whatever the workers.
+fn sum_over_shards(
+    own: Tensor<1>,
+    layout: &ShardLayout,
+    communicator: &dyn Communicator,
+) -> Result<Tensor<1>, OptimizerError> {
+    let hosted = own.dims()[0];
+    let all = match communicator.num_workers() {
+        1 => own,
+        workers => {
+            let rows = communicator.all_gather(own)?;
+            let rows = rows.reshape([workers * hosted, 1]);
+            layout.sorted(rows).flatten(0, 1)
+        }
+    };
+    Ok(all.sum().repeat_dim(0, hosted))
 }

@@ -13,17 +13,20 @@ use crate::settings::Settings;
 /// The companions of half-precision weights, by the weight's path.
 pub(super) type Companions = HashMap<String, Tensor<2, Int>>;
 
-/// Replaces every factor by zeros, so that an optimizer step leaves exactly its delta there, and
+/// Replaces the factors of every hosted shard by zeros, so that an optimizer step leaves exactly its delta there, and
 /// takes the companions out.
-pub(super) struct ZeroFactors {
+pub(super) struct ZeroFactors<'a> {
     path: PathTracker,
+    /// Others keep their values, since no gradient of theirs reaches the inner optimizer.
+    hosted: &'a [usize],
     companions: Companions,
 }
 
-impl ZeroFactors {
-    pub(super) fn apply<M: Module>(model: M) -> (M, Companions) {
+impl<'a> ZeroFactors<'a> {
+    pub(super) fn apply<M: Module>(model: M, hosted: &'a [usize]) -> (M, Companions) {
         let mut mapper = Self {
             path: PathTracker::default(),
+            hosted,
             companions: Companions::new(),
         };
         let model = model.map(&mut mapper);
@@ -31,12 +34,16 @@ impl ZeroFactors {
     }
 }
 
-impl ModuleMapper for ZeroFactors {
+impl ModuleMapper for ZeroFactors<'_> {
     track_path!(path);
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         match self.path.place() {
-            Place::Shard { side: Some(_), .. } => {
+            Place::Shard {
+                name,
+                side: Some(_),
+                ..
+            } if self.hosted.contains(&name.index) => {
                 let (id, value, mapper) = param.consume();
                 let zeros = value.clone().inner().zeros_like();
                 let zeros = Settings::of(id, &value).restore(zeros);

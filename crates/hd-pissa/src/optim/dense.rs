@@ -20,29 +20,48 @@ pub(super) struct MeanGradients {
     pub(super) non_finite: Vec<(String, Tensor<1>)>,
 }
 
+/// The gradients of dense parameters, one after the other.
+pub(super) struct DenseGradients;
+
+impl DenseGradients {
+    /// Takes them out of each of `sets`: a row `[n]` in `f32` for each set, none for a model without
+    /// dense parameters. A parameter without a gradient in a set counts as zero there.
+    pub(super) fn take<M: Module>(model: &M, sets: &mut [GradientsParams]) -> Vec<Tensor<1>> {
+        let mut flatten = Flatten {
+            path: PathTracker::default(),
+            rows: vec![Vec::new(); sets.len()],
+            shards: sets,
+        };
+        model.visit(&mut flatten);
+        let rows = flatten.rows.into_iter().filter(|row| !row.is_empty());
+        rows.map(|row| Tensor::cat(row, 0)).collect()
+    }
+
+    /// The mean gradients of all dense parameters, given as one row.
+    pub(super) fn unflatten<M: Module>(model: &M, mean: Tensor<1>) -> MeanGradients {
+        let mut unflatten = Unflatten {
+            path: PathTracker::default(),
+            mean,
+            start: 0,
+            result: MeanGradients::default(),
+        };
+        model.visit(&mut unflatten);
+        unflatten.result
+    }
+}
+
 /// Takes the gradients of parameters outside the adapters out of `shards` and averages them over
-/// all shards of all workers, summing in the order of shards, in `f32`. A parameter without a
-/// gradient in some shard counts as zero there.
+/// all shards of all workers, summing in the order of shards, in `f32`.
 pub(super) fn mean_gradients<M: Module>(
     model: &M,
     shards: &mut [GradientsParams],
     layout: &ShardLayout,
     communicator: &dyn Communicator,
 ) -> Result<MeanGradients, OptimizerError> {
-    let mut flatten = Flatten {
-        path: PathTracker::default(),
-        rows: vec![Vec::new(); shards.len()],
-        shards,
-    };
-    model.visit(&mut flatten);
-    if flatten.rows[0].is_empty() {
+    let rows = DenseGradients::take(model, shards);
+    if rows.is_empty() {
         return Ok(MeanGradients::default());
     }
-    let rows: Vec<Tensor<1>> = flatten
-        .rows
-        .into_iter()
-        .map(|row| Tensor::cat(row, 0))
-        .collect();
     let rows = match communicator.num_workers() {
         1 => rows,
         workers => {
@@ -55,14 +74,8 @@ pub(super) fn mean_gradients<M: Module>(
     };
     let count = rows.len() as f64;
     let sum = rows.into_iter().reduce(|sum, row| sum + row);
-    let mut unflatten = Unflatten {
-        path: PathTracker::default(),
-        mean: sum.expect("there is a shard") / count,
-        start: 0,
-        result: MeanGradients::default(),
-    };
-    model.visit(&mut unflatten);
-    Ok(unflatten.result)
+    let mean = sum.expect("there is a shard") / count;
+    Ok(DenseGradients::unflatten(model, mean))
 }
 
 /// The path of a dense parameter. An adapted weight is none: it requires no gradient, or the step is

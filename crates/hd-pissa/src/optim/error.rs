@@ -7,6 +7,7 @@ use burn::tensor::DType;
 use hd_pissa_comm::CommError;
 
 use super::WireDtype;
+use crate::GradientMode;
 
 /// Why the optimizer refused to be built, to step or to load.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -80,6 +81,41 @@ pub enum OptimizerError {
         /// The shard whose factors have gradients.
         found: usize,
     },
+    /// Gradients were collected as the model's adapters do not take them.
+    #[error(
+        "the model's adapters were made with GradientMode::{model:?}: collect the gradients of a \
+         step with {}",
+        match model {
+            GradientMode::PerShard => "ShardGradients, shard by shard",
+            GradientMode::Shared => "SharedGradients, for all shards at once",
+        }
+    )]
+    OtherGradientMode {
+        /// The mode of the adapters.
+        model: GradientMode,
+    },
+    /// More or fewer micro-batches were pushed than announced.
+    #[error(
+        "{pushed} micro-batches were pushed, and SharedGradients::new was given {expected}; push each \
+         micro-batch of this worker once"
+    )]
+    WrongNumberOfMicroBatches {
+        /// Calls of `push`.
+        pushed: u64,
+        /// The number given to `new`.
+        expected: u64,
+    },
+    /// The workers cannot host the same number of shards each.
+    #[error(
+        "{workers} workers cannot host {shards} shards evenly; choose a number of shards that is a \
+         multiple of the number of workers"
+    )]
+    UnevenWorkers {
+        /// Number of shards.
+        shards: usize,
+        /// Number of workers.
+        workers: usize,
+    },
     /// A weight that carries an adapter requires gradients itself, as after `unfreeze()`.
     #[error(
         "`{path}` carries an adapter and requires gradients of its own; a step moves it through its \
@@ -104,12 +140,13 @@ pub enum OptimizerError {
     },
     /// Gradients were pushed of parameters that the collection does not know.
     #[error(
-        "the gradients pushed for shard {shard} hold {count} tensors of parameters that the model \
-         given to ShardGradients::new does not have"
+        "the gradients pushed{} hold {count} tensors of parameters that the model given to \
+         `new` does not have",
+        shard.map(|shard| format!(" for shard {shard}")).unwrap_or_default()
     )]
     UnknownGradients {
-        /// Index of the shard.
-        shard: usize,
+        /// Index of the shard, if they were pushed for one.
+        shard: Option<usize>,
         /// How many tensors.
         count: usize,
     },

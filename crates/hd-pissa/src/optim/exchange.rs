@@ -8,7 +8,6 @@ use hd_pissa_comm::{Communicator, PendingGather};
 use super::factors::{Factors, WeightFactors};
 use super::layout::ShardLayout;
 use super::{OptimizerError, WireDtype};
-use crate::message::Messages;
 
 /// What a worker says of some weights in a step.
 pub(super) struct OwnDeltas {
@@ -122,27 +121,4 @@ impl Deltas {
         let stale = counts.narrow(1, weights.len() * hosted, 1);
         self.stale.push(stale.flatten(0, 1));
     }
-}
-
-/// Compares what workers say of the same parameters.
-pub(super) fn compare(
-    fingerprints: &[(String, u64)],
-    factors: &Factors,
-    communicator: &dyn Communicator,
-) -> Result<(), OptimizerError> {
-    let own: Vec<u64> = fingerprints.iter().map(|&(_, value)| value).collect();
-    let gathered = Messages::new(communicator, factors.device()).gather(&own)?;
-    for (worker, theirs) in gathered.into_iter().enumerate() {
-        for ((path, ours), theirs) in fingerprints.iter().zip(theirs) {
-            if theirs != *ours {
-                return Err(OptimizerError::Drift {
-                    path: path.clone(),
-                    worker,
-                    ours: *ours,
-                    theirs,
-                });
-            }
-        }
-    }
-    Ok(())
 }

@@ -5,10 +5,13 @@ use std::ops::Range;
 use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::{DType, Device, Tensor};
 use burn_autodiff::NodeId;
+use hd_pissa_comm::Communicator;
 
 use super::OptimizerError;
 use super::packed::pack;
-use crate::adapter::path::{PathTracker, Place, Side, hash, shard_path};
+use crate::GradientMode;
+use crate::adapter::path::{PathTracker, Place, ShardName, Side, hash};
+use crate::hosting::hosted_shards;
 use crate::ops::{Rounding, StochasticKey, identity};
 
 /// A factor as a traversal finds it.
@@ -19,37 +22,45 @@ pub(super) struct Factor {
     pub(super) value: Tensor<2>,
 }
 
-/// The two factors of a hosted shard of one weight.
+/// The two factors of a shard of one weight.
 #[derive(Clone, Debug)]
 pub(super) struct ShardFactors {
-    pub(super) index: usize,
+    pub(super) name: ShardName,
     pub(super) a: Factor,
     pub(super) b: Factor,
 }
 
-/// The hosted shards of one weight, by ascending index.
+impl ShardFactors {
+    fn parts(&self) -> [(Side, &Factor); 2] {
+        [(Side::A, &self.a), (Side::B, &self.b)]
+    }
+}
+
+/// The shards of one weight, by ascending index.
 #[derive(Clone, Debug)]
 pub(super) struct WeightFactors {
     pub(super) path: String,
     /// The dtype of the weight itself.
     pub(super) dtype: DType,
+    /// Those that this worker hosts.
     pub(super) shards: Vec<ShardFactors>,
-    num_shards: usize,
+    /// Those whose factors the model has: all of them where they share gradients.
+    pub(super) known: Vec<ShardFactors>,
     /// Seed of stochastic rounding, if the adapter asks for it.
     pub(super) rounding_seed: Option<u64>,
 }
 
 impl WeightFactors {
     pub(super) fn d_input(&self) -> usize {
-        self.shards[0].a.value.dims()[0]
+        self.known[0].a.value.dims()[0]
     }
 
     pub(super) fn d_output(&self) -> usize {
-        self.shards[0].b.value.dims()[1]
+        self.known[0].b.value.dims()[1]
     }
 
     pub(super) fn rank(&self) -> usize {
-        self.shards[0].a.value.dims()[1]
+        self.known[0].a.value.dims()[1]
     }
 
     /// Values of `a` in a packed row, which come before those of `b`.
@@ -62,17 +73,19 @@ impl WeightFactors {
         self.rank() * (self.d_input() + self.d_output())
     }
 
-    /// The hosted factors, packed: `[hosted shards, row_len]`, without autodiff.
+    /// The factors of the hosted shards, packed: `[hosted shards, row_len]`, without autodiff.
     pub(super) fn packed(&self) -> Tensor<2> {
-        pack(self.shards.iter().map(|shard| {
-            let value = |factor: &Factor| factor.value.clone().inner();
-            (value(&shard.a), value(&shard.b))
-        }))
+        packed(&self.shards)
     }
 
-    /// Path of a shard of this weight's adapter.
-    pub(super) fn shard_path(&self, shard: usize) -> String {
-        shard_path(&self.path, shard, self.num_shards)
+    /// The factors that the model has, packed: `[known shards, row_len]`, without autodiff.
+    pub(super) fn known_packed(&self) -> Tensor<2> {
+        packed(&self.known)
+    }
+
+    /// Path of a factor.
+    pub(super) fn factor_path(&self, shard: ShardName, side: Side) -> String {
+        format!("{}.{}", shard.path(&self.path), side.name())
     }
 
     /// How optimizer step `step` is rounded to the weight, where no companion takes the rest.
@@ -87,9 +100,20 @@ impl WeightFactors {
         }
     }
 
-    fn hosted(&self) -> Vec<usize> {
-        self.shards.iter().map(|shard| shard.index).collect()
+    fn known_indices(&self) -> Vec<usize> {
+        self.known.iter().map(|shard| shard.name.index).collect()
     }
+
+    fn name(&self) -> ShardName {
+        self.known[0].name
+    }
+}
+
+fn packed(shards: &[ShardFactors]) -> Tensor<2> {
+    pack(shards.iter().map(|shard| {
+        let value = |factor: &Factor| factor.value.clone().inner();
+        (value(&shard.a), value(&shard.b))
+    }))
 }
 
 /// All factors of a model, in traversal order of the weights.
@@ -100,10 +124,16 @@ pub(super) struct Factors {
     pub(super) hosted: Vec<usize>,
     /// Number of shards over all workers.
     pub(super) num_shards: usize,
+    /// Which gradients the shards learn from, the same for every weight.
+    pub(super) gradients: GradientMode,
 }
 
 impl Factors {
-    pub(super) fn of<M: Module>(model: &M) -> Result<Self, OptimizerError> {
+    /// Those of `model`, on the worker of `communicator`.
+    pub(super) fn of<M: Module>(
+        model: &M,
+        communicator: &dyn Communicator,
+    ) -> Result<Self, OptimizerError> {
         let mut collector = Collector {
             path: PathTracker::default(),
             base: None,
@@ -115,14 +145,28 @@ impl Factors {
         if let Some(path) = collector.unfrozen {
             return Err(OptimizerError::UnfrozenWeight { path });
         }
-        let weights = collector.weights;
+        let mut weights = collector.weights;
         let Some(first) = weights.first() else {
             return Err(OptimizerError::NoAdapter);
         };
-        let hosted = first.hosted();
+        let known = first.known_indices();
+        let ShardName {
+            shards: num_shards,
+            gradients,
+            ..
+        } = first.name();
         for weight in &weights {
-            if weight.hosted() != hosted || weight.num_shards != first.num_shards {
-                let describe = |w: &WeightFactors| format!("{:?} of {}", w.hosted(), w.num_shards);
+            let name = weight.name();
+            if weight.known_indices() != known
+                || (name.shards, name.gradients) != (num_shards, gradients)
+            {
+                let describe = |w: &WeightFactors| {
+                    let (known, name) = (w.known_indices(), w.name());
+                    format!(
+                        "{known:?} of {} with {:?} gradients",
+                        name.shards, name.gradients
+                    )
+                };
                 return Err(OptimizerError::UnevenShards {
                     path: weight.path.clone(),
                     found: describe(weight),
@@ -130,30 +174,48 @@ impl Factors {
                 });
             }
         }
+        let hosted = hosted_shards(&known, gradients, communicator);
+        for weight in &mut weights {
+            let known = weight.known.iter();
+            let is_hosted = |shard: &&ShardFactors| hosted.contains(&shard.name.index);
+            weight.shards = known.filter(is_hosted).cloned().collect();
+        }
         Ok(Self {
-            hosted,
-            num_shards: first.num_shards,
             weights,
+            hosted,
+            num_shards,
+            gradients,
         })
     }
 
-    /// A hash of what is adapted and how: paths, shapes, dtypes, ranks and rounding. Equal on every
+    /// A hash of what is adapted and how: paths, shapes, dtypes, ranks, rounding and gradients. Equal on every
     /// worker of a run.
     pub(super) fn structure(&self) -> u64 {
         let weights = self.weights.iter().map(|w| {
             let (path, dtype, rank, seed) = (&w.path, w.dtype, w.rank(), w.rounding_seed);
             format!(
-                "{path} {}x{} {dtype:?} {rank} {seed:?}\n",
+                "{path} {}x{} {dtype:?} {rank} {seed:?} {:?}\n",
                 w.d_input(),
-                w.d_output()
+                w.d_output(),
+                w.name().gradients
             )
         });
         hash(&weights.collect::<String>())
     }
 
-    /// What tells the tensors of the factors from others, if anything does.
+    /// Path of a shard of the weight at position `weight`, hosted here or elsewhere.
+    pub(super) fn shard_path(&self, weight: usize, shard: usize) -> String {
+        let name = ShardName {
+            index: shard,
+            shards: self.num_shards,
+            gradients: self.gradients,
+        };
+        name.path(&self.weights[weight].path)
+    }
+
+    /// What tells the tensors of the known factors from others, if anything does.
     pub(super) fn identity(&self) -> Option<Vec<NodeId>> {
-        let factors = self.iter();
+        let factors = self.known();
         factors
             .map(|(_, _, _, factor)| identity(&factor.value))
             .collect()
@@ -161,7 +223,7 @@ impl Factors {
 
     /// The device of the factors, without autodiff.
     pub(super) fn device(&self) -> Device {
-        self.weights[0].shards[0].a.value.device().inner()
+        self.weights[0].known[0].a.value.device().inner()
     }
 
     /// The weights in at most `count` groups of neighbours, of about the same size.
@@ -181,12 +243,24 @@ impl Factors {
         groups
     }
 
-    /// Every factor, with the weight, the shard and the side it belongs to.
-    pub(super) fn iter(&self) -> impl Iterator<Item = (&WeightFactors, usize, Side, &Factor)> {
-        self.weights.iter().flat_map(|weight| {
-            weight.shards.iter().flat_map(move |shard| {
-                [(Side::A, &shard.a), (Side::B, &shard.b)]
-                    .map(|(side, factor)| (weight, shard.index, side, factor))
+    /// Every factor of the hosted shards, with the weight, the shard and the side it belongs to.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&WeightFactors, ShardName, Side, &Factor)> {
+        self.factors(|weight| &weight.shards)
+    }
+
+    /// Every factor that the model has.
+    pub(super) fn known(&self) -> impl Iterator<Item = (&WeightFactors, ShardName, Side, &Factor)> {
+        self.factors(|weight| &weight.known)
+    }
+
+    fn factors(
+        &self,
+        shards: fn(&WeightFactors) -> &[ShardFactors],
+    ) -> impl Iterator<Item = (&WeightFactors, ShardName, Side, &Factor)> {
+        self.weights.iter().flat_map(move |weight| {
+            shards(weight).iter().flat_map(move |shard| {
+                let parts = shard.parts();
+                parts.map(|(side, factor)| (weight, shard.name, side, factor))
             })
         })
     }
@@ -226,13 +300,12 @@ impl ModuleVisitor for Collector {
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let (weight, index, shards, side) = match self.path.place() {
+        let (weight, name, side) = match self.path.place() {
             Place::Shard {
                 weight,
-                index,
-                shards,
+                name,
                 side: Some(side),
-            } => (weight, index, shards, side),
+            } => (weight, name, side),
             Place::Other(path) => {
                 self.base = Some(Base {
                     path,
@@ -260,13 +333,13 @@ impl ModuleVisitor for Collector {
                         path: weight,
                         dtype: base.dtype,
                         shards: Vec::new(),
-                        num_shards: shards,
+                        known: Vec::new(),
                         rounding_seed: None,
                     });
                 }
                 let last = self.weights.last_mut().expect("just pushed");
                 let b = factor;
-                last.shards.push(ShardFactors { index, a, b });
+                last.known.push(ShardFactors { name, a, b });
             }
             (Side::B, None) => unreachable!("a shard's fields are visited in order: a, b"),
         }
@@ -288,12 +361,16 @@ mod tests {
             WeightFactors {
                 path: String::new(),
                 dtype: DType::F32,
-                shards: vec![ShardFactors {
-                    index: 0,
+                shards: Vec::new(),
+                known: vec![ShardFactors {
+                    name: ShardName {
+                        index: 0,
+                        shards: 1,
+                        gradients: GradientMode::PerShard,
+                    },
                     a: factor([size - 1, 1]),
                     b: factor([1, 1]),
                 }],
-                num_shards: 1,
                 rounding_seed: None,
             }
         };
@@ -301,6 +378,7 @@ mod tests {
             weights: sizes.iter().map(|&size| weight(size)).collect(),
             hosted: vec![0],
             num_shards: 1,
+            gradients: GradientMode::PerShard,
         };
         let even = factors(&[2, 6, 2, 6, 2, 6]);
         assert_eq!(even.groups(1).len(), 1);

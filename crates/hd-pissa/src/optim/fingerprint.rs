@@ -2,9 +2,10 @@
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{DType, Int, Tensor};
+use hd_pissa_comm::{Communicator, gather_integers};
 
+use super::OptimizerError;
 use super::factors::Factors;
-use super::frames::Frames;
 use crate::adapter::path::{PathTracker, Place, hash, track_path};
 use crate::ops;
 
@@ -22,16 +23,52 @@ impl Fingerprints {
         collect(model, |_, _| true)
     }
 
-    /// Of every parameter that a step moves, and of the frames that it is made with.
-    pub(super) fn of_step<M: Module>(model: &M, factors: &Factors, frames: &Frames) -> Self {
+    /// Of every parameter that a step moves, and of the packed frames of each weight that it is made
+    /// with.
+    pub(super) fn of_step<M: Module>(model: &M, factors: &Factors, frames: &[Tensor<2>]) -> Self {
         let mut found = collect(model, |path, trained| {
             trained || factors.weights.iter().any(|weight| weight.path == path)
         });
-        for (weight, frames) in factors.weights.iter().zip(frames.all()) {
-            let path = format!("{}.hd_pissa", weight.path);
-            found.push(path, ops::fingerprint(frames.clone()));
-        }
+        found.push_frames(factors, frames);
         found
+    }
+
+    /// Of the packed frames of each weight.
+    pub(super) fn of_frames(factors: &Factors, frames: &[Tensor<2>]) -> Self {
+        let mut found = Self::default();
+        found.push_frames(factors, frames);
+        found
+    }
+
+    fn push_frames(&mut self, factors: &Factors, frames: &[Tensor<2>]) {
+        for (weight, frames) in factors.weights.iter().zip(frames) {
+            let path = format!("{}.hd_pissa", weight.path);
+            self.push(path, ops::fingerprint(frames.clone()));
+        }
+    }
+
+    /// All of them, `[2 · n]`.
+    pub(super) fn words(&self) -> Tensor<1, Int> {
+        Tensor::cat(self.words.clone(), 0)
+    }
+
+    /// Compares them with those of the other workers. Every worker calls it at the same time.
+    pub(super) fn compare(self, communicator: &dyn Communicator) -> Result<(), OptimizerError> {
+        let found = self.read();
+        let own: Vec<u64> = found.iter().map(|&(_, value)| value).collect();
+        for (worker, theirs) in gather_integers(communicator, &own)?.into_iter().enumerate() {
+            for ((path, ours), theirs) in found.iter().zip(theirs) {
+                if theirs != *ours {
+                    return Err(OptimizerError::Drift {
+                        path: path.clone(),
+                        worker,
+                        ours: *ours,
+                        theirs,
+                    });
+                }
+            }
+        }
+        Ok(())
     }
 
     fn push(&mut self, path: String, words: Tensor<1, Int>) {
@@ -40,7 +77,7 @@ impl Fingerprints {
     }
 
     /// Reads them from the device, all at once.
-    pub(super) fn read(self) -> Vec<(String, u64)> {
+    fn read(self) -> Vec<(String, u64)> {
         if self.words.is_empty() {
             return Vec::new();
         }

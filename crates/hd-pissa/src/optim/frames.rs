@@ -6,32 +6,43 @@ use hd_pissa_comm::Communicator;
 
 use super::OptimizerError;
 use super::factors::Factors;
+use super::fingerprint::Fingerprints;
 use super::layout::ShardLayout;
 use super::packed::RowStatistics;
-use crate::ops;
+use crate::GradientMode;
 
 /// The frames of every weight, as its merges read them.
 pub(super) struct Frames {
     /// `[shards, row_len]` for each weight, rows by the index of the shard.
     packed: Vec<Tensor<2>>,
     statistics: Vec<RowStatistics>,
-    /// The tensors of this worker's factors that they were made from.
+    /// The tensors of the model's factors that they were made from.
     source: Option<Vec<NodeId>>,
     /// With several workers: fingerprints of this worker's frames, `[2 · weights]`.
     own: Option<Tensor<1, Int>>,
 }
 
 impl Frames {
-    /// Gathers the frames of all workers. Every worker calls it at the same time.
+    /// Learns the frames of all shards from all workers; where each worker has them, compares them.
+    /// Every worker calls it at the same time.
+    ///
+    /// # Errors
+    ///
+    /// [`OptimizerError::Drift`] for frames that differ, and those of the transport.
     pub(super) fn gather(
         factors: &Factors,
         layout: &ShardLayout,
         communicator: &dyn Communicator,
     ) -> Result<Self, OptimizerError> {
-        let own: Vec<Tensor<2>> = factors.weights.iter().map(|w| w.packed()).collect();
+        let own: Vec<Tensor<2>> = factors.weights.iter().map(|w| w.known_packed()).collect();
         let workers = communicator.num_workers();
-        let fingerprints = (workers > 1).then(|| fingerprints(own.iter().cloned()));
-        let packed = if workers == 1 {
+        let fingerprints = (workers > 1).then(|| Fingerprints::of_frames(factors, &own));
+        let words = fingerprints.as_ref().map(Fingerprints::words);
+        let is_shared = factors.gradients == GradientMode::Shared;
+        if let (true, Some(fingerprints)) = (is_shared, fingerprints) {
+            fingerprints.compare(communicator)?;
+        }
+        let packed = if workers == 1 || is_shared {
             own
         } else {
             let own = own.into_iter().map(|packed| packed.flatten(0, 1)).collect();
@@ -45,7 +56,7 @@ impl Frames {
             statistics: statistics.collect(),
             packed,
             source: factors.identity(),
-            own: fingerprints,
+            own: words,
         })
     }
 
@@ -59,7 +70,8 @@ impl Frames {
     pub(super) fn are_stale(&self, factors: &Factors) -> Tensor<1> {
         match &self.own {
             Some(own) if !self.are_of(factors) => {
-                let now = fingerprints(factors.weights.iter().map(|weight| weight.packed()));
+                let now: Vec<_> = factors.weights.iter().map(|w| w.known_packed()).collect();
+                let now = Fingerprints::of_frames(factors, &now).words();
                 let differ = now.not_equal(own.clone()).float().cast(DType::F32);
                 differ.sum()
             }
@@ -85,8 +97,4 @@ impl Frames {
     pub(super) fn all(&self) -> &[Tensor<2>] {
         &self.packed
     }
-}
-
-fn fingerprints(packed: impl Iterator<Item = Tensor<2>>) -> Tensor<1, Int> {
-    Tensor::cat(packed.map(ops::fingerprint).collect(), 0)
 }

@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use burn::module::{Module, ModuleVisitor, Param, ParamId};
+use burn::module::Module;
 use burn::optim::GradientsParams;
-use burn::tensor::Tensor;
 
 use super::OptimizerError;
 use super::factors::Factors;
+use super::shared::SharedGradients;
+use super::slots::Slots;
+use crate::GradientMode;
 
 /// The gradients of one step: a sum for each shard, over that shard's micro-batches.
 ///
@@ -37,7 +39,7 @@ use super::factors::Factors;
 /// model = optim.step(1e-4, model, gradients.into_mean()).unwrap();
 /// ```
 pub struct ShardGradients {
-    params: Vec<ParamSlot>,
+    slots: Slots,
     shards: BTreeMap<usize, ShardSum>,
 }
 
@@ -45,53 +47,15 @@ pub struct ShardGradients {
 struct ShardSum {
     sum: GradientsParams,
     micro_batches: usize,
-    /// Gradients of parameters that are not among `params`.
+    /// Gradients of parameters that the model does not have.
     unknown: usize,
-}
-
-/// A float parameter, with the operations that need its number of dimensions.
-#[derive(Clone, Copy)]
-struct ParamSlot {
-    id: ParamId,
-    add: fn(&mut GradientsParams, &mut GradientsParams, ParamId),
-    scale: fn(&mut GradientsParams, ParamId, f64),
-}
-
-fn add<const D: usize>(sum: &mut GradientsParams, new: &mut GradientsParams, id: ParamId) {
-    if let Some(new) = new.remove::<D>(id) {
-        let new = match sum.remove::<D>(id) {
-            Some(sum) => sum + new,
-            None => new,
-        };
-        sum.register(id, new);
-    }
-}
-
-fn scale<const D: usize>(sum: &mut GradientsParams, id: ParamId, factor: f64) {
-    if let Some(gradient) = sum.remove::<D>(id) {
-        sum.register(id, gradient * factor);
-    }
 }
 
 impl ShardGradients {
     /// An empty set of gradients for the parameters of `model`.
     pub fn new<M: Module>(model: &M) -> Self {
-        struct Slots(Vec<ParamSlot>);
-
-        impl ModuleVisitor for Slots {
-            fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-                self.0.push(ParamSlot {
-                    id: param.id,
-                    add: add::<D>,
-                    scale: scale::<D>,
-                });
-            }
-        }
-
-        let mut slots = Slots(Vec::new());
-        model.visit(&mut slots);
         Self {
-            params: slots.0,
+            slots: Slots::of(model),
             shards: BTreeMap::new(),
         }
     }
@@ -99,9 +63,7 @@ impl ShardGradients {
     /// Adds the gradients of one micro-batch to those of `shard`.
     pub fn push(&mut self, shard: usize, mut gradients: GradientsParams) {
         let entry = self.shards.entry(shard).or_default();
-        for slot in &self.params {
-            (slot.add)(&mut entry.sum, &mut gradients, slot.id);
-        }
+        self.slots.add(&mut entry.sum, &mut gradients);
         entry.unknown += gradients.len();
         entry.micro_batches += 1;
     }
@@ -114,9 +76,7 @@ impl ShardGradients {
         for entry in self.shards.values_mut() {
             if entry.micro_batches > 1 {
                 let factor = 1.0 / entry.micro_batches as f64;
-                for slot in &self.params {
-                    (slot.scale)(&mut entry.sum, slot.id, factor);
-                }
+                self.slots.scale(&mut entry.sum, factor);
                 entry.micro_batches = 1;
             }
         }
@@ -139,21 +99,35 @@ impl ShardGradients {
                 let entry = entry.ok_or(OptimizerError::MissingShard { shard })?;
                 match entry.unknown {
                     0 => complete(shard, entry.sum, factors),
-                    count => Err(OptimizerError::UnknownGradients { shard, count }),
+                    count => Err(OptimizerError::UnknownGradients {
+                        shard: Some(shard),
+                        count,
+                    }),
                 }
             })
             .collect()
     }
 }
 
-/// The gradients that a step takes: of one shard ([`GradientsParams`]) or of several
-/// ([`ShardGradients`]).
+/// The gradients that a step takes: of one micro-batch ([`GradientsParams`]), or of several
+/// ([`ShardGradients`] or [`SharedGradients`], by the model's
+/// [`GradientMode`](crate::GradientMode)).
 pub struct StepGradients(Source);
 
 enum Source {
-    /// Of one shard, which the gradients show.
+    /// Of one micro-batch. It is of one shard, which the gradients show, or of all.
     One(GradientsParams),
-    Several(ShardGradients),
+    PerShard(ShardGradients),
+    Shared(SharedGradients),
+}
+
+/// Gradients that fit a model.
+pub(super) enum Resolved {
+    /// Of each hosted shard, in the order of [`Factors::hosted`]: every factor of that shard has
+    /// one, and no factor of another.
+    PerShard(Vec<GradientsParams>),
+    /// The sum over so many micro-batches: every factor that the model has has one.
+    Shared(GradientsParams, u64),
 }
 
 impl From<GradientsParams> for StepGradients {
@@ -164,16 +138,39 @@ impl From<GradientsParams> for StepGradients {
 
 impl From<ShardGradients> for StepGradients {
     fn from(gradients: ShardGradients) -> Self {
-        Self(Source::Several(gradients))
+        Self(Source::PerShard(gradients))
+    }
+}
+
+impl From<SharedGradients> for StepGradients {
+    fn from(gradients: SharedGradients) -> Self {
+        Self(Source::Shared(gradients))
     }
 }
 
 impl StepGradients {
-    /// The gradients of each hosted shard, in the order of `factors.hosted`: every factor of that
-    /// shard has one, and no factor of another.
-    pub(super) fn resolve(self, factors: &Factors) -> Result<Vec<GradientsParams>, OptimizerError> {
-        match self.0 {
-            Source::Several(gradients) => gradients.resolve(factors),
+    pub(super) fn resolve(self, factors: &Factors) -> Result<Resolved, OptimizerError> {
+        match (factors.gradients, self.0) {
+            (GradientMode::PerShard, source) => source.per_shard(factors).map(Resolved::PerShard),
+            (GradientMode::Shared, Source::PerShard(_)) => Err(OptimizerError::OtherGradientMode {
+                model: GradientMode::Shared,
+            }),
+            (GradientMode::Shared, Source::One(gradients)) => shared(gradients, 1, factors),
+            (GradientMode::Shared, Source::Shared(gradients)) => {
+                let (sum, micro_batches) = gradients.finish()?;
+                shared(sum, micro_batches, factors)
+            }
+        }
+    }
+}
+
+impl Source {
+    fn per_shard(self, factors: &Factors) -> Result<Vec<GradientsParams>, OptimizerError> {
+        match self {
+            Source::PerShard(gradients) => gradients.resolve(factors),
+            Source::Shared(_) => Err(OptimizerError::OtherGradientMode {
+                model: GradientMode::PerShard,
+            }),
             Source::One(gradients) => {
                 let shards = shards_in(&gradients, factors);
                 let &[shard] = &shards[..] else {
@@ -188,6 +185,23 @@ impl StepGradients {
     }
 }
 
+/// `sum`, if no gradient of a factor is missing.
+fn shared(
+    sum: GradientsParams,
+    micro_batches: u64,
+    factors: &Factors,
+) -> Result<Resolved, OptimizerError> {
+    for (weight, shard, side, factor) in factors.known() {
+        if sum.get::<2>(factor.id).is_none() {
+            return Err(OptimizerError::MissingGradient {
+                shard: shard.index,
+                path: weight.factor_path(shard, side),
+            });
+        }
+    }
+    Ok(Resolved::Shared(sum, micro_batches))
+}
+
 /// `gradients`, if they are those of `shard` and none is missing.
 fn complete(
     shard: usize,
@@ -198,10 +212,10 @@ fn complete(
     if let Some(&found) = shards.iter().find(|&&found| found != shard) {
         return Err(OptimizerError::WrongShard { shard, found });
     }
-    let own = factors.iter().filter(|&(_, index, _, _)| index == shard);
-    for (weight, _, side, factor) in own {
+    let own = factors.iter().filter(|(_, name, ..)| name.index == shard);
+    for (weight, name, side, factor) in own {
         if gradients.get::<2>(factor.id).is_none() {
-            let path = format!("{}.{}", weight.shard_path(shard), side.name());
+            let path = weight.factor_path(name, side);
             return Err(OptimizerError::MissingGradient { shard, path });
         }
     }
@@ -213,7 +227,7 @@ fn shards_in(gradients: &GradientsParams, factors: &Factors) -> Vec<usize> {
     let mut shards: Vec<usize> = factors
         .iter()
         .filter(|(_, _, _, factor)| gradients.get::<2>(factor.id).is_some())
-        .map(|(_, shard, _, _)| shard)
+        .map(|(_, shard, ..)| shard.index)
         .collect();
     shards.sort_unstable();
     shards.dedup();

@@ -1,11 +1,10 @@
 //! Who hosts which shard, agreed on by all workers.
 
 use burn::tensor::Tensor;
-use hd_pissa_comm::Communicator;
+use hd_pissa_comm::{Communicator, gather_integers};
 
 use super::factors::{Factors, WeightFactors};
 use super::{OptimizerError, WireDtype};
-use crate::message::Messages;
 
 /// The shards of all workers.
 #[derive(Clone, Debug)]
@@ -35,7 +34,6 @@ impl ShardLayout {
         let order = if communicator.num_workers() == 1 {
             factors.hosted.clone()
         } else {
-            let messages = Messages::new(communicator, factors.device());
             let settings = [
                 (
                     "the version of hd-pissa, major · 10⁶ + minor · 10³ + patch,",
@@ -48,7 +46,7 @@ impl ShardLayout {
                     factors.weights.len() as u64,
                 ),
                 (
-                    "a fingerprint of paths, shapes, dtypes, ranks and rounding",
+                    "a fingerprint of paths, shapes, dtypes, ranks, rounding and gradients",
                     factors.structure(),
                 ),
                 ("a fingerprint of the model's parameters", model_hash()),
@@ -56,7 +54,7 @@ impl ShardLayout {
                 ("the number of gathers per step", gathers as u64),
             ];
             let own = settings.map(|(_, value)| value);
-            for (worker, theirs) in messages.gather(&own)?.into_iter().enumerate() {
+            for (worker, theirs) in gather_integers(communicator, &own)?.into_iter().enumerate() {
                 for (&(setting, ours), theirs) in settings.iter().zip(theirs) {
                     if theirs != ours {
                         return Err(OptimizerError::WorkerMismatch {
@@ -69,7 +67,8 @@ impl ShardLayout {
                 }
             }
             let hosted: Vec<u64> = factors.hosted.iter().map(|&shard| shard as u64).collect();
-            let gathered = messages.gather(&hosted)?.into_iter().flatten();
+            let gathered = gather_integers(communicator, &hosted)?;
+            let gathered = gathered.into_iter().flatten();
             gathered.map(|shard| shard as usize).collect()
         };
         let mut sorted = order.clone();
@@ -84,6 +83,11 @@ impl ShardLayout {
             order,
             structure: (factors.structure(), factors.hosted.clone()),
         })
+    }
+
+    /// The hosted shards of each worker, by the worker's index; as many of each.
+    pub(super) fn by_worker(&self, workers: usize) -> impl Iterator<Item = &[usize]> {
+        self.order.chunks(self.order.len() / workers)
     }
 
     /// Whether the workers agreed on adapters like these.

@@ -17,9 +17,13 @@ mod packed;
 mod probe;
 mod range;
 mod record;
+mod reduce;
+mod shared;
+mod slots;
 mod wire;
 
 pub use error::{OptimizerError, StepError};
 pub use gradients::{ShardGradients, StepGradients};
 pub use optimizer::HdPissaOptimizer;
+pub use shared::SharedGradients;
 pub use wire::WireDtype;

@@ -5,23 +5,25 @@ use std::num::{NonZeroU64, NonZeroUsize};
 use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
 use burn::module::{Module, ParamId};
 use burn::optim::{GradientsParams, ModuleOptimizer};
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor};
 use hd_pissa_comm::{Communicator, Traffic};
 
 use super::checks::{Checks, DenseCounts, Verdict};
 use super::clip::clip;
 use super::commit::{Commit, Companions, ZeroFactors};
 use super::dense::{DenseBefore, mean_gradients, non_finite_values};
-use super::exchange::{Deltas, OwnDeltas, PendingDeltas, compare};
+use super::exchange::{Deltas, OwnDeltas, PendingDeltas};
 use super::factors::{Factors, WeightFactors};
 use super::fingerprint::Fingerprints;
 use super::frames::Frames;
-use super::gradients::StepGradients;
+use super::gradients::{Resolved, StepGradients};
 use super::layout::{RunSettings, ShardLayout};
-use super::packed::{RowStatistics, pack};
+use super::packed::{RowStatistics, pack, sum_of};
 use super::probe::Probe;
 use super::range::Range;
+use super::reduce::reduce_shared;
 use super::{OptimizerError, StepError, WireDtype};
+use crate::GradientMode;
 use crate::ops::MergeInputs;
 
 /// Most of what more gathers gain (the book's chapter on workers); each is one more pass of the inner
@@ -68,9 +70,10 @@ pub struct HdPissaOptimizer {
     gathers: NonZeroUsize,
     /// What the workers have agreed on, and the frames of all shards.
     shared: Option<Box<(ShardLayout, Frames)>>,
-    /// Whether to measure updates, and the norm of the last one.
+    /// Whether to measure updates and gradients, and what was found in the last step.
     measure: bool,
     update_norm: Option<f64>,
+    gradient_norms: Vec<f64>,
     /// Steps taken, which stochastic rounding draws from.
     pub(super) steps: u64,
 }
@@ -111,13 +114,15 @@ impl HdPissaOptimizer {
             shared: None,
             measure: false,
             update_norm: None,
+            gradient_norms: Vec::new(),
             steps: 0,
         })
     }
 
     /// Scales each shard's factor gradients down to this global (2-)norm where it is larger.
     ///
-    /// The norm runs over all factors of one shard. Gradients of dense parameters, those outside the
+    /// The norm runs over all factors of one shard; with
+    /// [`GradientMode::Shared`](crate::GradientMode::Shared) over those of all shards. Gradients of dense parameters, those outside the
     /// adapters, are not clipped.
     ///
     /// # Errors
@@ -163,20 +168,27 @@ impl HdPissaOptimizer {
         self.communicator.traffic()
     }
 
-    /// Measures the norm of every update from now on; see [`update_norm`](Self::update_norm).
+    /// Measures the norms of every step's update and gradients from now on; see
+    /// [`update_norm`](Self::update_norm) and [`gradient_norms`](Self::gradient_norms).
     ///
-    /// The GPU backends compute it with every merge anyway; on Flex it costs about half of a merge
-    /// for each weight. No tensor of the weight's size is made.
-    pub fn with_update_norm(mut self) -> Self {
+    /// The GPU backends compute that of the update with every merge anyway; on Flex it costs about
+    /// half of a merge for each weight. No tensor of the weight's size is made.
+    pub fn with_norms(mut self) -> Self {
         self.measure = true;
         self
     }
 
     /// Frobenius norm of what the last step added to all adapted weights together, before rounding
-    /// to their dtype. `None` before the first step, and without
-    /// [`with_update_norm`](Self::with_update_norm).
+    /// to their dtype. `None` before the first step, and without [`with_norms`](Self::with_norms).
     pub fn update_norm(&self) -> Option<f64> {
         self.update_norm
+    }
+
+    /// Norms of the gradients of the last step, before clipping: for each shard that this worker
+    /// hosts, over all of its factors. Empty before the first step, and without
+    /// [`with_norms`](Self::with_norms).
+    pub fn gradient_norms(&self) -> &[f64] {
+        &self.gradient_norms
     }
 
     /// Number of steps taken, records included.
@@ -184,10 +196,12 @@ impl HdPissaOptimizer {
         self.steps
     }
 
-    /// Takes one step: Burn's call, with the gradients of one shard (`GradientsParams`) or of
-    /// several ([`ShardGradients`](crate::ShardGradients)).
+    /// Takes one step: Burn's call, with the gradients of one micro-batch (`GradientsParams`), of
+    /// several shards ([`ShardGradients`](crate::ShardGradients)), or of several micro-batches for
+    /// all shards ([`SharedGradients`](crate::SharedGradients)).
     ///
-    /// The gradients must cover every factor of every shard that this worker hosts. All workers step
+    /// The gradients must cover every factor of every shard that this worker hosts; of all shards
+    /// where these share gradients. All workers step
     /// together. Where no one else holds a weight's tensor it is updated in place; a clone of the
     /// model, a copy from `valid()` or a live graph keeps its values, and the step copies. Reads back
     /// from the device once.
@@ -225,6 +239,7 @@ impl HdPissaOptimizer {
             mut deltas,
             dense_counts: [dense_gradients, dense_values],
             ranges,
+            squared_gradients,
         } = prepared;
         let (layout, frames) = &mut **self.shared.as_mut().expect("agreed on before");
         let refuse = |stepped: M, cause| {
@@ -251,12 +266,16 @@ impl HdPissaOptimizer {
                         measure: self.measure,
                     }
                 });
-            match checks.read(&factors, squares) {
-                Ok(Verdict::Merged { squared_norm }) => {
+            match checks.read(&factors, squares, squared_gradients.clone()) {
+                Ok(Verdict::Merged {
+                    squared_norm,
+                    squared_gradients,
+                }) => {
                     frames.adopt(&factors);
                     self.inner = inner;
                     self.steps += 1;
                     self.update_norm = self.measure.then(|| squared_norm.sqrt());
+                    self.gradient_norms = squared_gradients.into_iter().map(f64::sqrt).collect();
                     return Ok(merged);
                 }
                 // Every worker comes to this, and the gate has kept the weights of all of them.
@@ -266,7 +285,7 @@ impl HdPissaOptimizer {
                         Err(cause) => return refuse(merged, cause),
                     };
                     deltas.stale_is_settled();
-                    (stepped, companions) = ZeroFactors::apply(merged);
+                    (stepped, companions) = ZeroFactors::apply(merged, &factors.hosted);
                 }
                 // The gate has kept the weights, and the frames are back.
                 Err(cause) => return refuse(merged, cause),
@@ -281,7 +300,7 @@ impl HdPissaOptimizer {
         model: &M,
         grads: StepGradients,
     ) -> Result<Prepared<M>, OptimizerError> {
-        let factors = Factors::of(model)?;
+        let factors = Factors::of(model, &*self.communicator)?;
         self.share(model, &factors)?;
         let (layout, frames) = &**self.shared.as_ref().expect("just shared");
         let communicator = &*self.communicator;
@@ -291,19 +310,32 @@ impl HdPissaOptimizer {
             .fingerprint_every
             .is_some_and(|every| self.steps > 0 && self.steps.is_multiple_of(every.get()));
         if due && workers > 1 {
-            let fingerprints = Fingerprints::of_step(model, &factors, frames);
-            compare(&fingerprints.read(), &factors, communicator)?;
+            Fingerprints::of_step(model, &factors, frames.all()).compare(communicator)?;
         }
 
-        let mut shards = grads.resolve(&factors)?;
+        let (mut shards, dense) = match grads.resolve(&factors)? {
+            Resolved::PerShard(mut shards) => {
+                let dense = mean_gradients(model, &mut shards, layout, communicator)?;
+                (shards, dense)
+            }
+            Resolved::Shared(sum, micro_batches) => {
+                reduce_shared(model, sum, micro_batches, &factors, layout, communicator)?
+            }
+        };
         let statistics = gradient_statistics(&shards, &factors);
         if let Some(max_norm) = self.max_grad_norm {
-            clip(&mut shards, &factors, &statistics, max_norm);
+            clip(
+                &mut shards,
+                &factors,
+                &statistics,
+                max_norm,
+                layout,
+                communicator,
+            )?;
         }
-        let dense = mean_gradients(model, &mut shards, layout, communicator)?;
 
         let mut inner = self.inner.clone();
-        let (mut stepped, companions) = ZeroFactors::apply(model.clone());
+        let (mut stepped, companions) = ZeroFactors::apply(model.clone(), &factors.hosted);
         let mut gradients = dense.gradients;
         let mut gathers = Vec::new();
         let groups = match workers {
@@ -314,7 +346,7 @@ impl HdPissaOptimizer {
         for group in factors.groups(groups) {
             take_gradients(&mut shards, &factors.weights[group.clone()], &mut gradients);
             stepped = inner.step(lr.clone(), stepped, std::mem::take(&mut gradients));
-            let moved = Factors::of(&stepped)?;
+            let moved = Factors::of(&stepped, communicator)?;
             let moved = moved.weights[group.clone()].iter();
             let counts = statistics[group.clone()].iter();
             let own = OwnDeltas {
@@ -332,6 +364,9 @@ impl HdPissaOptimizer {
         Ok(Prepared {
             dense_counts: [dense.non_finite, non_finite_values(&stepped)],
             ranges: Range::of_weights(model, &factors),
+            squared_gradients: self
+                .measure
+                .then(|| sum_of(&statistics, RowStatistics::squares)),
             stepped,
             companions,
             dense_before: DenseBefore::of(model),
@@ -355,6 +390,10 @@ impl HdPissaOptimizer {
                 shared.0
             }
             _ => {
+                let (shards, workers) = (factors.num_shards, communicator.num_workers());
+                if factors.gradients == GradientMode::Shared && !shards.is_multiple_of(workers) {
+                    return Err(OptimizerError::UnevenWorkers { shards, workers });
+                }
                 self.refuse_groups_that_read(factors)?;
                 let settings = RunSettings {
                     wire: self.wire,
@@ -371,10 +410,9 @@ impl HdPissaOptimizer {
 
     /// The probe of [`new`](Self::new) again, with the paths and ids that parameter groups match.
     fn refuse_groups_that_read(&self, factors: &Factors) -> Result<(), OptimizerError> {
-        let params = factors.iter().map(|(weight, shard, side, factor)| {
-            let path = format!("{}.{}", weight.shard_path(shard), side.name());
-            (path, factor.id)
-        });
+        let params = factors
+            .iter()
+            .map(|(weight, shard, side, factor)| (weight.factor_path(shard, side), factor.id));
         match Probe::new(&factors.device(), params).reads_parameter(&self.inner) {
             Some(path) => Err(OptimizerError::ReadsParameter { path: Some(path) }),
             None => Ok(()),
@@ -401,6 +439,8 @@ struct Prepared<M> {
     /// Bad values in the gradients of dense parameters, and in the stepped parameters themselves.
     dense_counts: [DenseCounts; 2],
     ranges: Vec<Range>,
+    /// Of each hosted shard's gradients, `[hosted shards]`, if norms are wanted.
+    squared_gradients: Option<Tensor<1>>,
 }
 
 /// What is known of each weight's gradients, over the hosted shards.

@@ -18,6 +18,26 @@ pub(super) fn pack(pairs: impl Iterator<Item = (Tensor<2>, Tensor<2>)>) -> Tenso
     all.reshape([shards, len])
 }
 
+/// The pair `(a, b)` of a row `[1, row_len]`.
+pub(super) fn unpack(row: Tensor<2>, d_input: usize, rank: usize) -> (Tensor<2>, Tensor<2>) {
+    let [_, len] = row.dims();
+    let split = d_input * rank;
+    let a = row.clone().narrow(1, 0, split).reshape([d_input, rank]);
+    let d_output = (len - split) / rank;
+    let b = row.narrow(1, split, len - split);
+    (a, b.reshape([rank, d_output]))
+}
+
+/// The sum over all weights of one of their statistics, `[shards]`.
+pub(super) fn sum_of(
+    statistics: &[RowStatistics],
+    of: fn(&RowStatistics) -> Tensor<1>,
+) -> Tensor<1> {
+    let sums = statistics.iter().map(of);
+    sums.reduce(|sum, squares| sum + squares)
+        .expect("there is a weight")
+}
+
 /// What a step must know of a packed matrix, on its device.
 #[derive(Clone, Debug)]
 pub(super) struct RowStatistics(Tensor<2>);

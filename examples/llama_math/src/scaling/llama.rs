@@ -6,7 +6,7 @@ use burn::module::Module;
 use burn::optim::{AdamConfig, GradientsParams};
 use burn::tensor::Device;
 use hd_pissa::comm::Solo;
-use hd_pissa::{HdPissaModule, HdPissaOptimizer, ShardGradients};
+use hd_pissa::{GradientMode, HdPissaModule, HdPissaOptimizer, ShardGradients};
 use serde::Serialize;
 
 use super::cost::{Sample, StepTime, Work};
@@ -129,6 +129,7 @@ impl LlamaScaling {
             shards,
             alpha: None,
             targets: None,
+            gradients: GradientMode::PerShard,
         };
         let base = checkpoint.load(&autodiff)?;
         let start = Instant::now();

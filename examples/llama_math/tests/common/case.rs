@@ -98,7 +98,7 @@ impl Case {
     }
 
     pub fn command(&self, further: &[&str]) -> Command {
-        let mut command = Command::new(std::env::current_exe().unwrap());
+        let mut command = this_binary();
         prepare(&mut command, &self.arguments(further));
         // Where an output is written whose place fails.
         command.current_dir(self.root.path());
@@ -160,6 +160,9 @@ impl Case {
     }
 }
 
+/// Options of a run whose shards all learn from its 8 micro-batches per step.
+pub const SHARED: [&str; 4] = ["--gradients", "shared", "--accumulation", "8"];
+
 #[derive(PartialEq)]
 pub struct Run {
     pub weights: Vec<u8>,
@@ -170,6 +173,16 @@ pub struct Run {
 pub fn assert_same(run: &Run, reference: &Run) {
     assert_eq!(run.steps, reference.steps);
     assert!(run.weights == reference.weights, "the weights differ");
+}
+
+/// This binary, with the signals that end programs in force: under `nohup` a hang-up is ignored, and
+/// child processes inherit that.
+pub fn this_binary() -> Command {
+    let mut command = Command::new("env");
+    command
+        .arg("--default-signal=HUP,INT,TERM")
+        .arg(std::env::current_exe().unwrap());
+    command
 }
 
 /// The arguments after which this binary is `program`.

@@ -1,0 +1,43 @@
+//! Which shards a worker hosts: whose moments it keeps, and whose deltas it computes.
+
+use std::ops::Range;
+
+use hd_pissa_comm::Communicator;
+
+use crate::GradientMode;
+
+/// Of the shards whose factors a worker's model has, those that it hosts.
+pub(crate) fn hosted_shards(
+    known: &[usize],
+    gradients: GradientMode,
+    communicator: &dyn Communicator,
+) -> Vec<usize> {
+    let share = match gradients {
+        GradientMode::PerShard => return known.to_vec(),
+        GradientMode::Shared => share(
+            known.len(),
+            communicator.worker_index(),
+            communicator.num_workers(),
+        ),
+    };
+    known[share].to_vec()
+}
+
+/// The part of `count` things that falls to a worker, in the order of workers. Parts differ in size by
+/// 1 at most.
+fn share(count: usize, worker: usize, workers: usize) -> Range<usize> {
+    count * worker / workers..count * (worker + 1) / workers
+}
+
+#[cfg(test)]
+mod tests {
+    use super::share;
+
+    #[test]
+    fn shares_are_a_partition() {
+        for (count, workers) in [(8, 1), (8, 4), (8, 3), (2, 5), (0, 2)] {
+            let all = (0..workers).flat_map(|worker| share(count, worker, workers));
+            assert!(all.eq(0..count), "{count} over {workers}");
+        }
+    }
+}

@@ -1,0 +1,484 @@
+//! Shards that learn from every micro-batch: the same as one wide shard, on any layout of workers.
+
+use std::path::Path;
+use std::time::Duration;
+
+use burn::module::{Module, ModuleMapper, Param, ParamGroup};
+use burn::optim::{AdamConfig, GradientsParams, ModuleOptimizer};
+use burn::tensor::{Device, Tensor, TensorData};
+use hd_pissa::checkpoint::{Checkpoints, Snapshot};
+use hd_pissa::comm::{Communicator, Solo, Traffic, thread_group};
+use hd_pissa::{
+    GradientMode, HdPissaConfig, HdPissaError, HdPissaModule, HdPissaOptimizer, OptimizerError,
+    ShardGradients, SharedGradients, WireDtype,
+};
+use hd_pissa_tests::{Dense, Lean, base, bits, normal, relative_error, values};
+
+const SHARDS: usize = 4;
+const RANK: usize = 2;
+const STEPS: usize = 5;
+
+fn config() -> HdPissaConfig {
+    HdPissaConfig::new()
+        .with_rank(RANK)
+        .with_shards(SHARDS)
+        .with_gradients(GradientMode::Shared)
+}
+
+fn adam() -> ModuleOptimizer {
+    AdamConfig::new().with_epsilon(1e-8).init()
+}
+
+/// `micro_batches` for each of the steps.
+fn data(device: &Device, micro_batches: usize) -> Vec<Vec<Tensor<2>>> {
+    (0..STEPS)
+        .map(|_| {
+            (0..micro_batches)
+                .map(|_| normal([5, 13], device))
+                .collect()
+        })
+        .collect()
+}
+
+fn loss(model: &Lean, batch: &Tensor<2>) -> Tensor<1> {
+    model.forward(batch.clone()).square().mean()
+}
+
+fn shared_gradients(model: &Lean, batches: &[Tensor<2>]) -> SharedGradients {
+    let mut gradients = SharedGradients::new(model, batches.len());
+    for batch in batches {
+        let of_batch = loss(model, batch).backward();
+        gradients.push(GradientsParams::from_grads(of_batch, model));
+    }
+    gradients
+}
+
+fn parameters(model: &Lean) -> Vec<TensorData> {
+    vec![
+        bits(&base(&model.first.weight)),
+        bits(&base(&model.second.weight)),
+        bits(&model.first.bias.as_ref().unwrap().val()),
+    ]
+}
+
+fn with_bias(model: Lean) -> Lean {
+    model.set_require_grad_group(ParamGroup::from_path("first.bias"), true)
+}
+
+/// What differs between the runs of a layout test.
+#[derive(Clone, Copy, Default)]
+struct Settings {
+    wire: WireDtype,
+    clip: Option<f64>,
+    shards: usize,
+}
+
+/// A worker's training from step `first` on, with its part of the micro-batches. From a step above 0
+/// it starts from the checkpoint in `folder`; up to a step below the last it writes one there.
+fn train(
+    start: &Lean,
+    data: &[Vec<Tensor<2>>],
+    communicator: impl Communicator + 'static,
+    settings: Settings,
+    steps: std::ops::Range<usize>,
+    folder: Option<&Path>,
+) -> Vec<TensorData> {
+    let (worker, workers) = (communicator.worker_index(), communicator.num_workers());
+    let config = config().with_shards(settings.shards);
+    let model = start
+        .clone()
+        .apply_hd_pissa_shared(&config, 0..settings.shards, &communicator)
+        .unwrap();
+    let mut model = with_bias(model);
+    let mut optim = HdPissaOptimizer::new(adam(), communicator)
+        .unwrap()
+        .with_wire_dtype(settings.wire);
+    if let Some(clip) = settings.clip {
+        optim = optim.with_max_grad_norm(clip).unwrap();
+    }
+    if steps.start > 0 {
+        let found = Checkpoints::new(folder.unwrap()).latest().unwrap();
+        let checkpoint = found.checkpoint.unwrap();
+        model = checkpoint.restore(model).unwrap();
+        let state = checkpoint.optimizer(&model, optim.communicator()).unwrap();
+        optim = optim.from_bytes(state).unwrap();
+    }
+    for batches in &data[steps.clone()] {
+        let part = batches.len() / workers;
+        let own = &batches[worker * part..(worker + 1) * part];
+        let gradients = shared_gradients(&model, own);
+        model = optim.step(1e-2, model, gradients).unwrap();
+    }
+    if steps.end < STEPS {
+        let state = optim.to_bytes().unwrap();
+        let snapshot = Snapshot::new(steps.end as u64, &model, state);
+        let checkpoints = Checkpoints::new(folder.unwrap());
+        checkpoints.save(&snapshot, optim.communicator()).unwrap();
+    }
+    parameters(&model)
+}
+
+/// The same on several threads, whose results must be equal.
+fn train_on_workers(
+    workers: usize,
+    start: &Lean,
+    data: &[Vec<Tensor<2>>],
+    settings: Settings,
+    steps: std::ops::Range<usize>,
+    folder: Option<&Path>,
+) -> Vec<TensorData> {
+    if workers == 1 {
+        return train(start, data, Solo, settings, steps, folder);
+    }
+    let group = thread_group(workers, Duration::from_secs(60));
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = group
+            .into_iter()
+            .map(|communicator| {
+                let (start, steps) = (start.clone(), steps.clone());
+                scope.spawn(move || train(&start, data, communicator, settings, steps, folder))
+            })
+            .collect();
+        let mut results = workers.into_iter().map(|worker| worker.join().unwrap());
+        let first = results.next().unwrap();
+        assert!(results.all(|other| other == first));
+        first
+    })
+}
+
+#[test]
+fn shards_that_share_gradients_train_like_one_wide_shard() {
+    let device = Device::flex().autodiff();
+    let start = Lean::new(&device);
+    let data = data(&device, 4);
+    let wide = config()
+        .with_gradients(GradientMode::PerShard)
+        .with_rank(RANK * SHARDS)
+        .with_shards(1);
+
+    let apply = |config: &HdPissaConfig| {
+        let model = start.clone().apply_hd_pissa(config, 0..config.shards);
+        let optim = HdPissaOptimizer::new(adam(), Solo).unwrap();
+        (with_bias(model.unwrap()), optim)
+    };
+    let (mut one, mut one_optim) = apply(&wide);
+    let (mut many, mut many_optim) = apply(&config());
+    for batches in &data {
+        let mut gradients = ShardGradients::new(&one);
+        for batch in batches {
+            let of_batch = loss(&one, batch).backward();
+            gradients.push(0, GradientsParams::from_grads(of_batch, &one));
+        }
+        one = one_optim.step(1e-2, one, gradients.into_mean()).unwrap();
+        let gradients = shared_gradients(&many, batches);
+        many = many_optim.step(1e-2, many, gradients).unwrap();
+    }
+    for (one, many, start) in [
+        (&one.first, &many.first, &start.first),
+        (&one.second, &many.second, &start.second),
+    ] {
+        let start = start.weight.val().inner();
+        let [one, many] = [one, many].map(|layer| base(&layer.weight) - start.clone());
+        let error = relative_error(many, one);
+        assert!(error < 1e-5, "{error}");
+    }
+    let [one, many] = [one, many].map(|model| model.first.bias.unwrap().val());
+    assert!(relative_error(many, one) < 1e-5);
+}
+
+/// Of a forward pass for all shards, each shard gets the gradients that a pass of its own gives it, of
+/// lean layers and of Burn's.
+#[test]
+fn one_pass_serves_all_shards() {
+    let device = Device::flex().autodiff();
+    let dense = Dense::new(&device);
+    let lean = Lean::from(dense.clone());
+    let batch = normal([7, 13], &device);
+
+    let per_shard_config = config().with_gradients(GradientMode::PerShard);
+    let mut per_shard = lean
+        .clone()
+        .apply_hd_pissa(&per_shard_config, 0..SHARDS)
+        .unwrap();
+    let lean = lean.apply_hd_pissa(&config(), 0..SHARDS).unwrap();
+    let dense = dense.apply_hd_pissa(&config(), 0..SHARDS).unwrap();
+    let of_lean = GradientsParams::from_grads(loss(&lean, &batch).backward(), &lean);
+    let of_dense = dense.forward(batch.clone()).square().mean().backward();
+    let of_dense = GradientsParams::from_grads(of_dense, &dense);
+
+    let value = loss(&lean, &batch).into_scalar::<f32>();
+    for shard in 0..SHARDS {
+        per_shard = per_shard.select_shard(shard);
+        let of_shard = loss(&per_shard, &batch);
+        assert_eq!(of_shard.clone().into_scalar::<f32>(), value);
+        let of_shard = GradientsParams::from_grads(of_shard.backward(), &per_shard);
+        for layer in [&per_shard.first, &per_shard.second] {
+            let adapter = layer
+                .weight
+                .reparameterization::<hd_pissa::HdPissaAdapter>();
+            let shard = &adapter.unwrap().shards[shard];
+            for id in [shard.a.id, shard.b.id] {
+                let expected = of_shard.get::<2>(id).unwrap();
+                assert!(values(expected.clone()).iter().any(|&x| x != 0.0));
+                for found in [&of_lean, &of_dense] {
+                    let error = relative_error(found.get::<2>(id).unwrap(), expected.clone());
+                    assert!(error < 1e-5, "{error}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn powers_of_two_of_workers_give_the_same_bits() {
+    let device = Device::flex().autodiff();
+    let start = Lean::new(&device);
+    for micro_batches in [4, 12] {
+        let data = data(&device, micro_batches);
+        for (wire, clip) in [
+            (WireDtype::F32, None),
+            (WireDtype::F32, Some(1e-3)),
+            (WireDtype::Bf16, None),
+        ] {
+            let settings = Settings {
+                wire,
+                clip,
+                shards: SHARDS,
+            };
+            let [one, two, four] = [1, 2, 4]
+                .map(|workers| train_on_workers(workers, &start, &data, settings, 0..STEPS, None));
+            assert_eq!(one, two);
+            assert_eq!(one, four);
+        }
+    }
+}
+
+#[test]
+fn other_numbers_of_workers_agree_to_rounding() {
+    let device = Device::flex().autodiff();
+    let start = Lean::new(&device);
+    let data = data(&device, 6);
+    let settings = Settings {
+        shards: 3,
+        ..Settings::default()
+    };
+    let [one, three] =
+        [1, 3].map(|workers| train_on_workers(workers, &start, &data, settings, 0..STEPS, None));
+    let start = values(start.first.weight.val());
+    let change = |data: &TensorData| -> Vec<f32> {
+        let values = data.iter::<f32>().zip(&start);
+        values.map(|(end, start)| end - start).collect()
+    };
+    let (one, three) = (change(&one[0]), change(&three[0]));
+    let largest = one.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+    let differences = one.iter().zip(&three).map(|(a, b)| (a - b).abs());
+    let worst = differences.fold(0.0f32, f32::max);
+    assert!(worst < 1e-4 * largest, "{worst} of {largest}");
+}
+
+#[test]
+fn a_checkpoint_resumes_on_any_number_of_workers() {
+    let device = Device::flex().autodiff();
+    let start = Lean::new(&device);
+    let data = data(&device, 4);
+    let settings = Settings {
+        shards: SHARDS,
+        ..Settings::default()
+    };
+    let uninterrupted = train_on_workers(1, &start, &data, settings, 0..STEPS, None);
+    for (before, after) in [(1, 4), (4, 1), (2, 4), (4, 2)] {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = Some(folder.path());
+        train_on_workers(before, &start, &data, settings, 0..3, folder);
+        let resumed = train_on_workers(after, &start, &data, settings, 3..STEPS, folder);
+        assert_eq!(resumed, uninterrupted, "{before} workers, then {after}");
+    }
+}
+
+/// In a step a worker sends the gradients of the shards that others host, and the deltas of its own.
+#[test]
+fn the_traffic_of_a_step_is_as_documented() {
+    const WORKERS: usize = 2;
+    let device = Device::flex().autodiff();
+    let start = Lean::new(&device);
+    let data = data(&device, 2);
+    let group = thread_group(WORKERS, Duration::from_secs(60));
+    let measured: Vec<Traffic> = std::thread::scope(|scope| {
+        let workers: Vec<_> = group
+            .into_iter()
+            .map(|communicator| {
+                let (start, data) = (start.clone(), &data);
+                scope.spawn(move || {
+                    let worker = communicator.worker_index();
+                    let mut model = start.apply_hd_pissa(&config(), 0..SHARDS).unwrap();
+                    let mut optim = HdPissaOptimizer::new(adam(), communicator)
+                        .unwrap()
+                        .with_fingerprint_every(None);
+                    let step = |model: Lean, optim: &mut HdPissaOptimizer| {
+                        let gradients = shared_gradients(&model, &data[0][worker..=worker]);
+                        optim.step(1e-3, model, gradients).unwrap()
+                    };
+                    // The first step agrees on the layout too.
+                    model = step(model, &mut optim);
+                    let before = optim.traffic();
+                    step(model, &mut optim);
+                    let after = optim.traffic();
+                    Traffic {
+                        sent: after.sent - before.sent,
+                        received: after.received - before.received,
+                    }
+                })
+            })
+            .collect();
+        let workers = workers.into_iter().map(|worker| worker.join().unwrap());
+        workers.collect()
+    });
+    // Values of all shards.
+    let factors = (SHARDS * RANK * ((13 + 17) + (17 + 11))) as u64;
+    let gradients = 4 * factors * (WORKERS as u64 - 1) / WORKERS as u64;
+    let deltas = 4 * factors / WORKERS as u64 * (WORKERS as u64 - 1);
+    // A count for each weight and hosted shard and whether frames are stale, for each of two groups of
+    // weights; the number of micro-batches, behind the name of the call.
+    let (weights, hosted) = (2, (SHARDS / WORKERS) as u64);
+    let checks = 4 * (weights * hosted + 2) + 8 + "gather_integers ".len() as u64;
+    for traffic in measured {
+        assert_eq!(traffic.sent, gradients + deltas + checks);
+        assert_eq!(traffic.received, gradients + deltas + checks);
+    }
+}
+
+#[test]
+fn gradients_that_do_not_fit_are_refused() {
+    let device = Device::flex().autodiff();
+    let start = Lean::new(&device);
+    let batch = normal([5, 13], &device);
+    let per_shard = config().with_gradients(GradientMode::PerShard);
+
+    let hosted = start.clone().apply_hd_pissa(&config(), 0..2).unwrap_err();
+    assert!(matches!(hosted, HdPissaError::SharedNeedsAllShards { .. }));
+
+    let shared = start.clone().apply_hd_pissa(&config(), 0..SHARDS).unwrap();
+    let own = start.clone().apply_hd_pissa(&per_shard, 0..SHARDS).unwrap();
+    let mut optim = HdPissaOptimizer::new(adam(), Solo).unwrap();
+
+    let gradients = ShardGradients::new(&shared);
+    let refused = optim.step(1e-3, shared, gradients).err().unwrap();
+    let mode = GradientMode::Shared;
+    assert_eq!(
+        refused.cause,
+        OptimizerError::OtherGradientMode { model: mode }
+    );
+    let shared = refused.model;
+
+    let gradients = shared_gradients(&own, std::slice::from_ref(&batch));
+    let refused = optim.step(1e-3, own, gradients).err().unwrap();
+    let mode = GradientMode::PerShard;
+    assert_eq!(
+        refused.cause,
+        OptimizerError::OtherGradientMode { model: mode }
+    );
+    let own = refused.model;
+
+    for pushed in [1, 3] {
+        let mut gradients = SharedGradients::new(&shared, 2);
+        for _ in 0..pushed {
+            let of_batch = loss(&shared, &batch).backward();
+            gradients.push(GradientsParams::from_grads(of_batch, &shared));
+        }
+        let refused = optim.step(1e-3, shared.clone(), gradients).err().unwrap();
+        let expected = OptimizerError::WrongNumberOfMicroBatches {
+            pushed,
+            expected: 2,
+        };
+        assert_eq!(refused.cause, expected);
+    }
+
+    // Gradients of another model, and of a model in validation.
+    let gradients = SharedGradients::new(&shared, 1);
+    let mut foreign = gradients;
+    let of_batch =
+        GradientsParams::from_grads(loss(&own.select_shard(1), &batch).backward(), &shared);
+    foreign.push(of_batch);
+    let refused = optim.step(1e-3, shared, foreign).err().unwrap();
+    assert!(matches!(
+        refused.cause,
+        OptimizerError::MissingGradient { .. }
+    ));
+}
+
+#[test]
+#[should_panic(expected = "every forward pass serves all of them")]
+fn no_shard_is_selected_where_all_are() {
+    let device = Device::flex().autodiff();
+    let model = Lean::new(&device).apply_hd_pissa(&config(), 0..SHARDS);
+    model.unwrap().select_shard(0);
+}
+
+/// The first step of each of `workers` workers, whose models and configurations may differ.
+fn first_steps(
+    workers: usize,
+    model: impl Fn(usize) -> Lean + Sync,
+) -> Vec<Result<(), OptimizerError>> {
+    let group = thread_group(workers, Duration::from_secs(60));
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = group
+            .into_iter()
+            .enumerate()
+            .map(|(worker, communicator)| {
+                let model = &model;
+                scope.spawn(move || {
+                    let model = model(worker);
+                    let mut optim = HdPissaOptimizer::new(adam(), communicator).unwrap();
+                    let batch = Tensor::ones([5, 13], &Device::flex().autodiff());
+                    let gradients = shared_gradients(&model, &[batch]);
+                    let stepped = optim.step(1e-3, model, gradients);
+                    stepped.map(|_| ()).map_err(|error| error.cause)
+                })
+            })
+            .collect();
+        let workers = workers.into_iter().map(|worker| worker.join().unwrap());
+        workers.collect()
+    })
+}
+
+#[test]
+fn workers_that_do_not_divide_the_shards_are_refused() {
+    let start = Lean::new(&Device::flex().autodiff());
+    let model = |_| start.clone().apply_hd_pissa(&config(), 0..SHARDS).unwrap();
+    for result in first_steps(3, model) {
+        let expected = OptimizerError::UnevenWorkers {
+            shards: SHARDS,
+            workers: 3,
+        };
+        assert_eq!(result, Err(expected));
+    }
+}
+
+/// Each worker knows the frames of all shards. They must be the same.
+#[test]
+fn frames_that_differ_between_workers_are_refused() {
+    struct Scale(f64);
+
+    impl ModuleMapper for Scale {
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            match param.is_require_grad() {
+                true => {
+                    param.map(|value| Tensor::from_inner(value.inner() * self.0).require_grad())
+                }
+                false => param,
+            }
+        }
+    }
+
+    let start = Lean::new(&Device::flex().autodiff());
+    let model = |worker: usize| {
+        let model = start.clone().apply_hd_pissa(&config(), 0..SHARDS).unwrap();
+        model.map(&mut Scale(1.0 + worker as f64))
+    };
+    for result in first_steps(2, model) {
+        assert!(
+            matches!(result, Err(OptimizerError::Drift { .. })),
+            "{result:?}"
+        );
+    }
+}
