@@ -6,20 +6,23 @@ use burn::tensor::{Device, Int, Tensor};
 
 use super::path::{COMPANION, shard_name, stochastic_name};
 use crate::ops::adapter_weight;
+use crate::windows::FrameChoice;
+use crate::{FrameScale, Windows};
 
-/// One shard of an adapter: a window of principal components of the weight.
+/// One shard of an adapter: a window of principal components of the weight, or of what
+/// [`Windows`] says.
 ///
 /// The factors are fixed frames. They take gradients, but an optimizer step moves the weight and
 /// leaves them as they are.
 #[derive(Debug, Module)]
 pub struct HdPissaShard {
-    /// Left factor `U_k · √Σ_k`, `[d_input, rank]`, `f32`.
+    /// Left factor, `U_k · √Σ_k` unless [`FrameScale`] says otherwise, `[d_input, rank]`, `f32`.
     pub a: Param<Tensor<2>>,
-    /// Right factor `√Σ_k · V_kᵀ`, `[rank, d_output]`, `f32`.
+    /// Right factor, `√Σ_k · V_kᵀ` likewise, `[rank, d_output]`, `f32`.
     pub b: Param<Tensor<2>>,
     /// Whether gradients of the next forward pass go to this shard.
     pub selected: Param<Flag>,
-    /// Index `k` of the shard: the window of components `k·rank .. (k+1)·rank`.
+    /// Index `k` of the shard, which says which window is its own; see [`Windows`].
     pub index: usize,
 }
 
@@ -30,13 +33,19 @@ pub struct HdPissaShard {
 /// chose receives the gradients.
 ///
 /// Parameter paths are `{weight}.hd_pissa.shard_{k}_of_{K}.a` and `.b`, and
-/// `{weight}.hd_pissa.companion`.
+/// `{weight}.hd_pissa.companion`. Windows other than the leading ones and frames of unit scale are part
+/// of the shard's name, such as `shard_{k}_of_{K}_random_7_unit`: records of one choice do not
+/// load into another.
 #[derive(Clone, Debug)]
 pub struct HdPissaAdapter {
     /// The hosted shards, by ascending index.
     pub shards: Vec<HdPissaShard>,
     /// Number of shards `K` over all workers.
     pub num_shards: usize,
+    /// Which directions of the weight the shards hold.
+    pub windows: Windows,
+    /// How long the vectors of the frames are.
+    pub frame_scale: FrameScale,
     /// Gradient scale `s = alpha / rank`.
     pub scale: f64,
     /// 16 more bits of every element of a half-precision weight, with
@@ -52,6 +61,12 @@ impl HdPissaAdapter {
     /// The shard that gradients go to, if any: none in validation mode.
     pub fn selected(&self) -> Option<&HdPissaShard> {
         self.shards.iter().find(|shard| shard.selected.is_enabled())
+    }
+
+    /// Name of a shard in parameter paths.
+    fn shard_name(&self, index: usize) -> String {
+        let (windows, scale) = (self.windows, self.frame_scale);
+        shard_name(index, self.num_shards, FrameChoice { windows, scale })
     }
 
     fn map_parts(
@@ -91,7 +106,7 @@ const CONTAINER: &str = "Struct:HdPissaAdapter";
 impl Module for HdPissaAdapter {
     fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
         for shard in &self.shards {
-            let name = shard_name(shard.index, self.num_shards);
+            let name = self.shard_name(shard.index);
             visitor.enter_module(&name, CONTAINER);
             shard.visit(visitor);
             visitor.exit_module(&name, CONTAINER);
@@ -108,12 +123,11 @@ impl Module for HdPissaAdapter {
         }
     }
 
-    fn map<M: ModuleMapper>(self, mapper: &mut M) -> Self {
-        let num_shards = self.num_shards;
-        let shards = self.shards.into_iter();
+    fn map<M: ModuleMapper>(mut self, mapper: &mut M) -> Self {
+        let shards = std::mem::take(&mut self.shards).into_iter();
         let shards = shards
             .map(|shard| {
-                let name = shard_name(shard.index, num_shards);
+                let name = self.shard_name(shard.index);
                 mapper.enter_module(&name, CONTAINER);
                 let shard = shard.map(mapper);
                 mapper.exit_module(&name, CONTAINER);
@@ -166,6 +180,8 @@ impl ModuleDisplayDefault for HdPissaAdapter {
     fn content(&self, content: Content) -> Option<Content> {
         content
             .add("num_shards", &self.num_shards)
+            .add_formatted(&format!("windows: {:?}", self.windows))
+            .add_formatted(&format!("frame_scale: {:?}", self.frame_scale))
             .add("scale", &self.scale)
             .add("companion", &self.companion.is_some())
             .add("shards", &self.shards)

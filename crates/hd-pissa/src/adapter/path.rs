@@ -1,6 +1,7 @@
 use burn::module::{ParamId, Reparameterization};
 
 use super::HdPissaAdapter;
+use crate::windows::FrameChoice;
 
 /// Container type that Burn announces when a traversal enters an attached reparameterization.
 pub(crate) const REPARAMETERIZATION: &str = "Reparameterization";
@@ -21,18 +22,19 @@ impl Side {
     }
 }
 
-/// Name of a shard in parameter paths: `shard_3_of_8`.
+/// Name of a shard in parameter paths: `shard_3_of_8`, or `shard_3_of_8_spread_unit` where the frames
+/// are not those of the published method.
 ///
-/// Traversals see names, ids and tensors, but no plain field of an adapter. The index and the
-/// number of shards are part of the name so that the optimizer, records and other workers know
-/// which window of principal components a factor belongs to.
-pub(crate) fn shard_name(index: usize, shards: usize) -> String {
-    format!("shard_{index}_of_{shards}")
+/// Traversals see names, ids and tensors, but no plain field of an adapter. The index, the number of
+/// shards and the choice of frames are part of the name so that the optimizer, records and other
+/// workers know which directions of the weight a factor holds.
+pub(crate) fn shard_name(index: usize, shards: usize, frames: FrameChoice) -> String {
+    format!("shard_{index}_of_{shards}{frames}")
 }
 
 /// Path of a shard of the adapter of a weight.
-pub(crate) fn shard_path(weight: &str, index: usize, shards: usize) -> String {
-    let (adapter, shard) = (HdPissaAdapter::NAME, shard_name(index, shards));
+pub(crate) fn shard_path(weight: &str, index: usize, shards: usize, frames: FrameChoice) -> String {
+    let (adapter, shard) = (HdPissaAdapter::NAME, shard_name(index, shards, frames));
     format!("{weight}.{adapter}.{shard}")
 }
 
@@ -46,9 +48,11 @@ pub(crate) fn stochastic_name(seed: u64) -> String {
 
 const STOCHASTIC: &str = "stochastic_";
 
-fn parse_shard_name(name: &str) -> Option<(usize, usize)> {
-    let (index, shards) = name.strip_prefix("shard_")?.split_once("_of_")?;
-    Some((index.parse().ok()?, shards.parse().ok()?))
+fn parse_shard_name(name: &str) -> Option<(usize, usize, FrameChoice)> {
+    let (index, rest) = name.strip_prefix("shard_")?.split_once("_of_")?;
+    let (shards, frames) = rest.split_at(rest.find('_').unwrap_or(rest.len()));
+    let frames = FrameChoice::parse(frames)?;
+    Some((index.parse().ok()?, shards.parse().ok()?, frames))
 }
 
 /// Id of a factor: the same in every process that gives the model the same paths.
@@ -79,6 +83,7 @@ pub(crate) enum Place {
         weight: String,
         index: usize,
         shards: usize,
+        frames: FrameChoice,
         /// `None` at the shard's flag.
         side: Option<Side>,
     },
@@ -125,10 +130,11 @@ impl PathTracker {
             return Place::Companion { weight };
         }
         match part.and_then(parse_shard_name) {
-            Some((index, shards)) => Place::Shard {
+            Some((index, shards, frames)) => Place::Shard {
                 weight,
                 index,
                 shards,
+                frames,
                 side: match self.stack.get(depth + 2).map(String::as_str) {
                     Some("a") => Some(Side::A),
                     Some("b") => Some(Side::B),
@@ -164,6 +170,7 @@ pub(crate) use track_path;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{FrameScale, Windows};
 
     #[test]
     fn factors_are_told_from_lookalikes() {
@@ -181,7 +188,7 @@ mod tests {
         );
         for (name, container) in [
             ("hd_pissa", REPARAMETERIZATION),
-            ("shard_11_of_16", "Struct:HdPissaAdapter"),
+            ("shard_11_of_16_trailing_unit", "Struct:HdPissaAdapter"),
             ("b", "Struct:HdPissaShard"),
         ] {
             tracker.enter(name, container);
@@ -192,6 +199,10 @@ mod tests {
                 weight: "hd_pissa.shard_0_of_2.weight".into(),
                 index: 11,
                 shards: 16,
+                frames: FrameChoice {
+                    windows: Windows::Trailing,
+                    scale: FrameScale::Unit,
+                },
                 side: Some(Side::B)
             }
         );

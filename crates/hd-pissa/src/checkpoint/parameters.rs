@@ -9,6 +9,7 @@ use burn_pack::{HEADER_SIZE, Header, Reader, Writer};
 
 use super::{CheckpointError, files};
 use crate::adapter::path::{PathTracker, Place, track_path};
+use crate::windows::FrameChoice;
 
 /// A parameter as a traversal shows it.
 pub(super) struct Parameter {
@@ -23,6 +24,8 @@ pub(super) struct Parameters {
     pub(super) all: Vec<Parameter>,
     /// 0 without HD-PiSSA adapters.
     pub(super) shards: usize,
+    /// The frames of its first adapter.
+    pub(super) frames: FrameChoice,
 }
 
 impl Parameters {
@@ -33,6 +36,7 @@ impl Parameters {
             parameters: Self {
                 all: Vec::new(),
                 shards: 0,
+                frames: FrameChoice::published(),
             },
         };
         model.visit(&mut collector);
@@ -110,7 +114,15 @@ impl Collector {
         data: impl Fn() -> burn::tensor::TensorData + Send + Sync + 'static,
     ) {
         let shard = match self.path.place() {
-            Place::Shard { index, shards, .. } => {
+            Place::Shard {
+                index,
+                shards,
+                frames,
+                ..
+            } => {
+                if self.parameters.shards == 0 {
+                    self.parameters.frames = frames;
+                }
                 self.parameters.shards = shards;
                 Some(index)
             }

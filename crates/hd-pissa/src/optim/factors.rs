@@ -8,8 +8,9 @@ use burn_autodiff::NodeId;
 
 use super::OptimizerError;
 use super::packed::pack;
-use crate::adapter::path::{PathTracker, Place, Side, hash, shard_path};
+use crate::adapter::path::{PathTracker, Place, Side, hash, shard_name, shard_path};
 use crate::ops::{Rounding, StochasticKey, identity};
+use crate::windows::FrameChoice;
 
 /// A factor as a traversal finds it.
 #[derive(Clone, Debug)]
@@ -35,6 +36,7 @@ pub(super) struct WeightFactors {
     pub(super) dtype: DType,
     pub(super) shards: Vec<ShardFactors>,
     num_shards: usize,
+    pub(super) frames: FrameChoice,
     /// Seed of stochastic rounding, if the adapter asks for it.
     pub(super) rounding_seed: Option<u64>,
 }
@@ -72,7 +74,12 @@ impl WeightFactors {
 
     /// Path of a shard of this weight's adapter.
     pub(super) fn shard_path(&self, shard: usize) -> String {
-        shard_path(&self.path, shard, self.num_shards)
+        shard_path(&self.path, shard, self.num_shards, self.frames)
+    }
+
+    /// Name of a shard of this weight's adapter, the last but one of a factor's path.
+    pub(super) fn shard_name(&self, shard: usize) -> String {
+        shard_name(shard, self.num_shards, self.frames)
     }
 
     /// How optimizer step `step` is rounded to the weight, where no companion takes the rest.
@@ -137,15 +144,16 @@ impl Factors {
         })
     }
 
-    /// A hash of what is adapted and how: paths, shapes, dtypes, ranks and rounding. Equal on every
-    /// worker of a run.
+    /// A hash of what is adapted and how: paths, shapes, dtypes, ranks, frames and rounding. Equal on
+    /// every worker of a run.
     pub(super) fn structure(&self) -> u64 {
         let weights = self.weights.iter().map(|w| {
             let (path, dtype, rank, seed) = (&w.path, w.dtype, w.rank(), w.rounding_seed);
             format!(
-                "{path} {}x{} {dtype:?} {rank} {seed:?}\n",
+                "{path} {}x{} {dtype:?} {rank}{} {seed:?}\n",
                 w.d_input(),
-                w.d_output()
+                w.d_output(),
+                w.frames
             )
         });
         hash(&weights.collect::<String>())
@@ -226,13 +234,14 @@ impl ModuleVisitor for Collector {
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let (weight, index, shards, side) = match self.path.place() {
+        let (weight, index, shards, frames, side) = match self.path.place() {
             Place::Shard {
                 weight,
                 index,
                 shards,
+                frames,
                 side: Some(side),
-            } => (weight, index, shards, side),
+            } => (weight, index, shards, frames, side),
             Place::Other(path) => {
                 self.base = Some(Base {
                     path,
@@ -261,6 +270,7 @@ impl ModuleVisitor for Collector {
                         dtype: base.dtype,
                         shards: Vec::new(),
                         num_shards: shards,
+                        frames,
                         rounding_seed: None,
                     });
                 }
@@ -294,6 +304,7 @@ mod tests {
                     b: factor([1, 1]),
                 }],
                 num_shards: 1,
+                frames: FrameChoice::published(),
                 rounding_seed: None,
             }
         };

@@ -36,6 +36,7 @@ impl ShardLayout {
             factors.hosted.clone()
         } else {
             let messages = Messages::new(communicator, factors.device());
+            let [windows, seed, scale] = factors.weights[0].frames.numbers();
             let settings = [
                 (
                     "the version of hd-pissa, major · 10⁶ + minor · 10³ + patch,",
@@ -47,8 +48,11 @@ impl ShardLayout {
                     "the number of adapted weights",
                     factors.weights.len() as u64,
                 ),
+                windows,
+                seed,
+                scale,
                 (
-                    "a fingerprint of paths, shapes, dtypes, ranks and rounding",
+                    "a fingerprint of paths, shapes, dtypes, ranks, frames and rounding",
                     factors.structure(),
                 ),
                 ("a fingerprint of the model's parameters", model_hash()),
