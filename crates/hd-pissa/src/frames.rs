@@ -11,7 +11,7 @@ use crate::{FrameScale, HdPissaConfig, HdPissaError, SvdMethod, Windows};
 
 /// The frames of all shards of a weight.
 #[derive(Debug)]
-pub(crate) struct Frames {
+pub(crate) struct WeightFrames {
     /// Directions `[d_input, shards · rank]`, shard by shard.
     u: Mat<f64>,
     /// Directions `[d_output, shards · rank]`, shard by shard.
@@ -25,7 +25,7 @@ pub(crate) struct Frames {
     pub(crate) energy: Vec<f64>,
 }
 
-impl Frames {
+impl WeightFrames {
     /// Those that `config` asks for, of shards of rank `rank`.
     pub(crate) fn compute(
         path: &str,
@@ -158,7 +158,8 @@ impl Frames {
     }
 }
 
-/// What [`Frames::energy`] would be, and the errors of [`Frames::compute`], without singular vectors.
+/// What [`WeightFrames::energy`] would be, and the errors of [`WeightFrames::compute`], without
+/// singular vectors.
 pub(crate) fn energy(
     path: &str,
     weight: &Tensor<2>,
@@ -167,7 +168,7 @@ pub(crate) fn energy(
 ) -> Result<Vec<f64>, HdPissaError> {
     let n = weight.dims().into_iter().min().unwrap_or(0);
     let Some(components) = config.windows.components(config.shards, rank, n) else {
-        return Ok(Frames::compute(path, weight, rank, config)?.energy);
+        return Ok(WeightFrames::compute(path, weight, rank, config)?.energy);
     };
     let weight = HostMatrix::read(path, weight)?;
     let values = singular_values(path, &weight, config.svd)?;
@@ -262,7 +263,7 @@ mod tests {
             let weight = Tensor::<2>::random([rows, cols], Distribution::Default, &device);
             let count = rows.min(cols);
             let method = SvdMethod::Exact(SvdPrecision::F64);
-            let frames = Frames::leading("w", &weight, method, count, 4.0);
+            let frames = WeightFrames::leading("w", &weight, method, count, 4.0);
             // A random matrix is seldom, but not never, close to one of a lower rank.
             prop_assume!(frames.is_ok());
             let (a, b) = frames.unwrap().window(0);

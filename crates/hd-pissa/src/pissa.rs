@@ -6,7 +6,7 @@ use burn::config::Config;
 use burn::module::{LoraAdapter, Module, Param, ParamGroup, Reparameterizer};
 use burn::tensor::{Tensor, TensorData};
 
-use crate::frames::Frames;
+use crate::frames::WeightFrames;
 use crate::plan::Selection;
 use crate::{HdPissaError, SvdMethod, SvdPrecision};
 
@@ -58,7 +58,7 @@ impl Pissa {
         let mut parts = HashMap::with_capacity(targets.len());
         for target in targets {
             let (path, rank) = (&target.path, target.rank);
-            let frames = Frames::leading(path, &target.weight, config.svd, rank, scale)?;
+            let frames = WeightFrames::leading(path, &target.weight, config.svd, rank, scale)?;
             let (a, b) = frames.window(0);
             let [d_input, d_output] = target.weight.dims();
             let options = (&target.weight.device(), target.weight.dtype());

@@ -70,9 +70,9 @@ pub enum FrameScale {
     /// The same for all: `a = √σ̄ U_k`, `b = √σ̄ V_kᵀ` with the root-mean-square singular value
     /// `σ̄ = ‖W‖_F / √min(d_input, d_output)`.
     ///
-    /// A component may have the singular value zero. Its direction would be arbitrary: the frames
-    /// then take random directions, the same on every machine, of those on which the weight is
-    /// zero.
+    /// A component may have the singular value zero. Its direction would be arbitrary, so that the
+    /// frames take random directions out of those on which the weight is zero. They depend on the
+    /// weight, its path and nothing else.
     Unit,
 }
 

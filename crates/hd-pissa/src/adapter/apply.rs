@@ -10,7 +10,7 @@ use hd_pissa_comm::Communicator;
 use super::module::{HdPissaAdapter, HdPissaShard};
 use super::path::{Side, companion_id, factor_id};
 use super::select::select_shard;
-use crate::frames::Frames;
+use crate::frames::WeightFrames;
 use crate::parallel;
 use crate::plan::Target;
 use crate::{HdPissaConfig, HdPissaError, MergePrecision};
@@ -120,10 +120,10 @@ pub(super) fn frames(
     targets: &[Target],
     index: usize,
     config: &HdPissaConfig,
-) -> Result<(Frames, LayerProgress), HdPissaError> {
+) -> Result<(WeightFrames, LayerProgress), HdPissaError> {
     let start = Instant::now();
     let target = &targets[index];
-    let frames = Frames::compute(&target.path, &target.weight, target.rank, config)?;
+    let frames = WeightFrames::compute(&target.path, &target.weight, target.rank, config)?;
     let layer = LayerProgress {
         index,
         total: targets.len(),

@@ -7,7 +7,7 @@ use hd_pissa_comm::{CommError, Communicator, Disagreement, Failure, agree, all_o
 
 use super::apply::{Selected, adapter, frames};
 use super::{HdPissa, LayerProgress};
-use crate::frames::Frames;
+use crate::frames::WeightFrames;
 use crate::plan::Target;
 use crate::{HdPissaConfig, HdPissaError};
 
@@ -91,7 +91,7 @@ fn by_falling_cost(targets: &[Target]) -> Vec<usize> {
 }
 
 /// The factors of every shard, one after the other: `a`, then `b`.
-fn flatten(frames: &Frames, shards: usize) -> Vec<f32> {
+fn flatten(frames: &WeightFrames, shards: usize) -> Vec<f32> {
     (0..shards)
         .flat_map(|shard| {
             let (a, b) = frames.window(shard);

@@ -388,6 +388,9 @@ impl HdPissaOptimizer {
 
     /// Moments belong to the directions that they were collected in.
     fn refuse_record_of_others(&mut self, factors: &Factors) -> Result<(), OptimizerError> {
+        if self.recorded.is_empty() {
+            return Ok(());
+        }
         for (weight, shard, _, factor) in factors.iter() {
             let given = weight.shard_name(shard);
             let recorded = self.recorded.get(&factor.id.val());
