@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use burn::module::Module;
 use burn::tensor::Device;
+use hd_pissa::{FrameScale, Windows};
 use serde::{Deserialize, Serialize};
 
 use crate::batch::FeedConfig;
@@ -195,6 +196,8 @@ impl Comparison {
                 method,
                 rank: self.rank,
                 shards: self.shards,
+                windows: Windows::Leading,
+                frame_scale: FrameScale::Balanced,
                 alpha: None,
                 targets: None,
             },
