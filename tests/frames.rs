@@ -517,22 +517,25 @@ fn shares_out_of_reach() {
     let (n, m) = (48.0, 16.0);
     let weight = random(rows, cols, &device);
     let svd = weight.thin_svd().unwrap();
-    let (u, v) = (svd.U(), svd.V());
-    // Of rank 12 in the leading directions: with its singular vectors, and in any pairs of them.
-    let aligned = |middle: Mat<f64>| u.subcols(0, 12) * middle * v.subcols(0, 12).transpose();
+    // Of 12 components, the first of which is `start`.
+    let aligned = |start: usize, middle: Mat<f64>| {
+        let (u, v) = (svd.U().subcols(start, 12), svd.V().subcols(start, 12));
+        u * middle * v.transpose()
+    };
     let generic = (1.0 - m / rows as f64) * (1.0 - m / cols as f64);
-    // Of the 12 leading components, spread windows hold every third.
+    // Of 12 neighbours, spread windows hold every third.
     let kept = 1.0 - m / n;
-    for (windows, [of_diagonal, of_full]) in [
-        (Windows::Leading, [0.0, 0.0]),
-        (Windows::Spread, [kept, kept * kept]),
-        (Windows::Trailing, [1.0, 1.0]),
-        (RANDOM, [generic, generic]),
+    let spread = [kept, kept * kept];
+    // The leading 12 components and the trailing 12, each with itself and in any pairs.
+    for (windows, leading, trailing) in [
+        (Windows::Leading, [0.0; 2], [1.0; 2]),
+        (Windows::Spread, spread, spread),
+        (Windows::Trailing, [1.0; 2], [0.0; 2]),
+        (RANDOM, [generic; 2], [generic; 2]),
     ] {
         let config = config(rank, shards, (windows, FrameScale::Unit));
-        let model = layer(&weight, &device)
-            .apply_hd_pissa(&config, 0..shards)
-            .unwrap();
+        let model = layer(&weight, &device);
+        let model = model.apply_hd_pissa(&config, 0..shards).unwrap();
         let mean_share = |draw: &dyn Fn() -> Mat<f64>| {
             let share = |change: Mat<f64>| {
                 out_of_reach(&model, &change).squared_norm_l2() / change.squared_norm_l2()
@@ -549,13 +552,12 @@ fn shares_out_of_reach() {
             Windows::Random { .. } => 0.15,
             _ => 0.03,
         };
-        let share = mean_share(&|| aligned(diagonal(&[1.0; 12])));
-        assert!(
-            (share - of_diagonal).abs() < tolerance,
-            "{windows:?}: {share}"
-        );
-        let share = mean_share(&|| aligned(random(12, 12, &device)));
-        assert!((share - of_full).abs() < tolerance, "{windows:?}: {share}");
+        for (start, [of_pairs, of_all]) in [(0, leading), (36, trailing)] {
+            let share = mean_share(&|| aligned(start, diagonal(&[1.0; 12])));
+            assert!((share - of_pairs).abs() < tolerance, "{windows:?}: {share}");
+            let share = mean_share(&|| aligned(start, random(12, 12, &device)));
+            assert!((share - of_all).abs() < tolerance, "{windows:?}: {share}");
+        }
     }
 }
 
