@@ -8,7 +8,8 @@ use burn::prelude::*;
 use hd_pissa::comm::{Communicator, Solo, thread_group};
 use hd_pissa::ops::adapter_linear;
 use hd_pissa::{
-    HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaModule, HdPissaOptimizer, ShardGradients,
+    GradientMode, HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaModule, HdPissaOptimizer,
+    ShardGradients, SharedGradients,
 };
 use hd_pissa_tests::{assert_close, base, bits, normal};
 
@@ -83,6 +84,34 @@ fn quick_start() -> Result {
             .is_none()
     );
     assert_ne!(bits(&base(&trained.up.weight)), before);
+    Ok(())
+}
+
+#[test]
+fn shared_gradients() -> Result {
+    let device = Device::flex().autodiff();
+    let model = Mlp::new(&device);
+    let adam = AdamConfig::new().with_epsilon(1e-8).init();
+    let mut optim = HdPissaOptimizer::new(adam, Solo)?;
+
+    // ANCHOR: shared
+    let config = HdPissaConfig::new()
+        .with_rank(2)
+        .with_shards(4)
+        .with_gradients(GradientMode::Shared);
+    let mut model = model.apply_hd_pissa(&config, 0..4)?;
+
+    // One step of two micro-batches.
+    let mut gradients = SharedGradients::new(&model, 2);
+    for _micro_batch in 0..2 {
+        let x = batch(&device);
+        let loss = (model.forward(x.clone()) - x).square().mean();
+        gradients.push(GradientsParams::from_grads(loss.backward(), &model));
+    }
+    model = optim.step(1e-4, model, gradients)?;
+    // ANCHOR_END: shared
+    assert_eq!(optim.steps(), 1);
+    drop(model);
     Ok(())
 }
 

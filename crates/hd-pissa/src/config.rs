@@ -3,6 +3,8 @@
 use burn::config::Config;
 use burn::module::ParamGroup;
 
+use crate::{FrameScale, Windows};
+
 /// Floating-point precision of the singular value decomposition.
 #[derive(Config, Debug, Copy, PartialEq, Eq)]
 pub enum SvdPrecision {
@@ -99,6 +101,12 @@ pub struct HdPissaConfig {
     /// Ranks that differ from `rank`; of several that match a weight the last one counts.
     #[config(default = "Vec::new()")]
     pub target_ranks: Vec<TargetRank>,
+    /// Which directions of a weight its shards hold.
+    #[config(default = "Windows::Leading")]
+    pub windows: Windows,
+    /// How long the vectors of the frames are. [`Windows::Random`] takes [`FrameScale::Unit`] alone.
+    #[config(default = "FrameScale::Balanced")]
+    pub frame_scale: FrameScale,
     /// How principal components are computed.
     #[config(default = "SvdMethod::Exact(SvdPrecision::F32)")]
     pub svd: SvdMethod,

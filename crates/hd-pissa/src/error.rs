@@ -52,6 +52,15 @@ pub enum HdPissaError {
         /// The value given.
         alpha: f64,
     },
+    /// Random directions have no singular values that frames could be scaled by.
+    #[error(
+        "windows are Random {{ seed: {seed} }} and frame_scale is Balanced, but random directions \
+         have no singular values to balance; set frame_scale to Unit"
+    )]
+    BalancedRandom {
+        /// The seed of the windows.
+        seed: u64,
+    },
     /// A parameter already carries a reparameterization, and Burn does not nest them.
     #[error(
         "`{path}` already carries the reparameterization `{name}`; materialize() the model first"
@@ -107,14 +116,16 @@ pub enum HdPissaError {
     #[error(
         "`{path}` has the numeric rank {numeric_rank}, but its shards need {needed} principal \
          components: the factors of the last ones would be rounding noise; give it a lower rank \
-         with target_ranks, take fewer shards, or leave it out of the targets"
+         with target_ranks, take fewer shards, leave it out of the targets, or set frame_scale to \
+         Unit"
     )]
     RankDeficient {
         /// Path of the weight.
         path: String,
         /// Number of singular values above `max(d_input, d_output) · 2⁻²³` of the largest one.
         numeric_rank: usize,
-        /// Number of shards times rank.
+        /// The last component that a shard holds, counted from 1: with leading windows the number
+        /// of shards times rank.
         needed: usize,
     },
     /// The singular value decomposition did not converge.

@@ -27,8 +27,8 @@
 //! | `W` | the base of a `Param<Tensor<2>>` | `[d_input, d_output]` | the pre-trained weight; Burn's layout, the transpose of PyTorch's |
 //! | `K` | `shards`, [`HdPissaConfig::shards`] | | number of shards, over all workers |
 //! | `r` | `rank`, [`HdPissaConfig::rank`] | | rank of each shard's factors |
-//! | `A_k` | `a`, [`HdPissaShard::a`] | `[d_input, rank]` | left factor `U_k √Σ_k` of shard `k` |
-//! | `B_k` | `b`, [`HdPissaShard::b`] | `[rank, d_output]` | right factor `√Σ_k V_kᵀ` of shard `k` |
+//! | `A_k` | `a`, [`HdPissaShard::a`] | `[d_input, rank]` | left factor of shard `k`, `U_k √Σ_k` unless [`Windows`] and [`FrameScale`] say otherwise |
+//! | `B_k` | `b`, [`HdPissaShard::b`] | `[rank, d_output]` | right factor of shard `k`, `√Σ_k V_kᵀ` likewise |
 //! | `ΔA_k`, `ΔB_k` | deltas | as the factors | what the inner optimizer adds to a factor in a step |
 //! | `α` | `alpha`, [`HdPissaConfig::alpha`] | | numerator of the gradient scale |
 //! | | `scale`, [`HdPissaAdapter::scale`] | | gradient scale `alpha / rank` |
@@ -46,9 +46,12 @@
 #![forbid(unsafe_code)]
 
 mod adapter;
+mod basis;
 pub mod checkpoint;
 mod config;
 mod error;
+mod frames;
+mod host;
 mod hosting;
 mod linear;
 pub mod ops;
@@ -58,6 +61,7 @@ mod pissa;
 mod plan;
 mod settings;
 mod svd;
+mod windows;
 
 pub use hd_pissa_comm as comm;
 
@@ -74,3 +78,4 @@ pub use optim::{
 pub use parallel::side_by_side;
 pub use pissa::{Pissa, PissaConfig, PissaModule};
 pub use plan::{HdPissaPlan, LeftOut, LeftOutReason, PlannedWeight};
+pub use windows::{FrameScale, Windows};

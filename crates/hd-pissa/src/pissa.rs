@@ -6,8 +6,8 @@ use burn::config::Config;
 use burn::module::{LoraAdapter, Module, Param, ParamGroup, Reparameterizer};
 use burn::tensor::{Tensor, TensorData};
 
+use crate::frames::WeightFrames;
 use crate::plan::Selection;
-use crate::svd::TruncatedSvd;
 use crate::{HdPissaError, SvdMethod, SvdPrecision};
 
 /// Configuration of PiSSA, a baseline: one low-rank adapter that starts at the principal
@@ -57,8 +57,9 @@ impl Pissa {
         let scale = config.alpha.map_or(1.0, |alpha| alpha / config.rank as f64);
         let mut parts = HashMap::with_capacity(targets.len());
         for target in targets {
-            let svd = TruncatedSvd::compute(&target.path, &target.weight, config.svd, target.rank)?;
-            let (a, b) = svd.window(0, target.rank, scale);
+            let (path, rank) = (&target.path, target.rank);
+            let frames = WeightFrames::leading(path, &target.weight, config.svd, rank, scale)?;
+            let (a, b) = frames.window(0);
             let [d_input, d_output] = target.weight.dims();
             let options = (&target.weight.device(), target.weight.dtype());
             let adapter = LoraAdapter {

@@ -6,8 +6,8 @@ use burn::module::{Module, ModuleVisitor, Param, ParamGroup, ParamId};
 use burn::tensor::{DType, Tensor};
 
 use crate::adapter::path::REPARAMETERIZATION;
-use crate::svd::{singular_values, window_energy};
-use crate::{HdPissaConfig, HdPissaError, ops};
+use crate::frames;
+use crate::{FrameScale, HdPissaConfig, HdPissaError, Windows, ops};
 
 /// Names of the layers that are not adapted by default: heads, whose outputs are logits.
 const HEADS: [&str; 2] = ["lm_head", "head"];
@@ -180,6 +180,9 @@ impl ModuleVisitor for TargetFinder<'_> {
 
 impl HdPissaConfig {
     pub(crate) fn choose<M: Module>(&self, model: &M) -> Result<Choice, HdPissaError> {
+        if let (Windows::Random { seed }, FrameScale::Balanced) = (self.windows, self.frame_scale) {
+            return Err(HdPissaError::BalancedRandom { seed });
+        }
         let rank = |id: &ParamId, path: &str| {
             self.target_ranks
                 .iter()
@@ -199,7 +202,8 @@ impl HdPissaConfig {
     /// What [`apply_hd_pissa`](crate::HdPissaModule::apply_hd_pissa) would do to `model`: a dry
     /// run, whose result prints as a table.
     ///
-    /// Computes the singular values of every target, but no singular vectors.
+    /// Computes the singular values of every target, but no singular vectors; with
+    /// [`Windows::Random`] the directions, and no singular values.
     ///
     /// # Errors
     ///
@@ -213,11 +217,9 @@ impl HdPissaConfig {
         let weights = targets
             .into_iter()
             .map(|target| {
-                let count = self.shards * target.rank;
-                let values = singular_values(&target.path, &target.weight, self.svd, count)?;
                 Ok(PlannedWeight {
                     shape: target.weight.dims(),
-                    energy: window_energy(&values, target.rank, self.shards),
+                    energy: frames::energy(&target.path, &target.weight, target.rank, self)?,
                     path: target.path,
                     rank: target.rank,
                 })
@@ -241,7 +243,8 @@ pub struct PlannedWeight {
     pub shape: [usize; 2],
     /// Rank of each shard.
     pub rank: usize,
-    /// Share of the weight's squared Frobenius norm in the window of each shard.
+    /// Share of the weight's squared Frobenius norm in the window of each shard,
+    /// `‖U_kᵀ W V_k‖² / ‖W‖²`.
     pub energy: Vec<f64>,
 }
 

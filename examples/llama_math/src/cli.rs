@@ -5,14 +5,14 @@ use std::time::Duration;
 
 use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
-use hd_pissa::{GradientMode, WireDtype};
+use hd_pissa::{FrameScale, GradientMode, Windows, WireDtype};
 
 use crate::batch::FeedConfig;
 use crate::compare::Comparison;
 use crate::data::Fields;
 use crate::export::{ExportConfig, OutputDtype, Rounding};
 use crate::finetune::{Change, FineTuning, Resume, SaveOptions};
-use crate::method::{Adaptation, Method, gradients_name};
+use crate::method::{Adaptation, Method, WindowsOption, gradients_name};
 use crate::pretrain::Pretraining;
 use crate::run::{Length, RunConfig};
 use crate::scaling::cost::{Layout, Work};
@@ -88,6 +88,12 @@ struct Options {
     /// or the mean over all micro-batches of a step
     #[arg(long, requires = "model", default_value = "per-shard", value_parser = gradients())]
     gradients: GradientMode,
+    /// Which directions of a weight the shards of HD-PiSSA hold
+    #[arg(long, requires = "model", default_value = "leading")]
+    windows: WindowsOption,
+    /// How long the frames of HD-PiSSA are: roots of singular values, or all the same
+    #[arg(long, requires = "model", default_value = "balanced", value_parser = frame_scale())]
+    frame_scale: FrameScale,
     /// Numerator of the adapters' scale alpha / rank [default: the rank]
     #[arg(long, requires = "model", value_parser = positive)]
     alpha: Option<f64>,
@@ -364,6 +370,13 @@ fn gradients() -> impl TypedValueParser<Value = GradientMode> {
     })
 }
 
+fn frame_scale() -> impl TypedValueParser<Value = FrameScale> {
+    PossibleValuesParser::new(["balanced", "unit"]).map(|name| match name.as_str() {
+        "unit" => FrameScale::Unit,
+        _ => FrameScale::Balanced,
+    })
+}
+
 fn wire() -> impl TypedValueParser<Value = WireDtype> {
     let all = [WireDtype::F32, WireDtype::Bf16];
     PossibleValuesParser::new(["f32", "bf16"]).map(move |name| {
@@ -486,6 +499,27 @@ impl Options {
                 reason: format!("{} has no deltas that workers exchange", self.method),
             });
         }
+        let windows = self.windows.with_seed(self.seed);
+        if self.method != Method::HdPissa && windows != Windows::Leading {
+            return Err(Error::Usage {
+                option: "windows",
+                reason: format!("{} has no shards that hold directions", self.method),
+            });
+        }
+        if self.method != Method::HdPissa && self.frame_scale != FrameScale::Balanced {
+            return Err(Error::Usage {
+                option: "frame-scale",
+                reason: format!("{} has no frames", self.method),
+            });
+        }
+        if let (Windows::Random { .. }, FrameScale::Balanced) = (windows, self.frame_scale) {
+            return Err(Error::Usage {
+                option: "windows",
+                reason: "random directions have no singular values to balance: add --frame-scale \
+                         unit"
+                    .into(),
+            });
+        }
         let length = match (self.steps, self.epochs, self.quick) {
             (Some(steps), ..) => Length::Steps(steps),
             (None, _, true) => Length::Steps(2),
@@ -509,6 +543,8 @@ impl Options {
                     method: self.method,
                     rank: self.rank.unwrap_or(16),
                     shards: self.shards,
+                    windows,
+                    frame_scale: self.frame_scale,
                     alpha: self.alpha,
                     targets: self.targets.clone(),
                     gradients: self.gradients,

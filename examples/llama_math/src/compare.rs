@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use burn::module::Module;
 use burn::tensor::Device;
-use hd_pissa::GradientMode;
+use hd_pissa::{FrameScale, GradientMode, Windows};
 use serde::{Deserialize, Serialize};
 
 use crate::batch::FeedConfig;
@@ -196,6 +196,8 @@ impl Comparison {
                 method,
                 rank: self.rank,
                 shards: self.shards,
+                windows: Windows::Leading,
+                frame_scale: FrameScale::Balanced,
                 alpha: None,
                 targets: None,
                 gradients: GradientMode::PerShard,

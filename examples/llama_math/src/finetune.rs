@@ -9,6 +9,7 @@ use burn::module::Module;
 use burn::tensor::Device;
 use clap::ValueEnum;
 use clap::builder::PossibleValue;
+use hd_pissa::Windows;
 use hd_pissa::checkpoint::{Checkpoint as Saved, CheckpointError, Checkpoints};
 use hd_pissa::comm::{Communicator, Solo};
 use serde_json::{Value, json};
@@ -29,6 +30,10 @@ use crate::team::Team;
 use crate::tokenize::{PromptTemplate, Tokens};
 use crate::weights::hexadecimal;
 use crate::{Checkpoint, Error, Llama, files, picture};
+
+const GRADIENTS: &str = "--gradients";
+const WINDOWS: &str = "--windows";
+const FRAME_SCALE: &str = "--frame-scale";
 
 /// Settings of a fine-tuning run on files.
 #[derive(Clone, Debug)]
@@ -384,6 +389,16 @@ impl FineTuning {
                 compared.insert(change.setting().into(), value.clone());
             }
         }
+        // Checkpoints from before there was a choice say nothing of the published one.
+        for (setting, published) in [
+            (GRADIENTS, "per-shard"),
+            (WINDOWS, "leading"),
+            (FRAME_SCALE, "balanced"),
+        ] {
+            if !saved.settings().contains_key(setting) && compared[setting] == published {
+                compared.remove(setting);
+            }
+        }
         let refused = |reason: String| Error::Option {
             option: "resume",
             reason,
@@ -662,14 +677,22 @@ impl FineTuning {
         let order = feed
             .shuffle
             .map_or("of the file".into(), |_| "shuffled".into());
-        let settings: [(&str, String); 19] = [
+        let windows = match adaptation.windows {
+            // Its seed is that of the run.
+            Windows::Random { .. } => "random".into(),
+            windows => format!("{windows:?}").to_lowercase(),
+        };
+        let frame_scale = format!("{:?}", adaptation.frame_scale).to_lowercase();
+        let settings: [(&str, String); 21] = [
             ("--model (SHA-256)", checkpoint.digest()?),
             ("--data, as tokens (SHA-256)", tokens),
             ("--max-length", max_length.to_string()),
             ("--method", adaptation.method.to_string()),
             ("--rank", adaptation.rank.to_string()),
             ("--shards", adaptation.shards.to_string()),
-            ("--gradients", gradients_name(adaptation.gradients).into()),
+            (GRADIENTS, gradients_name(adaptation.gradients).into()),
+            (WINDOWS, windows),
+            (FRAME_SCALE, frame_scale),
             ("--alpha", optional(adaptation.alpha)),
             ("--targets", targets.into()),
             ("--clip", optional(optimizer.clip)),

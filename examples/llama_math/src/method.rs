@@ -7,7 +7,9 @@ use burn::module::{Lora, Module, ModuleVisitor, Param, ParamGroup};
 use burn::tensor::Tensor;
 use clap::ValueEnum;
 use hd_pissa::comm::{Communicator, Solo};
-use hd_pissa::{GradientMode, HdPissaConfig, HdPissaModule, PissaConfig, PissaModule};
+use hd_pissa::{
+    FrameScale, GradientMode, HdPissaConfig, HdPissaModule, PissaConfig, PissaModule, Windows,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Llama};
@@ -50,6 +52,31 @@ pub fn gradients_name(gradients: GradientMode) -> &'static str {
     }
 }
 
+/// Which directions of a weight the shards of HD-PiSSA hold: [`Windows`] without a seed of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum WindowsOption {
+    /// The leading components, as published.
+    Leading,
+    /// Components spread evenly over the whole spectrum.
+    Spread,
+    /// The trailing components.
+    Trailing,
+    /// Random directions of the run's seed, without a decomposition; with `--frame-scale unit`.
+    Random,
+}
+
+impl WindowsOption {
+    /// The choice in a run with this seed.
+    pub fn with_seed(self, seed: u64) -> Windows {
+        match self {
+            Self::Leading => Windows::Leading,
+            Self::Spread => Windows::Spread,
+            Self::Trailing => Windows::Trailing,
+            Self::Random => Windows::Random { seed },
+        }
+    }
+}
+
 /// The projections of attention and feed-forward layers.
 pub const DEFAULT_TARGETS: &str = r"(q|k|v|o|gate|up|down)_proj\.weight$";
 
@@ -62,6 +89,10 @@ pub struct Adaptation {
     pub rank: usize,
     /// Number of shards of HD-PiSSA.
     pub shards: usize,
+    /// Which directions of a weight the shards of HD-PiSSA hold.
+    pub windows: Windows,
+    /// How long the frames of HD-PiSSA are.
+    pub frame_scale: FrameScale,
     /// Numerator of the scale `alpha / rank`; `None` for a scale of 1.
     pub alpha: Option<f64>,
     /// Regular expression on parameter paths; `None` for [`DEFAULT_TARGETS`].
@@ -160,6 +191,8 @@ impl Adaptation {
                 let config = HdPissaConfig::new()
                     .with_rank(self.rank)
                     .with_shards(self.shards)
+                    .with_windows(self.windows)
+                    .with_frame_scale(self.frame_scale)
                     .with_alpha(self.alpha)
                     .with_gradients(self.gradients)
                     .with_targets(Some(targets));

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use burn::tensor::Device;
-use hd_pissa::GradientMode;
+use hd_pissa::{FrameScale, GradientMode, Windows};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use regex::Regex;
@@ -75,6 +75,8 @@ impl Pretraining {
             method: Method::Full,
             rank: 1,
             shards: 1,
+            windows: Windows::Leading,
+            frame_scale: FrameScale::Balanced,
             alpha: None,
             targets: None,
             gradients: GradientMode::PerShard,

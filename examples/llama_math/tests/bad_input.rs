@@ -417,6 +417,16 @@ fn usage_errors_exit_with_2() {
     let case = Case::new();
     for (arguments, part) in [
         (vec!["--weight-decay", "0.1"], "hd-pissa"),
+        (vec!["--windows", "middle"], "middle"),
+        (vec!["--windows", "random"], "add --frame-scale unit"),
+        (
+            vec!["--method", "lora", "--windows", "spread"],
+            "--windows: lora has no shards",
+        ),
+        (
+            vec!["--method", "pissa", "--frame-scale", "unit"],
+            "--frame-scale: pissa has no frames",
+        ),
         (vec!["--fields", "question"], "PROMPT,ANSWER"),
         (vec!["--method", "dora"], "dora"),
         (vec!["--lr=-1"], "above 0"),

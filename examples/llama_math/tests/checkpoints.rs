@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 use common::case::{Case, Mount, SHARED, STEPS, assert_same, prepare, reference, text, wait};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 #[test]
 #[ignore = "the program that the other tests start"]
@@ -238,6 +240,8 @@ fn what_cannot_be_resumed_is_refused() {
     for (option, value, name, saved) in [
         ("--rank", "3", "--rank", "2"),
         ("--shards", "4", "--shards", "8"),
+        ("--windows", "trailing", "--windows", "leading"),
+        ("--frame-scale", "unit", "--frame-scale", "balanced"),
         ("--lr", "2e-3", "--lr", "0.001"),
         ("--steps", "30", "--steps", "24"),
         ("--seed", "5", "--seed", "1"),
@@ -290,6 +294,73 @@ fn what_cannot_be_resumed_is_refused() {
         case.command(&["--resume", exact.to_str().unwrap()]),
         &["manifest.json", "SHA-256"],
     );
+}
+
+#[test]
+fn a_choice_of_frames_is_resumed_on_any_number_of_workers() {
+    let choice = ["--windows", "random", "--frame-scale", "unit"];
+    let whole = Case::new();
+    whole.succeeds(&choice);
+    let case = Case::new();
+    let stopped = [&choice[..], &["--workers", "2", "--save-every", "1"]].concat();
+    let mut child = case.start_until(2, &stopped);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let published = case.command(&["--resume"]);
+    case.fails(
+        published,
+        &["made with --frame-scale unit, this run has balanced"],
+    );
+    let resumed = [&choice[..], &["--workers", "4", "--resume"]].concat();
+    case.succeeds(&resumed);
+    assert_same(&case.result(), &whole.result());
+    assert!(whole.result().weights != reference().weights);
+}
+
+/// On trained weights, whose trailing singular values are small.
+#[test]
+fn every_choice_of_frames_trains() {
+    for windows in ["leading", "spread", "trailing", "random"] {
+        for scale in ["balanced", "unit"] {
+            if (windows, scale) == ("random", "balanced") {
+                continue;
+            }
+            let case = Case::new();
+            case.succeeds(&["--windows", windows, "--frame-scale", scale]);
+            let steps = case.result().steps;
+            let loss = |step: usize| f64::from_bits(steps[step].1[0]);
+            let (first, last) = (loss(0), loss(steps.len() - 1));
+            println!("{windows}, {scale}: {first} to {last}");
+            assert!(last < first, "{windows}, {scale}: {first} to {last}");
+        }
+    }
+}
+
+#[test]
+fn a_checkpoint_from_before_there_was_a_choice_of_frames() {
+    let case = killed_at(2);
+    let newest = case.checkpoints().latest().unwrap().checkpoint.unwrap();
+    let [manifest, sums] = ["manifest.json", "SHA256SUMS"].map(|name| newest.path().join(name));
+    let digest = |bytes: &[u8]| -> String {
+        let digest = Sha256::digest(bytes);
+        digest.iter().map(|byte| format!("{byte:02x}")).collect()
+    };
+    let before = std::fs::read(&manifest).unwrap();
+    let mut json: Value = serde_json::from_slice(&before).unwrap();
+    json.as_object_mut().unwrap().remove("frames").unwrap();
+    for setting in ["--windows", "--frame-scale"] {
+        let settings = json["settings"].as_object_mut().unwrap();
+        settings.remove(setting).unwrap();
+    }
+    let after = serde_json::to_vec(&json).unwrap();
+    std::fs::write(&manifest, &after).unwrap();
+    let text = std::fs::read_to_string(&sums).unwrap();
+    std::fs::write(&sums, text.replace(&digest(&before), &digest(&after))).unwrap();
+
+    let other = case.command(&["--resume", "--windows", "spread"]);
+    case.fails(other, &["--windows", "this run has spread"]);
+    case.succeeds(&["--resume"]);
+    assert_same(&case.result(), &reference());
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use burn::tensor::Device;
-use hd_pissa::GradientMode;
+use hd_pissa::{FrameScale, GradientMode, Windows};
 use llama_math::Checkpoint;
 use llama_math::batch::{MicroBatch, Sequence};
 use llama_math::export::ExportConfig;
@@ -128,6 +128,8 @@ fn training_reaches_the_recorded_weights() {
         method: Method::HdPissa,
         rank: size(&case, "r"),
         shards,
+        windows: Windows::Leading,
+        frame_scale: FrameScale::Balanced,
         alpha: case["alpha"].as_f64(),
         targets: None,
         gradients: GradientMode::PerShard,

@@ -5,7 +5,7 @@ mod common;
 use std::path::Path;
 
 use burn::tensor::Device;
-use hd_pissa::GradientMode;
+use hd_pissa::{FrameScale, GradientMode, Windows};
 use llama_math::batch::{MicroBatch, Sequence};
 use llama_math::data::{Record, read_records};
 use llama_math::evaluate::{greedy, mean_loss};
@@ -136,6 +136,8 @@ fn four_recorded_steps() {
         method: Method::HdPissa,
         rank: case["r"].as_u64().unwrap() as usize,
         shards,
+        windows: Windows::Leading,
+        frame_scale: FrameScale::Balanced,
         alpha: case["alpha"].as_f64(),
         targets: None,
         gradients: GradientMode::PerShard,

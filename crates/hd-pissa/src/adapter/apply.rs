@@ -10,9 +10,9 @@ use hd_pissa_comm::Communicator;
 use super::module::{HdPissaAdapter, HdPissaShard};
 use super::path::{Side, companion_id, factor_id};
 use super::select::select_shard;
+use crate::frames::WeightFrames;
 use crate::parallel;
 use crate::plan::Target;
-use crate::svd::{TruncatedSvd, window_energy};
 use crate::{GradientMode, HdPissaConfig, HdPissaError, MergePrecision};
 
 /// What is known of a weight once its factors are computed.
@@ -26,11 +26,13 @@ pub struct LayerProgress {
     pub path: String,
     /// `[d_input, d_output]`.
     pub shape: [usize; 2],
-    /// Share of the weight's squared Frobenius norm in the window of each shard.
+    /// Share of the weight's squared Frobenius norm in the window of each shard,
+    /// `‖U_kᵀ W V_k‖² / ‖W‖²`: for components that of their squared singular values.
     pub energy: Vec<f64>,
-    /// Largest absolute inner product of two singular vectors of different shards; rounding error.
+    /// Largest absolute inner product of two directions of different shards, on either side of the
+    /// weight; rounding error.
     pub overlap: f64,
-    /// Time the decomposition took.
+    /// Time it took to find the frames, most of it for the decomposition.
     pub elapsed: Duration,
 }
 
@@ -67,9 +69,8 @@ impl HdPissa {
             (0..targets.len()).collect(),
             |index| {
                 let target = &targets[index];
-                let (svd, layer) = decompose(&targets, index, config)?;
-                let window = |shard: usize| svd.window(shard * target.rank, target.rank, 1.0);
-                let adapter = adapter(target, window, config, &hosted);
+                let (frames, layer) = frames(&targets, index, config)?;
+                let adapter = adapter(target, |shard| frames.window(shard), config, &hosted);
                 Ok((target.path.clone(), adapter, layer))
             },
             |result: Result<_, HdPissaError>| {
@@ -114,26 +115,25 @@ impl Selected {
     }
 }
 
-/// Decomposes the target at position `index`.
-pub(super) fn decompose(
+/// The frames of the target at position `index`.
+pub(super) fn frames(
     targets: &[Target],
     index: usize,
     config: &HdPissaConfig,
-) -> Result<(TruncatedSvd, LayerProgress), HdPissaError> {
+) -> Result<(WeightFrames, LayerProgress), HdPissaError> {
     let start = Instant::now();
     let target = &targets[index];
-    let count = config.shards * target.rank;
-    let svd = TruncatedSvd::compute(&target.path, &target.weight, config.svd, count)?;
+    let frames = WeightFrames::compute(&target.path, &target.weight, target.rank, config)?;
     let layer = LayerProgress {
         index,
         total: targets.len(),
         path: target.path.clone(),
         shape: target.weight.dims(),
-        energy: window_energy(&svd.values, target.rank, config.shards),
-        overlap: svd.overlap_of_windows(target.rank),
+        energy: frames.energy.clone(),
+        overlap: frames.overlap(),
         elapsed: start.elapsed(),
     };
-    Ok((svd, layer))
+    Ok((frames, layer))
 }
 
 fn check_hosted(
@@ -205,6 +205,8 @@ pub(super) fn adapter(
         shards,
         num_shards: config.shards,
         gradients: config.gradients,
+        windows: config.windows,
+        frame_scale: config.frame_scale,
         scale: config.alpha.map_or(1.0, |alpha| alpha / rank as f64),
         companion,
         rounding_seed: match config.precision {

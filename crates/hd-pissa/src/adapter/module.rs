@@ -9,20 +9,23 @@ use burn::tensor::{Device, Int, Tensor};
 use super::path::{COMPANION, ShardName, stochastic_name};
 use crate::GradientMode;
 use crate::ops::adapter_weight;
+use crate::windows::FrameChoice;
+use crate::{FrameScale, Windows};
 
-/// One shard of an adapter: a window of principal components of the weight.
+/// One shard of an adapter: a window of principal components of the weight, or of what
+/// [`Windows`] says.
 ///
 /// The factors are fixed frames. They take gradients, but an optimizer step moves the weight and
 /// leaves them as they are.
 #[derive(Debug, Module)]
 pub struct HdPissaShard {
-    /// Left factor `U_k · √Σ_k`, `[d_input, rank]`, `f32`.
+    /// Left factor, `U_k · √Σ_k` unless [`FrameScale`] says otherwise, `[d_input, rank]`, `f32`.
     pub a: Param<Tensor<2>>,
-    /// Right factor `√Σ_k · V_kᵀ`, `[rank, d_output]`, `f32`.
+    /// Right factor, `√Σ_k · V_kᵀ` likewise, `[rank, d_output]`, `f32`.
     pub b: Param<Tensor<2>>,
     /// Whether gradients of the next forward pass go to this shard.
     pub selected: Param<Flag>,
-    /// Index `k` of the shard: the window of components `k·rank .. (k+1)·rank`.
+    /// Index `k` of the shard, which says which window is its own; see [`Windows`].
     pub index: usize,
 }
 
@@ -33,8 +36,9 @@ pub struct HdPissaShard {
 /// base weight, unchanged; the shard that [`select_shard`](crate::HdPissaModule::select_shard)
 /// chose receives the gradients, or all shards do.
 ///
-/// Parameter paths are `{weight}.hd_pissa.shard_{k}_of_{K}.a` and `.b`, with `_shared` behind `{K}`
-/// where shards share gradients, and `{weight}.hd_pissa.companion`.
+/// Parameter paths are `{weight}.hd_pissa.shard_{k}_of_{K}.a` and `.b`, and
+/// `{weight}.hd_pissa.companion`. What is not as published is part of the shard's name, such as
+/// `shard_{k}_of_{K}_random_7_unit_shared`: records of one choice do not load into another.
 #[derive(Clone, Debug)]
 pub struct HdPissaAdapter {
     /// The shards, by ascending index.
@@ -43,6 +47,10 @@ pub struct HdPissaAdapter {
     pub num_shards: usize,
     /// Which gradients a shard learns from.
     pub gradients: GradientMode,
+    /// Which directions of the weight the shards hold.
+    pub windows: Windows,
+    /// How long the vectors of the frames are.
+    pub frame_scale: FrameScale,
     /// Gradient scale `s = alpha / rank`.
     pub scale: f64,
     /// 16 more bits of every element of a half-precision weight, with
@@ -80,6 +88,10 @@ impl HdPissaAdapter {
         let name = ShardName {
             index: shard.index,
             shards: self.num_shards,
+            frames: FrameChoice {
+                windows: self.windows,
+                scale: self.frame_scale,
+            },
             gradients: self.gradients,
         };
         name.to_string()
@@ -197,6 +209,8 @@ impl ModuleDisplayDefault for HdPissaAdapter {
         content
             .add("num_shards", &self.num_shards)
             .add_formatted(&format!("gradients: {:?}", self.gradients))
+            .add_formatted(&format!("windows: {:?}", self.windows))
+            .add_formatted(&format!("frame_scale: {:?}", self.frame_scale))
             .add("scale", &self.scale)
             .add("companion", &self.companion.is_some())
             .add("shards", &self.shards)

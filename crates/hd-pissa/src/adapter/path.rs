@@ -6,6 +6,7 @@ use burn::module::{ParamId, Reparameterization};
 
 use super::HdPissaAdapter;
 use crate::GradientMode;
+use crate::windows::FrameChoice;
 
 /// Container type that Burn announces when a traversal enters an attached reparameterization.
 pub(crate) const REPARAMETERIZATION: &str = "Reparameterization";
@@ -26,8 +27,8 @@ impl Side {
     }
 }
 
-/// A shard as its name in parameter paths has it: `shard_3_of_8`, or `shard_3_of_8_shared` where
-/// all shards take the same gradients.
+/// A shard as its name in parameter paths has it: `shard_3_of_8`, or `shard_3_of_8_spread_unit_shared`
+/// where frames and gradients are not those of the published method.
 ///
 /// Traversals see names, ids and tensors, but no plain field of an adapter. What the optimizer,
 /// records and other workers must know of a factor is therefore part of the name.
@@ -36,6 +37,7 @@ pub(crate) struct ShardName {
     pub(crate) index: usize,
     /// Number of shards.
     pub(crate) shards: usize,
+    pub(crate) frames: FrameChoice,
     pub(crate) gradients: GradientMode,
 }
 
@@ -49,10 +51,12 @@ impl ShardName {
             Some(name) => (name, GradientMode::Shared),
             None => (name, GradientMode::PerShard),
         };
-        let (index, shards) = name.split_once("_of_")?;
+        let (index, rest) = name.split_once("_of_")?;
+        let (shards, frames) = rest.split_at(rest.find('_').unwrap_or(rest.len()));
         Some(Self {
             index: index.parse().ok()?,
             shards: shards.parse().ok()?,
+            frames: FrameChoice::parse(frames)?,
             gradients,
         })
     }
@@ -69,7 +73,13 @@ impl Display for ShardName {
             GradientMode::PerShard => "",
             GradientMode::Shared => SHARED,
         };
-        write!(f, "shard_{}_of_{}{ending}", self.index, self.shards)
+        let Self {
+            index,
+            shards,
+            frames,
+            ..
+        } = self;
+        write!(f, "shard_{index}_of_{shards}{frames}{ending}")
     }
 }
 
@@ -194,6 +204,7 @@ pub(crate) use track_path;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{FrameScale, Windows};
 
     #[test]
     fn factors_are_told_from_lookalikes() {
@@ -211,7 +222,7 @@ mod tests {
         );
         for (name, container) in [
             ("hd_pissa", REPARAMETERIZATION),
-            ("shard_11_of_16", "Struct:HdPissaAdapter"),
+            ("shard_11_of_16_trailing_unit", "Struct:HdPissaAdapter"),
             ("b", "Struct:HdPissaShard"),
         ] {
             tracker.enter(name, container);
@@ -224,6 +235,10 @@ mod tests {
                     index: 11,
                     shards: 16,
                     gradients: GradientMode::PerShard,
+                    frames: FrameChoice {
+                        windows: Windows::Trailing,
+                        scale: FrameScale::Unit,
+                    },
                 },
                 side: Some(Side::B)
             }
@@ -236,13 +251,25 @@ mod tests {
 
     #[test]
     fn names_of_shards_are_read_back() {
-        for gradients in [GradientMode::PerShard, GradientMode::Shared] {
-            let name = ShardName {
-                index: 3,
-                shards: 8,
-                gradients,
-            };
-            assert_eq!(ShardName::parse(&name.to_string()), Some(name));
+        let all = [
+            Windows::Leading,
+            Windows::Spread,
+            Windows::Trailing,
+            Windows::Random { seed: 7 },
+        ];
+        for (gradients, windows) in [GradientMode::PerShard, GradientMode::Shared]
+            .into_iter()
+            .flat_map(|gradients| all.map(|windows| (gradients, windows)))
+        {
+            for scale in [FrameScale::Balanced, FrameScale::Unit] {
+                let name = ShardName {
+                    index: 3,
+                    shards: 8,
+                    frames: FrameChoice { windows, scale },
+                    gradients,
+                };
+                assert_eq!(ShardName::parse(&name.to_string()), Some(name));
+            }
         }
         for name in [
             "shard_3",

@@ -5,10 +5,10 @@ use std::collections::HashMap;
 use burn::module::Module;
 use hd_pissa_comm::{CommError, Communicator, Disagreement, Failure, agree, all_or_none};
 
-use super::apply::{Selected, adapter, decompose};
+use super::apply::{Selected, adapter, frames};
 use super::{HdPissa, LayerProgress};
+use crate::frames::WeightFrames;
 use crate::plan::Target;
-use crate::svd::TruncatedSvd;
 use crate::{HdPissaConfig, HdPissaError};
 
 impl HdPissa {
@@ -49,12 +49,12 @@ impl HdPissa {
         for round in by_falling_cost(&targets).chunks(workers) {
             let own = round
                 .get(worker)
-                .map(|&index| decompose(&targets, index, config))
+                .map(|&index| frames(&targets, index, config))
                 .transpose();
             let own = all_or_none(communicator, own)?;
             let mut factors = Vec::new();
-            if let Some((svd, layer)) = own {
-                factors = flatten(&svd, layer.index, &targets, config.shards);
+            if let Some((frames, layer)) = own {
+                factors = flatten(&frames, config.shards);
                 progress(layer);
             }
             for (root, &index) in round.iter().enumerate() {
@@ -91,11 +91,10 @@ fn by_falling_cost(targets: &[Target]) -> Vec<usize> {
 }
 
 /// The factors of every shard, one after the other: `a`, then `b`.
-fn flatten(svd: &TruncatedSvd, index: usize, targets: &[Target], shards: usize) -> Vec<f32> {
-    let rank = targets[index].rank;
+fn flatten(frames: &WeightFrames, shards: usize) -> Vec<f32> {
     (0..shards)
         .flat_map(|shard| {
-            let (a, b) = svd.window(shard * rank, rank, 1.0);
+            let (a, b) = frames.window(shard);
             [a, b]
         })
         .flatten()
@@ -119,11 +118,11 @@ fn description(config: &HdPissaConfig, targets: &[Target]) -> String {
     let version = env!("CARGO_PKG_VERSION");
     let (shards, alpha, svd, precision) =
         (config.shards, config.alpha, config.svd, config.precision);
-    let gradients = config.gradients;
+    let (gradients, windows, frame_scale) = (config.gradients, config.windows, config.frame_scale);
     let head = format!(
         "adapters of hd-pissa {version}\n{shards} shards\nadapters with alpha {alpha:?}\n\
-         decompositions by {svd:?}\nmerges by {precision:?}\n{gradients:?} gradients\n\
-         {} weights\n",
+         windows {windows:?}\nframe_scale {frame_scale:?}\ndecompositions by {svd:?}\n\
+         merges by {precision:?}\n{gradients:?} gradients\n{} weights\n",
         targets.len()
     );
     let weights = targets.iter().map(|target| {

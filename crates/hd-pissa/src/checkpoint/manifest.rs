@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{CheckpointError, files};
+use crate::windows::FrameChoice;
 
 /// Version of the checkpoints that this build writes and reads.
 const FORMAT_VERSION: u64 = 1;
@@ -20,6 +21,9 @@ pub(super) struct Manifest {
     pub(super) step: u64,
     /// Number of shards, 0 for a model without HD-PiSSA adapters.
     pub(super) shards: usize,
+    /// Which frames the shards have; the published ones where nothing is said.
+    #[serde(default = "FrameChoice::published")]
+    pub(super) frames: FrameChoice,
     pub(super) settings: BTreeMap<String, String>,
     pub(super) progress: Value,
     /// Size of every other file but the digests, in bytes.
@@ -36,7 +40,7 @@ struct Header {
 impl Manifest {
     pub(super) fn new(
         step: u64,
-        shards: usize,
+        (shards, frames): (usize, FrameChoice),
         settings: BTreeMap<String, String>,
         progress: Value,
     ) -> Self {
@@ -45,6 +49,7 @@ impl Manifest {
             written_by: concat!("hd-pissa ", env!("CARGO_PKG_VERSION")).into(),
             step,
             shards,
+            frames,
             settings,
             progress,
             files: BTreeMap::new(),

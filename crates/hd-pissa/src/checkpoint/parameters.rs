@@ -12,6 +12,7 @@ use super::{CheckpointError, files};
 use crate::GradientMode;
 use crate::adapter::path::{PathTracker, Place, track_path};
 use crate::hosting::hosted_shards;
+use crate::windows::FrameChoice;
 
 /// A parameter as a traversal shows it.
 pub(super) struct Parameter {
@@ -27,6 +28,8 @@ pub(super) struct Parameters {
     /// 0 without HD-PiSSA adapters.
     pub(super) shards: usize,
     gradients: GradientMode,
+    /// The frames of its first adapter.
+    pub(super) frames: FrameChoice,
 }
 
 impl Parameters {
@@ -38,6 +41,7 @@ impl Parameters {
                 all: Vec::new(),
                 shards: 0,
                 gradients: GradientMode::PerShard,
+                frames: FrameChoice::published(),
             },
         };
         model.visit(&mut collector);
@@ -121,6 +125,9 @@ impl Collector {
     ) {
         let shard = match self.path.place() {
             Place::Shard { name, .. } => {
+                if self.parameters.shards == 0 {
+                    self.parameters.frames = name.frames;
+                }
                 self.parameters.shards = name.shards;
                 self.parameters.gradients = name.gradients;
                 Some(name.index)

@@ -164,13 +164,33 @@ impl Checkpoint {
         others: &str,
         of_shard: fn(usize, usize) -> String,
     ) -> Result<Vec<(Option<usize>, PathBuf)>, CheckpointError> {
-        if parameters.shards != self.shards() {
-            return Err(CheckpointError::SettingMismatch {
-                path: self.path.clone(),
-                setting: "shards".into(),
-                saved: self.shards().to_string(),
-                given: parameters.shards.to_string(),
-            });
+        let (saved, given) = (self.manifest.frames, parameters.frames);
+        let settings = [
+            (
+                "shards",
+                self.shards().to_string(),
+                parameters.shards.to_string(),
+            ),
+            (
+                "windows",
+                format!("{:?}", saved.windows),
+                format!("{:?}", given.windows),
+            ),
+            (
+                "frame_scale",
+                format!("{:?}", saved.scale),
+                format!("{:?}", given.scale),
+            ),
+        ];
+        for (setting, saved, given) in settings {
+            if saved != given {
+                return Err(CheckpointError::SettingMismatch {
+                    path: self.path.clone(),
+                    setting: setting.into(),
+                    saved,
+                    given,
+                });
+            }
         }
         let shards = shards
             .into_iter()

@@ -198,6 +198,17 @@ pub enum OptimizerError {
         /// Number of shards of the adapters.
         shards: usize,
     },
+    /// The loaded record is that of adapters with other shards or frames.
+    #[error(
+        "the optimizer's record was made for `{recorded}`, the model has `{given}`: attach adapters \
+         with the number of shards, windows and frame_scale of the record"
+    )]
+    RecordOfOthers {
+        /// Name of a shard in the record.
+        recorded: String,
+        /// Name of the same shard in the model.
+        given: String,
+    },
     /// Workers disagree about the run.
     #[error("worker {worker} has {setting} {theirs}, this worker has {ours}")]
     WorkerMismatch {

@@ -13,6 +13,7 @@ use crate::GradientMode;
 use crate::adapter::path::{PathTracker, Place, ShardName, Side, hash};
 use crate::hosting::hosted_shards;
 use crate::ops::{Rounding, StochasticKey, identity};
+use crate::windows::FrameChoice;
 
 /// A factor as a traversal finds it.
 #[derive(Clone, Debug)]
@@ -188,19 +189,25 @@ impl Factors {
         })
     }
 
-    /// A hash of what is adapted and how: paths, shapes, dtypes, ranks, rounding and gradients. Equal on every
-    /// worker of a run.
+    /// A hash of what is adapted and how: paths, shapes, dtypes, ranks, rounding, frames and
+    /// gradients. Equal on every worker of a run.
     pub(super) fn structure(&self) -> u64 {
         let weights = self.weights.iter().map(|w| {
             let (path, dtype, rank, seed) = (&w.path, w.dtype, w.rank(), w.rounding_seed);
             format!(
-                "{path} {}x{} {dtype:?} {rank} {seed:?} {:?}\n",
+                "{path} {}x{} {dtype:?} {rank} {seed:?} {} {:?}\n",
                 w.d_input(),
                 w.d_output(),
+                w.name().frames,
                 w.name().gradients
             )
         });
         hash(&weights.collect::<String>())
+    }
+
+    /// The frames of the first weight.
+    pub(super) fn frames(&self) -> FrameChoice {
+        self.weights[0].name().frames
     }
 
     /// Path of a shard of the weight at position `weight`, hosted here or elsewhere.
@@ -208,6 +215,7 @@ impl Factors {
         let name = ShardName {
             index: shard,
             shards: self.num_shards,
+            frames: self.weights[weight].name().frames,
             gradients: self.gradients,
         };
         name.path(&self.weights[weight].path)
@@ -366,6 +374,7 @@ mod tests {
                     name: ShardName {
                         index: 0,
                         shards: 1,
+                        frames: FrameChoice::published(),
                         gradients: GradientMode::PerShard,
                     },
                     a: factor([size - 1, 1]),

@@ -34,6 +34,7 @@ impl ShardLayout {
         let order = if communicator.num_workers() == 1 {
             factors.hosted.clone()
         } else {
+            let [windows, seed, scale] = factors.frames().numbers();
             let settings = [
                 (
                     "the version of hd-pissa, major · 10⁶ + minor · 10³ + patch,",
@@ -45,8 +46,11 @@ impl ShardLayout {
                     "the number of adapted weights",
                     factors.weights.len() as u64,
                 ),
+                windows,
+                seed,
+                scale,
                 (
-                    "a fingerprint of paths, shapes, dtypes, ranks, rounding and gradients",
+                    "a fingerprint of paths, shapes, dtypes, ranks, rounding, frames and gradients",
                     factors.structure(),
                 ),
                 ("a fingerprint of the model's parameters", model_hash()),

@@ -1,5 +1,6 @@
 //! The optimizer: its settings and its step.
 
+use std::collections::HashMap;
 use std::num::{NonZeroU64, NonZeroUsize};
 
 use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
@@ -74,6 +75,8 @@ pub struct HdPissaOptimizer {
     measure: bool,
     update_norm: Option<f64>,
     gradient_norms: Vec<f64>,
+    /// By id the paths of the parameters of a loaded record, until a step has compared them.
+    pub(super) recorded: HashMap<u64, String>,
     /// Steps taken, which stochastic rounding draws from.
     pub(super) steps: u64,
 }
@@ -115,6 +118,7 @@ impl HdPissaOptimizer {
             measure: false,
             update_norm: None,
             gradient_norms: Vec::new(),
+            recorded: HashMap::new(),
             steps: 0,
         })
     }
@@ -379,6 +383,7 @@ impl HdPissaOptimizer {
     /// Agrees with the other workers on the adapters and shares the frames, where that is not done or
     /// was done for others.
     fn share<M: Module>(&mut self, model: &M, factors: &Factors) -> Result<(), OptimizerError> {
+        self.refuse_record_of_others(factors)?;
         let communicator = &*self.communicator;
         let layout = match self.shared.take() {
             Some(shared) if shared.0.fits(factors) => {
@@ -417,6 +422,25 @@ impl HdPissaOptimizer {
             Some(path) => Err(OptimizerError::ReadsParameter { path: Some(path) }),
             None => Ok(()),
         }
+    }
+
+    /// Moments belong to the directions that they were collected in.
+    fn refuse_record_of_others(&mut self, factors: &Factors) -> Result<(), OptimizerError> {
+        if self.recorded.is_empty() {
+            return Ok(());
+        }
+        for (_, shard, _, factor) in factors.iter() {
+            let given = shard.to_string();
+            let recorded = self.recorded.get(&factor.id.val());
+            // A model may be part of a larger one by now: only the shard's own name counts.
+            let recorded = recorded.and_then(|path| path.rsplit('.').nth(1));
+            if let Some(recorded) = recorded.filter(|&recorded| recorded != given) {
+                let recorded = recorded.into();
+                return Err(OptimizerError::RecordOfOthers { recorded, given });
+            }
+        }
+        self.recorded.clear();
+        Ok(())
     }
 
     /// The transport, for what workers agree on besides steps, as

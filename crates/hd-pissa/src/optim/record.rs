@@ -42,7 +42,8 @@ impl HdPissaOptimizer {
     /// # Errors
     ///
     /// [`OptimizerError::InvalidRecord`] or [`OptimizerError::UnsupportedVersion`]; `self` is then
-    /// lost, the record unread.
+    /// lost, the record unread. The next step refuses a record of other shards or frames,
+    /// [`OptimizerError::RecordOfOthers`].
     pub fn from_bytes(mut self, bytes: Bytes) -> Result<Self, OptimizerError> {
         let reader = Reader::from_bytes(bytes.clone()).map_err(invalid_record)?;
         let scalar = |key: &str| {
@@ -60,6 +61,10 @@ impl HdPissaOptimizer {
             });
         }
         self.steps = scalar(STEPS_KEY)?;
+        let paths = reader.metadata().iter();
+        self.recorded = paths
+            .filter_map(|(id, path)| Some((id.parse().ok()?, path.clone())))
+            .collect();
         let scalars = reader.scalars().clone();
         let tensors = reader.into_tensors().map_err(invalid_record)?;
         check_record(&tensors, &scalars)

@@ -6,7 +6,9 @@ use burn::module::Module;
 use burn::optim::{AdamConfig, GradientsParams};
 use burn::tensor::Device;
 use hd_pissa::comm::Solo;
-use hd_pissa::{GradientMode, HdPissaModule, HdPissaOptimizer, ShardGradients};
+use hd_pissa::{
+    FrameScale, GradientMode, HdPissaModule, HdPissaOptimizer, ShardGradients, Windows,
+};
 use serde::Serialize;
 
 use super::cost::{Sample, StepTime, Work};
@@ -127,6 +129,8 @@ impl LlamaScaling {
             method: Method::HdPissa,
             rank: self.rank,
             shards,
+            windows: Windows::Leading,
+            frame_scale: FrameScale::Balanced,
             alpha: None,
             targets: None,
             gradients: GradientMode::PerShard,

@@ -1,0 +1,286 @@
+//! The frames of a weight: orthonormal directions on both sides, chosen and scaled for its shards.
+
+use burn::tensor::Tensor;
+use faer::Mat;
+
+use crate::basis::random_columns;
+use crate::host::HostMatrix;
+use crate::parallel::on_one_thread;
+use crate::svd::{Svd, numeric_rank, singular_values};
+use crate::{FrameScale, HdPissaConfig, HdPissaError, SvdMethod, Windows};
+
+/// The frames of all shards of a weight.
+#[derive(Debug)]
+pub(crate) struct WeightFrames {
+    /// Directions `[d_input, shards · rank]`, shard by shard.
+    u: Mat<f64>,
+    /// Directions `[d_output, shards · rank]`, shard by shard.
+    v: Mat<f64>,
+    /// For each direction the square of what multiplies it, on either side.
+    scales: Vec<f64>,
+    /// Directions of a shard.
+    rank: usize,
+    /// Share of the weight's squared Frobenius norm in the window of each shard,
+    /// `‖U_kᵀ W V_k‖² / ‖W‖²`.
+    pub(crate) energy: Vec<f64>,
+}
+
+impl WeightFrames {
+    /// Those that `config` asks for, of shards of rank `rank`.
+    pub(crate) fn compute(
+        path: &str,
+        weight: &Tensor<2>,
+        rank: usize,
+        config: &HdPissaConfig,
+    ) -> Result<Self, HdPissaError> {
+        let weight = HostMatrix::read(path, weight)?;
+        match config.windows {
+            Windows::Random { seed } => {
+                let count = config.shards * rank;
+                let none = [weight.rows(), weight.cols()].map(|rows| Mat::zeros(rows, 0));
+                let [u, v] =
+                    orthogonal_to(none.each_ref(), count, &format!("random/{seed}/{path}"));
+                let energy = on_one_thread(|| energy_of_directions(&weight, &u, &v, rank));
+                Ok(Self {
+                    u,
+                    v,
+                    scales: vec![mean_singular_value(&weight); count],
+                    rank,
+                    energy,
+                })
+            }
+            windows => {
+                let n = weight.rows().min(weight.cols());
+                let components = windows.components(config.shards, rank, n);
+                let components = components.expect("directions that are not random are components");
+                Self::of_components(
+                    path,
+                    &weight,
+                    config.svd,
+                    &components,
+                    rank,
+                    config.frame_scale,
+                )
+            }
+        }
+    }
+
+    /// One shard of the leading `rank` components, with singular values that are divided by
+    /// `divisor`.
+    pub(crate) fn leading(
+        path: &str,
+        weight: &Tensor<2>,
+        method: SvdMethod,
+        rank: usize,
+        divisor: f64,
+    ) -> Result<Self, HdPissaError> {
+        let weight = HostMatrix::read(path, weight)?;
+        let components: Vec<usize> = (0..rank).collect();
+        let scale = FrameScale::Balanced;
+        let mut frames = Self::of_components(path, &weight, method, &components, rank, scale)?;
+        for scale in &mut frames.scales {
+            *scale /= divisor;
+        }
+        Ok(frames)
+    }
+
+    fn of_components(
+        path: &str,
+        weight: &HostMatrix,
+        method: SvdMethod,
+        components: &[usize],
+        rank: usize,
+        scale: FrameScale,
+    ) -> Result<Self, HdPissaError> {
+        let mut numeric_rank = None;
+        let Svd { u, v, values } = Svd::compute(path, weight, method, |values| {
+            numeric_rank = check_rank(path, weight, values, components, scale)?;
+            Ok(match numeric_rank {
+                Some(numeric_rank) => (0..numeric_rank).collect(),
+                None => components.to_vec(),
+            })
+        })?;
+        let energy = energy_of_components(&values, components, rank);
+        let [u, v] = match numeric_rank {
+            Some(numeric_rank) => {
+                let null = orthogonal_to(
+                    [&u, &v],
+                    values.len() - numeric_rank,
+                    &format!("null/{path}"),
+                );
+                join([&u, &v], null, components)
+            }
+            None => [u, v],
+        };
+        let scales = match scale {
+            FrameScale::Balanced => components.iter().map(|&i| values[i]).collect(),
+            FrameScale::Unit => vec![mean_singular_value(weight); components.len()],
+        };
+        Ok(Self {
+            u,
+            v,
+            scales,
+            rank,
+            energy,
+        })
+    }
+
+    /// The factors of a shard, row by row: `a` of shape `[d_input, rank]` and `b` of shape
+    /// `[rank, d_output]`.
+    pub(crate) fn window(&self, shard: usize) -> (Vec<f32>, Vec<f32>) {
+        let columns = shard * self.rank..(shard + 1) * self.rank;
+        let root = |i: usize| self.scales[i].sqrt();
+        let a = (0..self.u.nrows())
+            .flat_map(|row| columns.clone().map(move |i| (row, i)))
+            .map(|(row, i)| (self.u[(row, i)] * root(i)) as f32)
+            .collect();
+        let b = columns
+            .clone()
+            .flat_map(|i| (0..self.v.nrows()).map(move |col| (i, col)))
+            .map(|(i, col)| (self.v[(col, i)] * root(i)) as f32)
+            .collect();
+        (a, b)
+    }
+
+    /// Largest absolute inner product of two directions of different shards, over both sides: 0 for
+    /// exactly orthogonal shards.
+    pub(crate) fn overlap(&self) -> f64 {
+        let largest = |vectors: &Mat<f64>| {
+            let gram = vectors.transpose() * vectors;
+            let count = gram.ncols();
+            (0..count)
+                .flat_map(|i| (0..i).map(move |j| (i, j)))
+                .filter(|(i, j)| i / self.rank != j / self.rank)
+                .map(|(i, j)| gram[(i, j)].abs())
+                .fold(0.0, f64::max)
+        };
+        largest(&self.u).max(largest(&self.v))
+    }
+}
+
+/// What [`WeightFrames::energy`] would be, and the errors of [`WeightFrames::compute`], without
+/// singular vectors.
+pub(crate) fn energy(
+    path: &str,
+    weight: &Tensor<2>,
+    rank: usize,
+    config: &HdPissaConfig,
+) -> Result<Vec<f64>, HdPissaError> {
+    let n = weight.dims().into_iter().min().unwrap_or(0);
+    let Some(components) = config.windows.components(config.shards, rank, n) else {
+        return Ok(WeightFrames::compute(path, weight, rank, config)?.energy);
+    };
+    let weight = HostMatrix::read(path, weight)?;
+    let values = singular_values(path, &weight, config.svd)?;
+    check_rank(path, &weight, &values, &components, config.frame_scale)?;
+    Ok(energy_of_components(&values, &components, rank))
+}
+
+/// The numeric rank of the weight, if it leaves some of `components` without a direction of their own:
+/// refused where their scale would be rounding noise.
+fn check_rank(
+    path: &str,
+    weight: &HostMatrix,
+    values: &[f64],
+    components: &[usize],
+    scale: FrameScale,
+) -> Result<Option<usize>, HdPissaError> {
+    let numeric_rank = numeric_rank(weight, values);
+    let needed = components.iter().max().map_or(0, |&last| last + 1);
+    match scale {
+        _ if needed <= numeric_rank => Ok(None),
+        FrameScale::Unit => Ok(Some(numeric_rank)),
+        FrameScale::Balanced => Err(HdPissaError::RankDeficient {
+            path: path.into(),
+            numeric_rank,
+            needed,
+        }),
+    }
+}
+
+/// On each side `count` random directions that are orthogonal to the given ones.
+fn orthogonal_to([u, v]: [&Mat<f64>; 2], count: usize, name: &str) -> [Mat<f64>; 2] {
+    let shape = format!("{}x{}", u.nrows(), v.nrows());
+    let columns = |given: &Mat<f64>, side: char| {
+        random_columns(given.as_ref(), count, &format!("{name}/{shape}/{side}"))
+    };
+    // In its last bits a factorization depends on the number of threads.
+    on_one_thread(|| [columns(u, 'a'), columns(v, 'b')])
+}
+
+/// On each side the directions of `components`, of which those behind the given ones are in `null`.
+fn join(given: [&Mat<f64>; 2], null: [Mat<f64>; 2], components: &[usize]) -> [Mat<f64>; 2] {
+    let [of_u, of_v] = null;
+    [(given[0], of_u), (given[1], of_v)].map(|(given, null)| {
+        Mat::from_fn(given.nrows(), components.len(), |row, i| {
+            match components[i].checked_sub(given.ncols()) {
+                Some(col) => null[(row, col)],
+                None => given[(row, components[i])],
+            }
+        })
+    })
+}
+
+/// Root mean square of the singular values, `‖W‖_F / √min(d_input, d_output)`.
+fn mean_singular_value(weight: &HostMatrix) -> f64 {
+    (weight.squared_norm() / weight.rows().min(weight.cols()) as f64).sqrt()
+}
+
+fn energy_of_components(values: &[f64], components: &[usize], rank: usize) -> Vec<f64> {
+    let square = |value: f64| value * value;
+    let total: f64 = values.iter().copied().map(square).sum();
+    let of_window = |window: &[usize]| window.iter().map(|&i| square(values[i])).sum::<f64>();
+    let windows = components.chunks(rank);
+    windows.map(|window| of_window(window) / total).collect()
+}
+
+fn energy_of_directions(weight: &HostMatrix, u: &Mat<f64>, v: &Mat<f64>, rank: usize) -> Vec<f64> {
+    let projected = u.transpose() * weight.f64();
+    let total = weight.squared_norm();
+    let of_window = |start: usize| {
+        let block = projected.subrows(start, rank) * v.subcols(start, rank);
+        block.squared_norm_l2() / total
+    };
+    (0..u.ncols()).step_by(rank).map(of_window).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::tensor::{Device, Distribution, TensorData};
+    use proptest::prelude::*;
+
+    use crate::SvdPrecision;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+
+        /// The windows of all components add up to the matrix, whatever its shape.
+        #[test]
+        fn windows_restore_the_matrix(rows in 1usize..24, cols in 1usize..24, seed: u64) {
+            let device = Device::flex();
+            device.seed(seed);
+            let weight = Tensor::<2>::random([rows, cols], Distribution::Default, &device);
+            let count = rows.min(cols);
+            let method = SvdMethod::Exact(SvdPrecision::F64);
+            let frames = WeightFrames::leading("w", &weight, method, count, 4.0);
+            // A random matrix is seldom, but not never, close to one of a lower rank.
+            prop_assume!(frames.is_ok());
+            let (a, b) = frames.unwrap().window(0);
+            let a = Tensor::<2>::from_data(TensorData::new(a, [rows, count]), &device);
+            let b = Tensor::<2>::from_data(TensorData::new(b, [count, cols]), &device);
+            let error = (a.matmul(b) * 4.0 - weight).abs().max().into_scalar::<f32>();
+            prop_assert!(error < 1e-5, "{error}");
+        }
+    }
+
+    #[test]
+    fn energy_of_a_known_spectrum() {
+        let values = [4.0, 3.0, 0.0, 0.0];
+        assert_eq!(
+            energy_of_components(&values, &[1, 0], 1),
+            [9.0 / 25.0, 16.0 / 25.0]
+        );
+        assert_eq!(energy_of_components(&values, &[0, 1, 2, 3], 2), [1.0, 0.0]);
+    }
+}
