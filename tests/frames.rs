@@ -1,20 +1,18 @@
 //! Choices of frames: directions, lengths, reach, and that nobody mistakes one choice for another.
 
-use std::time::Duration;
-
 use burn::module::{Module, Param};
 use burn::nn::{Linear, LinearConfig};
 use burn::optim::{AdamConfig, GradientsParams, SgdConfig};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use faer::{Mat, MatRef};
 use hd_pissa::checkpoint::{CheckpointError, Checkpoints, Snapshot};
-use hd_pissa::comm::{Communicator, Solo, ThreadCommunicator, thread_group};
+use hd_pissa::comm::{Communicator, Solo};
 use hd_pissa::{
     FrameScale, HdPissa, HdPissaAdapter, HdPissaConfig, HdPissaError, HdPissaModule,
     HdPissaOptimizer, LayerProgress, OptimizerError, ShardGradients, SvdMethod, SvdPrecision,
     Windows,
 };
-use hd_pissa_tests::{Lean, base, bits, normal};
+use hd_pissa_tests::{Lean, base, bits, normal, on_threads};
 use proptest::prelude::*;
 use sha2::{Digest, Sha256};
 
@@ -231,26 +229,13 @@ fn frames_do_not_depend_on_who_computes_them() {
             all.iter().filter(is_hosted).cloned().collect()
         };
         assert_eq!(of(start.clone(), &[2]), hosting(&[2]));
-        on_two_workers(|communicator| {
+        on_threads(2, |communicator| {
             let hosted = [communicator.worker_index(), communicator.worker_index() + 2];
             let model = start.clone();
             let model = model.apply_hd_pissa_shared(&config, hosted, &communicator);
             assert_eq!(frames(&model.unwrap()), hosting(&hosted), "{choice:?}");
         });
     }
-}
-
-/// What each of two workers returns.
-fn on_two_workers<T: Send>(work: impl Fn(ThreadCommunicator) -> T + Sync) -> Vec<T> {
-    let group = thread_group(2, Duration::from_secs(60));
-    let work = &work;
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = group
-            .into_iter()
-            .map(|communicator| scope.spawn(move || work(communicator)))
-            .collect();
-        threads.into_iter().map(|t| t.join().unwrap()).collect()
-    })
 }
 
 #[derive(Module, Debug)]
@@ -589,7 +574,7 @@ fn workers_of_different_choices_are_refused() {
     let start = Lean::new(&device);
     for (choices, setting) in pairs() {
         // Where they prepare together.
-        let errors = on_two_workers(|communicator| {
+        let errors = on_threads(2, |communicator| {
             let worker = communicator.worker_index();
             let config = config(2, 2, choices[worker]);
             let model = start.clone();
@@ -609,7 +594,7 @@ fn workers_of_different_choices_are_refused() {
             assert_eq!(error, expected);
         }
         // Where each prepares alone, at the first step.
-        let errors = on_two_workers(|communicator| {
+        let errors = on_threads(2, |communicator| {
             let worker = communicator.worker_index();
             let config = config(2, 2, choices[worker]);
             let model = start.clone().apply_hd_pissa(&config, [worker]).unwrap();

@@ -1,15 +1,13 @@
 //! Workers that share the decompositions: the same factors as alone, and the same errors everywhere.
 
-use std::time::Duration;
-
 use burn::module::{Module, Param, ParamGroup};
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use hd_pissa::comm::{Communicator, ThreadCommunicator, thread_group};
+use hd_pissa::comm::Communicator;
 use hd_pissa::{
     HdPissa, HdPissaAdapter, HdPissaConfig, HdPissaError, HdPissaLinear, HdPissaLinearConfig,
     HdPissaModule, TargetRank,
 };
-use hd_pissa_tests::bits;
+use hd_pissa_tests::{bits, on_threads};
 
 /// By falling cost of decomposition: layers 0, 2, 1, 4, 3.
 const SHAPES: [[usize; 2]; 5] = [[13, 17], [17, 11], [11, 19], [19, 8], [8, 23]];
@@ -48,19 +46,6 @@ impl Stack {
 
 fn config() -> HdPissaConfig {
     HdPissaConfig::new().with_rank(2).with_shards(SHARDS)
-}
-
-/// What each thread of a group returns.
-fn on_threads<T: Send>(workers: usize, work: impl Fn(ThreadCommunicator) -> T + Sync) -> Vec<T> {
-    let group = thread_group(workers, Duration::from_secs(60));
-    let work = &work;
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = group
-            .into_iter()
-            .map(|communicator| scope.spawn(move || work(communicator)))
-            .collect();
-        threads.into_iter().map(|t| t.join().unwrap()).collect()
-    })
 }
 
 /// Index and bits of the factors of each hosted shard, weight by weight.

@@ -1,18 +1,17 @@
 //! Shards that learn from every micro-batch: the same as one wide shard, on any layout of workers.
 
 use std::path::Path;
-use std::time::Duration;
 
 use burn::module::{Module, ModuleMapper, Param, ParamGroup};
 use burn::optim::{AdamConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::{Device, Tensor, TensorData};
 use hd_pissa::checkpoint::{Checkpoints, Snapshot};
-use hd_pissa::comm::{Communicator, Solo, Traffic, thread_group};
+use hd_pissa::comm::{Communicator, Solo, Traffic};
 use hd_pissa::{
     GradientMode, HdPissaConfig, HdPissaError, HdPissaModule, HdPissaOptimizer, OptimizerError,
     ShardGradients, SharedGradients, WireDtype,
 };
-use hd_pissa_tests::{Dense, Lean, base, bits, normal, relative_error, values};
+use hd_pissa_tests::{Dense, Lean, base, bits, normal, on_threads, relative_error, values};
 
 const SHARDS: usize = 4;
 const RANK: usize = 2;
@@ -130,20 +129,11 @@ fn train_on_workers(
     if workers == 1 {
         return train(start, data, Solo, settings, steps, folder);
     }
-    let group = thread_group(workers, Duration::from_secs(60));
-    std::thread::scope(|scope| {
-        let workers: Vec<_> = group
-            .into_iter()
-            .map(|communicator| {
-                let (start, steps) = (start.clone(), steps.clone());
-                scope.spawn(move || train(&start, data, communicator, settings, steps, folder))
-            })
-            .collect();
-        let mut results = workers.into_iter().map(|worker| worker.join().unwrap());
-        let first = results.next().unwrap();
-        assert!(results.all(|other| other == first));
-        first
-    })
+    let results = on_threads(workers, |communicator| {
+        train(start, data, communicator, settings, steps.clone(), folder)
+    });
+    assert!(results.iter().all(|other| *other == results[0]));
+    results.into_iter().next().unwrap()
 }
 
 #[test]
@@ -302,36 +292,25 @@ fn the_traffic_of_a_step_is_as_documented() {
     let device = Device::flex().autodiff();
     let start = Lean::new(&device);
     let data = data(&device, 2);
-    let group = thread_group(WORKERS, Duration::from_secs(60));
-    let measured: Vec<Traffic> = std::thread::scope(|scope| {
-        let workers: Vec<_> = group
-            .into_iter()
-            .map(|communicator| {
-                let (start, data) = (start.clone(), &data);
-                scope.spawn(move || {
-                    let worker = communicator.worker_index();
-                    let mut model = start.apply_hd_pissa(&config(), 0..SHARDS).unwrap();
-                    let mut optim = HdPissaOptimizer::new(adam(), communicator)
-                        .unwrap()
-                        .with_fingerprint_every(None);
-                    let step = |model: Lean, optim: &mut HdPissaOptimizer| {
-                        let gradients = shared_gradients(&model, &data[0][worker..=worker]);
-                        optim.step(1e-3, model, gradients).unwrap()
-                    };
-                    // The first step agrees on the layout too.
-                    model = step(model, &mut optim);
-                    let before = optim.traffic();
-                    step(model, &mut optim);
-                    let after = optim.traffic();
-                    Traffic {
-                        sent: after.sent - before.sent,
-                        received: after.received - before.received,
-                    }
-                })
-            })
-            .collect();
-        let workers = workers.into_iter().map(|worker| worker.join().unwrap());
-        workers.collect()
+    let measured: Vec<Traffic> = on_threads(WORKERS, |communicator| {
+        let worker = communicator.worker_index();
+        let mut model = start.clone().apply_hd_pissa(&config(), 0..SHARDS).unwrap();
+        let mut optim = HdPissaOptimizer::new(adam(), communicator)
+            .unwrap()
+            .with_fingerprint_every(None);
+        let step = |model: Lean, optim: &mut HdPissaOptimizer| {
+            let gradients = shared_gradients(&model, &data[0][worker..=worker]);
+            optim.step(1e-3, model, gradients).unwrap()
+        };
+        // The first step agrees on the layout too.
+        model = step(model, &mut optim);
+        let before = optim.traffic();
+        step(model, &mut optim);
+        let after = optim.traffic();
+        Traffic {
+            sent: after.sent - before.sent,
+            received: after.received - before.received,
+        }
     });
     // Values of all shards.
     let factors = (SHARDS * RANK * ((13 + 17) + (17 + 11))) as u64;
@@ -361,22 +340,15 @@ fn gradients_that_do_not_fit_are_refused() {
     let own = start.clone().apply_hd_pissa(&per_shard, 0..SHARDS).unwrap();
     let mut optim = HdPissaOptimizer::new(adam(), Solo).unwrap();
 
+    let other_mode = |model| OptimizerError::OtherGradientMode { model };
     let gradients = ShardGradients::new(&shared);
     let refused = optim.step(1e-3, shared, gradients).err().unwrap();
-    let mode = GradientMode::Shared;
-    assert_eq!(
-        refused.cause,
-        OptimizerError::OtherGradientMode { model: mode }
-    );
+    assert_eq!(refused.cause, other_mode(GradientMode::Shared));
     let shared = refused.model;
 
     let gradients = shared_gradients(&own, std::slice::from_ref(&batch));
     let refused = optim.step(1e-3, own, gradients).err().unwrap();
-    let mode = GradientMode::PerShard;
-    assert_eq!(
-        refused.cause,
-        OptimizerError::OtherGradientMode { model: mode }
-    );
+    assert_eq!(refused.cause, other_mode(GradientMode::PerShard));
     let own = refused.model;
 
     for pushed in [1, 3] {
@@ -393,12 +365,10 @@ fn gradients_that_do_not_fit_are_refused() {
         assert_eq!(refused.cause, expected);
     }
 
-    // Gradients of another model, and of a model in validation.
-    let gradients = SharedGradients::new(&shared, 1);
-    let mut foreign = gradients;
-    let of_batch =
-        GradientsParams::from_grads(loss(&own.select_shard(1), &batch).backward(), &shared);
-    foreign.push(of_batch);
+    // Of a forward pass of another model.
+    let of_other = loss(&own.select_shard(1), &batch).backward();
+    let mut foreign = SharedGradients::new(&shared, 1);
+    foreign.push(GradientsParams::from_grads(of_other, &shared));
     let refused = optim.step(1e-3, shared, foreign).err().unwrap();
     assert!(matches!(
         refused.cause,
@@ -414,31 +384,73 @@ fn no_shard_is_selected_where_all_are() {
     model.unwrap().select_shard(0);
 }
 
-/// The first step of each of `workers` workers, whose models and configurations may differ.
+/// The first step of each of `workers` workers, whose models may differ.
 fn first_steps(
     workers: usize,
     model: impl Fn(usize) -> Lean + Sync,
 ) -> Vec<Result<(), OptimizerError>> {
-    let group = thread_group(workers, Duration::from_secs(60));
-    std::thread::scope(|scope| {
-        let workers: Vec<_> = group
-            .into_iter()
-            .enumerate()
-            .map(|(worker, communicator)| {
-                let model = &model;
-                scope.spawn(move || {
-                    let model = model(worker);
-                    let mut optim = HdPissaOptimizer::new(adam(), communicator).unwrap();
-                    let batch = Tensor::ones([5, 13], &Device::flex().autodiff());
-                    let gradients = shared_gradients(&model, &[batch]);
-                    let stepped = optim.step(1e-3, model, gradients);
-                    stepped.map(|_| ()).map_err(|error| error.cause)
-                })
-            })
-            .collect();
-        let workers = workers.into_iter().map(|worker| worker.join().unwrap());
-        workers.collect()
+    on_threads(workers, |communicator| {
+        let model = model(communicator.worker_index());
+        let mut optim = HdPissaOptimizer::new(adam(), communicator).unwrap();
+        let batch = Tensor::ones([5, 13], &Device::flex().autodiff());
+        let gradients = GradientsParams::from_grads(loss(&model, &batch).backward(), &model);
+        let stepped = optim.step(1e-3, model, gradients);
+        stepped.map(|_| ()).map_err(|error| error.cause)
     })
+}
+
+/// Both modes host as many shards on a worker, so that nothing but the mode tells them apart.
+#[test]
+fn workers_of_different_modes_are_refused() {
+    let start = Lean::new(&Device::flex().autodiff());
+    let per_shard = config()
+        .with_gradients(GradientMode::PerShard)
+        .with_shards(2);
+    let results = first_steps(2, |worker| {
+        let start = start.clone();
+        match worker {
+            0 => start.apply_hd_pissa(&config().with_shards(2), 0..2),
+            _ => start.apply_hd_pissa(&per_shard, 1..2),
+        }
+        .unwrap()
+    });
+    for result in results {
+        let message = result.unwrap_err().to_string();
+        assert!(
+            message.contains("gradients, 0 PerShard, 1 Shared:"),
+            "{message}"
+        );
+    }
+}
+
+#[test]
+fn a_checkpoint_of_the_other_mode_is_refused() {
+    let device = Device::flex().autodiff();
+    let start = Lean::new(&device);
+    let apply = |mode| {
+        let config = config().with_gradients(mode);
+        start.clone().apply_hd_pissa(&config, 0..SHARDS).unwrap()
+    };
+    for (saved, given) in [
+        (GradientMode::PerShard, GradientMode::Shared),
+        (GradientMode::Shared, GradientMode::PerShard),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::new(folder.path());
+        let model = apply(saved);
+        let state = HdPissaOptimizer::new(adam(), Solo).unwrap().to_bytes();
+        let snapshot = Snapshot::new(1, &model, state.unwrap());
+        checkpoints.save(&snapshot, &Solo).unwrap();
+        let checkpoint = checkpoints.latest().unwrap().checkpoint.unwrap();
+        let message = checkpoint.restore(apply(given)).unwrap_err().to_string();
+        for part in [
+            "gradients".into(),
+            format!("{saved:?}"),
+            format!("{given:?}"),
+        ] {
+            assert!(message.contains(&part), "{message}");
+        }
+    }
 }
 
 #[test]

@@ -1,10 +1,12 @@
 //! Helpers shared by the integration tests.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{DType, Device, Distribution, Tensor, TensorData};
+use hd_pissa::comm::{ThreadCommunicator, thread_group};
 use hd_pissa::{HdPissaLinear, HdPissaLinearConfig};
 
 /// Two layers of Burn's `Linear`, of prime sizes, with an activation between them.
@@ -71,6 +73,22 @@ impl From<Dense> for Lean {
             second: model.second.into(),
         }
     }
+}
+
+/// What each thread of a group returns, by the index of its worker.
+pub fn on_threads<T: Send>(
+    workers: usize,
+    work: impl Fn(ThreadCommunicator) -> T + Sync,
+) -> Vec<T> {
+    let group = thread_group(workers, Duration::from_secs(60));
+    let work = &work;
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = group
+            .into_iter()
+            .map(|communicator| scope.spawn(move || work(communicator)))
+            .collect();
+        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    })
 }
 
 /// Standard normal values.

@@ -46,7 +46,7 @@ pub enum MergePrecision {
 /// Which gradients a shard learns from.
 #[derive(Config, Debug, Copy, PartialEq, Eq)]
 pub enum GradientMode {
-    /// Each shard takes the gradients of its own micro-batches, as published (paper, section 3.2).
+    /// Each shard takes the gradients of its own micro-batches, as published.
     /// A forward pass serves the [selected](crate::HdPissaModule::select_shard) shard.
     PerShard,
     /// Every shard takes the mean gradient over all micro-batches of the step. A forward pass

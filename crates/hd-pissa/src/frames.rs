@@ -208,7 +208,8 @@ fn orthogonal_to([u, v]: [&Mat<f64>; 2], count: usize, name: &str) -> [Mat<f64>;
     on_one_thread(|| [columns(u, 'a'), columns(v, 'b')])
 }
 
-/// On each side the directions of `components`, of which those behind the given ones are in `null`.
+/// On each side the directions of `components`. The given ones come first; those after them are in
+/// `null`.
 fn join(given: [&Mat<f64>; 2], null: [Mat<f64>; 2], components: &[usize]) -> [Mat<f64>; 2] {
     let [of_u, of_v] = null;
     [(given[0], of_u), (given[1], of_v)].map(|(given, null)| {

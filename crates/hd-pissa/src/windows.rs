@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 /// side: windows of different shards are disjoint and orthogonal.
 ///
 /// An update of the weight moves it within `Σ_k U_k X_k + Y_k V_kᵀ`, with any `X_k` and `Y_k`. The
-/// choice thus says which changes are in reach; the book's chapter on the mathematics says how much
-/// of which change is not.
+/// choice thus says which changes are in reach. The book's chapter on the mathematics says how much of
+/// a change is out of reach.
 ///
 /// ```
 /// use burn::nn::LinearConfig;
@@ -46,7 +46,7 @@ pub enum Windows {
     /// The trailing components: shard `k` holds the components `n − K·r + k·r + j`.
     Trailing,
     /// Random directions, uniformly distributed: on each side the orthonormal factor of a Gaussian
-    /// matrix, of which shard `k` holds the columns `k·r + j`.
+    /// matrix. Shard `k` holds its columns `k·r + j`.
     ///
     /// Nothing is decomposed. The directions depend on the seed, the path of the weight and its shape,
     /// and on nothing else: not on its values, nor on workers, threads or hosted shards. They have
@@ -77,8 +77,8 @@ pub enum FrameScale {
 }
 
 impl Windows {
-    /// The components that the shards hold, shard by shard, of `n` in all; `None` for directions
-    /// that are no components.
+    /// The components that the shards hold, shard by shard, of `n` in all; `None` for random
+    /// directions.
     pub(crate) fn components(self, shards: usize, rank: usize, n: usize) -> Option<Vec<usize>> {
         let count = shards * rank;
         let spread = |index: usize| (index as u128 * n as u128 / count as u128) as usize;

@@ -487,30 +487,36 @@ impl Options {
                     .into(),
             });
         }
-        if self.method != Method::HdPissa && self.gradients == GradientMode::Shared {
-            return Err(Error::Usage {
-                option: "gradients",
-                reason: format!("{} has no shards that could share gradients", self.method),
-            });
-        }
-        if self.method != Method::HdPissa && self.wire != WireDtype::F32 {
-            return Err(Error::Usage {
-                option: "wire",
-                reason: format!("{} has no deltas that workers exchange", self.method),
-            });
-        }
         let windows = self.windows.with_seed(self.seed);
-        if self.method != Method::HdPissa && windows != Windows::Leading {
-            return Err(Error::Usage {
-                option: "windows",
-                reason: format!("{} has no shards that hold directions", self.method),
-            });
-        }
-        if self.method != Method::HdPissa && self.frame_scale != FrameScale::Balanced {
-            return Err(Error::Usage {
-                option: "frame-scale",
-                reason: format!("{} has no frames", self.method),
-            });
+        let of_hd_pissa = [
+            (
+                "gradients",
+                self.gradients != GradientMode::PerShard,
+                "no shards that could share gradients",
+            ),
+            (
+                "wire",
+                self.wire != WireDtype::F32,
+                "no deltas that workers exchange",
+            ),
+            (
+                "windows",
+                windows != Windows::Leading,
+                "no shards that hold directions",
+            ),
+            (
+                "frame-scale",
+                self.frame_scale != FrameScale::Balanced,
+                "no frames",
+            ),
+        ];
+        for (option, is_given, lacks) in of_hd_pissa {
+            if self.method != Method::HdPissa && is_given {
+                return Err(Error::Usage {
+                    option,
+                    reason: format!("{} has {lacks}", self.method),
+                });
+            }
         }
         if let (Windows::Random { .. }, FrameScale::Balanced) = (windows, self.frame_scale) {
             return Err(Error::Usage {

@@ -121,8 +121,8 @@ impl Adaptation {
             format!("{workers} workers cannot share {shards} shards out evenly")
         } else if self.shares_gradients() && !micro_batches.is_multiple_of(workers) {
             format!(
-                "{workers} workers cannot share out evenly the micro-batches of a step, of which \
-                 --accumulation sets {micro_batches}"
+                "{workers} workers cannot share out evenly the {micro_batches} micro-batches of a \
+                 step; --accumulation sets their number"
             )
         } else {
             return Ok(());

@@ -84,6 +84,15 @@ enum Optimizer {
     },
 }
 
+impl Optimizer {
+    fn communicator(&self) -> &dyn Communicator {
+        match self {
+            Self::HdPissa(inner) => inner.communicator(),
+            Self::Mean { .. } => &Solo,
+        }
+    }
+}
+
 /// What one step did.
 #[derive(Clone, Copy, Debug)]
 pub struct StepReport {
@@ -168,11 +177,7 @@ impl Trainer {
     /// [`Error::Checkpoint`], and [`Error::Optimizer`] for a record of another optimizer.
     pub fn restore(self, checkpoint: &Checkpoint) -> Result<Self, Error> {
         let model = checkpoint.restore(self.model.expect("a step puts the model back"))?;
-        let communicator: &dyn Communicator = match &self.optimizer {
-            Optimizer::HdPissa(inner) => inner.communicator(),
-            Optimizer::Mean { .. } => &Solo,
-        };
-        let state = checkpoint.optimizer(&model, communicator)?;
+        let state = checkpoint.optimizer(&model, self.optimizer.communicator())?;
         let optimizer = match self.optimizer {
             Optimizer::HdPissa(inner) => Optimizer::HdPissa(inner.from_bytes(state)?),
             Optimizer::Mean { inner, clip } => {
@@ -201,10 +206,7 @@ impl Trainer {
 
     /// The transport.
     pub fn communicator(&self) -> &dyn Communicator {
-        match &self.optimizer {
-            Optimizer::HdPissa(inner) => inner.communicator(),
-            Optimizer::Mean { .. } => &Solo,
-        }
+        self.optimizer.communicator()
     }
 
     /// Number of values that gradients move, over all workers.

@@ -163,7 +163,7 @@ fn any_number_of_workers_gives_the_same_weights() {
         "--workers",
         "4 workers",
         "micro-batches",
-        "--accumulation sets 6",
+        "6 micro-batches of a step",
     ] {
         assert!(text(&output).contains(part), "{}", text(&output));
     }

@@ -272,10 +272,10 @@ impl Checkpoints {
         draft: &Path,
         path: &Path,
     ) -> Result<(), CheckpointError> {
-        let Parameters { shards, frames, .. } = Parameters::of(snapshot.model);
+        let adapters = Parameters::of(snapshot.model);
         let settings = snapshot.settings.clone();
         let progress = snapshot.progress.clone();
-        Manifest::new(snapshot.step, (shards, frames), settings, progress).write(draft)?;
+        Manifest::new(snapshot.step, &adapters, settings, progress).write(draft)?;
         files::sync_folder(draft)?;
         if path.exists() {
             // One of the same step, which a resumed run takes again. Whenever the program ends, one of

@@ -6,7 +6,9 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::parameters::Parameters;
 use super::{CheckpointError, files};
+use crate::GradientMode;
 use crate::windows::FrameChoice;
 
 /// Version of the checkpoints that this build writes and reads.
@@ -24,10 +26,17 @@ pub(super) struct Manifest {
     /// Which frames the shards have; the published ones where nothing is said.
     #[serde(default = "FrameChoice::published")]
     pub(super) frames: FrameChoice,
+    /// Which gradients the shards learn from; their own where nothing is said.
+    #[serde(default = "per_shard")]
+    pub(super) gradients: GradientMode,
     pub(super) settings: BTreeMap<String, String>,
     pub(super) progress: Value,
     /// Size of every other file but the digests, in bytes.
     files: BTreeMap<String, u64>,
+}
+
+fn per_shard() -> GradientMode {
+    GradientMode::PerShard
 }
 
 /// Read first, so that a manifest of another version is told from a damaged one.
@@ -40,7 +49,7 @@ struct Header {
 impl Manifest {
     pub(super) fn new(
         step: u64,
-        (shards, frames): (usize, FrameChoice),
+        adapters: &Parameters,
         settings: BTreeMap<String, String>,
         progress: Value,
     ) -> Self {
@@ -48,8 +57,9 @@ impl Manifest {
             format_version: FORMAT_VERSION,
             written_by: concat!("hd-pissa ", env!("CARGO_PKG_VERSION")).into(),
             step,
-            shards,
-            frames,
+            shards: adapters.shards,
+            frames: adapters.frames,
+            gradients: adapters.gradients,
             settings,
             progress,
             files: BTreeMap::new(),

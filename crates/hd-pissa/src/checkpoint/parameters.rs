@@ -27,7 +27,7 @@ pub(super) struct Parameters {
     pub(super) all: Vec<Parameter>,
     /// 0 without HD-PiSSA adapters.
     pub(super) shards: usize,
-    gradients: GradientMode,
+    pub(super) gradients: GradientMode,
     /// The frames of its first adapter.
     pub(super) frames: FrameChoice,
 }

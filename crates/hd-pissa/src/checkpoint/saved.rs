@@ -181,6 +181,11 @@ impl Checkpoint {
                 format!("{:?}", saved.scale),
                 format!("{:?}", given.scale),
             ),
+            (
+                "gradients",
+                format!("{:?}", self.manifest.gradients),
+                format!("{:?}", parameters.gradients),
+            ),
         ];
         for (setting, saved, given) in settings {
             if saved != given {

@@ -28,18 +28,13 @@ pub(super) fn clip(
     communicator: &dyn Communicator,
 ) -> Result<(), OptimizerError> {
     let sum = |of| sum_of(statistics, of);
-    let (squares, scaled_squares) = match factors.gradients {
-        GradientMode::PerShard => (
-            sum(RowStatistics::squares),
-            sum(RowStatistics::scaled_squares),
-        ),
-        GradientMode::Shared => {
-            let all = |own| sum_over_shards(own, layout, communicator);
-            (
-                all(sum(RowStatistics::squares))?,
-                all(sum(RowStatistics::scaled_squares))?,
-            )
-        }
+    let sums = [
+        sum(RowStatistics::squares),
+        sum(RowStatistics::scaled_squares),
+    ];
+    let [squares, scaled_squares] = match factors.gradients {
+        GradientMode::PerShard => sums,
+        GradientMode::Shared => sum_over_shards(sums, layout, communicator)?,
     };
     let scaled_norm = scaled_squares.sqrt();
     // Where the sum of squares is above the range of f32, gradients are divided by 2^80 first. That
@@ -65,21 +60,23 @@ pub(super) fn clip(
     Ok(())
 }
 
-/// The sum over the shards of all workers, for each of the hosted shards, `[hosted]` both. It is taken
-/// in the order of shards, whatever the workers.
+/// The sums over the shards of all workers, repeated for each of the hosted shards: `[hosted]` before
+/// and after. They are taken in the order of shards, whatever the workers.
 fn sum_over_shards(
-    own: Tensor<1>,
+    own: [Tensor<1>; 2],
     layout: &ShardLayout,
     communicator: &dyn Communicator,
-) -> Result<Tensor<1>, OptimizerError> {
-    let hosted = own.dims()[0];
-    let all = match communicator.num_workers() {
-        1 => own,
-        workers => {
-            let rows = communicator.all_gather(own)?;
-            let rows = rows.reshape([workers * hosted, 1]);
-            layout.sorted(rows).flatten(0, 1)
-        }
+) -> Result<[Tensor<1>; 2], OptimizerError> {
+    let hosted = own[0].dims()[0];
+    let mut rows = Tensor::stack::<2>(own.to_vec(), 1);
+    let workers = communicator.num_workers();
+    if workers > 1 {
+        let gathered = communicator.all_gather(rows.flatten(0, 1))?;
+        rows = layout.sorted(gathered.reshape([workers * hosted, 2]));
+    }
+    let total = |column| {
+        let column: Tensor<1> = rows.clone().narrow(1, column, 1).flatten(0, 1);
+        column.sum().repeat_dim(0, hosted)
     };
-    Ok(all.sum().repeat_dim(0, hosted))
+    Ok([total(0), total(1)])
 }

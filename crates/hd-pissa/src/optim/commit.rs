@@ -13,8 +13,8 @@ use crate::settings::Settings;
 /// The companions of half-precision weights, by the weight's path.
 pub(super) type Companions = HashMap<String, Tensor<2, Int>>;
 
-/// Replaces the factors of every hosted shard by zeros, so that an optimizer step leaves exactly its delta there, and
-/// takes the companions out.
+/// Replaces the factors of every hosted shard by zeros, so that an optimizer step leaves exactly its
+/// delta there, and takes the companions out.
 pub(super) struct ZeroFactors<'a> {
     path: PathTracker,
     /// Others keep their values, since no gradient of theirs reaches the inner optimizer.

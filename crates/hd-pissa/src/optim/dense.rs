@@ -20,30 +20,28 @@ pub(super) struct MeanGradients {
     pub(super) non_finite: Vec<(String, Tensor<1>)>,
 }
 
-/// The gradients of dense parameters, one after the other.
-pub(super) struct DenseGradients;
+/// Takes the gradients of dense parameters out of each of `sets`, one after the other: a row `[n]` in
+/// `f32` for each set, none for a model without dense parameters. A parameter without a gradient in a
+/// set counts as zero there.
+pub(super) fn take_rows<M: Module>(model: &M, sets: &mut [GradientsParams]) -> Vec<Tensor<1>> {
+    let mut flatten = Flatten {
+        path: PathTracker::default(),
+        rows: vec![Vec::new(); sets.len()],
+        sets,
+    };
+    model.visit(&mut flatten);
+    let rows = flatten.rows.into_iter().filter(|row| !row.is_empty());
+    rows.map(|row| Tensor::cat(row, 0)).collect()
+}
 
-impl DenseGradients {
-    /// Takes them out of each of `sets`: a row `[n]` in `f32` for each set, none for a model without
-    /// dense parameters. A parameter without a gradient in a set counts as zero there.
-    pub(super) fn take<M: Module>(model: &M, sets: &mut [GradientsParams]) -> Vec<Tensor<1>> {
-        let mut flatten = Flatten {
-            path: PathTracker::default(),
-            rows: vec![Vec::new(); sets.len()],
-            shards: sets,
-        };
-        model.visit(&mut flatten);
-        let rows = flatten.rows.into_iter().filter(|row| !row.is_empty());
-        rows.map(|row| Tensor::cat(row, 0)).collect()
-    }
-
-    /// The mean gradients of all dense parameters, given as one row.
-    pub(super) fn unflatten<M: Module>(model: &M, mean: Tensor<1>) -> MeanGradients {
+impl MeanGradients {
+    /// Those of all dense parameters, given as one row.
+    pub(super) fn of_row<M: Module>(model: &M, mean: Tensor<1>) -> Self {
         let mut unflatten = Unflatten {
             path: PathTracker::default(),
             mean,
             start: 0,
-            result: MeanGradients::default(),
+            result: Self::default(),
         };
         model.visit(&mut unflatten);
         unflatten.result
@@ -58,7 +56,7 @@ pub(super) fn mean_gradients<M: Module>(
     layout: &ShardLayout,
     communicator: &dyn Communicator,
 ) -> Result<MeanGradients, OptimizerError> {
-    let rows = DenseGradients::take(model, shards);
+    let rows = take_rows(model, shards);
     if rows.is_empty() {
         return Ok(MeanGradients::default());
     }
@@ -75,7 +73,7 @@ pub(super) fn mean_gradients<M: Module>(
     let count = rows.len() as f64;
     let sum = rows.into_iter().reduce(|sum, row| sum + row);
     let mean = sum.expect("there is a shard") / count;
-    Ok(DenseGradients::unflatten(model, mean))
+    Ok(MeanGradients::of_row(model, mean))
 }
 
 /// The path of a dense parameter. An adapted weight is none: it requires no gradient, or the step is
@@ -89,8 +87,8 @@ fn dense_path<const D: usize>(path: &PathTracker, param: &Param<Tensor<D>>) -> O
 
 struct Flatten<'a> {
     path: PathTracker,
-    shards: &'a mut [GradientsParams],
-    /// Flat gradients of each shard.
+    sets: &'a mut [GradientsParams],
+    /// Flat gradients of each set.
     rows: Vec<Vec<Tensor<1>>>,
 }
 
@@ -101,8 +99,8 @@ impl ModuleVisitor for Flatten<'_> {
         if dense_path(&self.path, param).is_none() {
             return;
         }
-        for (shard, row) in self.shards.iter_mut().zip(&mut self.rows) {
-            let gradient = match shard.remove::<D>(param.id) {
+        for (set, row) in self.sets.iter_mut().zip(&mut self.rows) {
+            let gradient = match set.remove::<D>(param.id) {
                 Some(gradient) => gradient,
                 None => param.base().inner().zeros_like(),
             };

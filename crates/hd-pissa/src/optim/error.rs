@@ -198,10 +198,10 @@ pub enum OptimizerError {
         /// Number of shards of the adapters.
         shards: usize,
     },
-    /// The loaded record is that of adapters with other shards or frames.
+    /// The loaded record is that of adapters with other shards, frames or gradients.
     #[error(
         "the optimizer's record was made for `{recorded}`, the model has `{given}`: attach adapters \
-         with the number of shards, windows and frame_scale of the record"
+         with the number of shards, windows, frame_scale and gradients of the record"
     )]
     RecordOfOthers {
         /// Name of a shard in the record.

@@ -212,13 +212,12 @@ impl Factors {
 
     /// Path of a shard of the weight at position `weight`, hosted here or elsewhere.
     pub(super) fn shard_path(&self, weight: usize, shard: usize) -> String {
+        let weight = &self.weights[weight];
         let name = ShardName {
             index: shard,
-            shards: self.num_shards,
-            frames: self.weights[weight].name().frames,
-            gradients: self.gradients,
+            ..weight.name()
         };
-        name.path(&self.weights[weight].path)
+        name.path(&weight.path)
     }
 
     /// What tells the tensors of the known factors from others, if anything does.

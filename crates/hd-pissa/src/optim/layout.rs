@@ -5,6 +5,7 @@ use hd_pissa_comm::{Communicator, gather_integers};
 
 use super::factors::{Factors, WeightFactors};
 use super::{OptimizerError, WireDtype};
+use crate::GradientMode;
 
 /// The shards of all workers.
 #[derive(Clone, Debug)]
@@ -49,6 +50,13 @@ impl ShardLayout {
                 windows,
                 seed,
                 scale,
+                (
+                    "gradients, 0 PerShard, 1 Shared:",
+                    match factors.gradients {
+                        GradientMode::PerShard => 0,
+                        GradientMode::Shared => 1,
+                    },
+                ),
                 (
                     "a fingerprint of paths, shapes, dtypes, ranks, rounding, frames and gradients",
                     factors.structure(),

@@ -126,8 +126,8 @@ impl HdPissaOptimizer {
     /// Scales each shard's factor gradients down to this global (2-)norm where it is larger.
     ///
     /// The norm runs over all factors of one shard; with
-    /// [`GradientMode::Shared`](crate::GradientMode::Shared) over those of all shards. Gradients of dense parameters, those outside the
-    /// adapters, are not clipped.
+    /// [`GradientMode::Shared`](crate::GradientMode::Shared) over those of all shards. Gradients of
+    /// dense parameters, those outside the adapters, are not clipped.
     ///
     /// # Errors
     ///
@@ -205,8 +205,7 @@ impl HdPissaOptimizer {
     /// all shards ([`SharedGradients`](crate::SharedGradients)).
     ///
     /// The gradients must cover every factor of every shard that this worker hosts; of all shards
-    /// where these share gradients. All workers step
-    /// together. Where no one else holds a weight's tensor it is updated in place; a clone of the
+    /// where these share gradients. All workers step together. Where no one else holds a weight's tensor it is updated in place; a clone of the
     /// model, a copy from `valid()` or a live graph keeps its values, and the step copies. Reads back
     /// from the device once.
     ///

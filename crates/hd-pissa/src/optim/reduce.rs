@@ -1,4 +1,4 @@
-//! The sum of shared gradients over workers, of which each keeps the part of the shards that it hosts.
+//! The sum of shared gradients over workers. Each worker keeps the part of the shards that it hosts.
 
 use burn::module::Module;
 use burn::optim::GradientsParams;
@@ -6,7 +6,7 @@ use burn::tensor::Tensor;
 use hd_pissa_comm::{Communicator, gather_integers};
 
 use super::OptimizerError;
-use super::dense::{DenseGradients, MeanGradients};
+use super::dense::{MeanGradients, take_rows};
 use super::factors::{Factors, ShardFactors, WeightFactors};
 use super::layout::ShardLayout;
 use super::packed::{pack, unpack};
@@ -62,9 +62,9 @@ pub(super) fn reduce_shared<M: Module>(
         }
     }
 
-    let mut rows = DenseGradients::take(model, std::slice::from_mut(&mut sum));
+    let mut rows = take_rows(model, std::slice::from_mut(&mut sum));
     let dense = match rows.pop() {
-        Some(row) => DenseGradients::unflatten(model, all_reduce(row, communicator)? * factor),
+        Some(row) => MeanGradients::of_row(model, all_reduce(row, communicator)? * factor),
         None => MeanGradients::default(),
     };
     Ok((shards, dense))
