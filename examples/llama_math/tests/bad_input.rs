@@ -745,6 +745,28 @@ fn templates_and_prompts_that_cannot_be_filled() {
         case.write("data.jsonl", format!("{line}\n").repeat(8));
         case.refuses(&[], &["data.jsonl", "line 1", "`question` is empty"]);
     }
+    // A prompt that the tokenizer makes nothing of: here its normalizer removes what there is.
+    for option in ["--data", "--eval"] {
+        let case = Case::new();
+        case.edit_json("model/tokenizer.json", |tokenizer| {
+            let pattern = serde_json::json!({ "Regex": "~" });
+            tokenizer["normalizer"] =
+                serde_json::json!({ "type": "Replace", "pattern": pattern, "content": "" });
+        });
+        case.write("template.txt", "{instruction}");
+        let line = r#"{"question": "~~", "answer": "so 3"}"#;
+        case.write("none.jsonl", [line; 16].join("\n"));
+        let arguments = [
+            "--prompt-template",
+            "ROOT/template.txt",
+            option,
+            "ROOT/none.jsonl",
+        ];
+        case.refuses(
+            &arguments,
+            &["tokenizer.json", "makes no token of the prompt \"~~\""],
+        );
+    }
     // Held-out records whose answers are all empty have nothing to measure.
     let case = Case::new();
     case.write("eval.jsonl", r#"{"question": "a", "answer": " "}"#);

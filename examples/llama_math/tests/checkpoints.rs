@@ -369,7 +369,7 @@ fn a_full_disk_ends_in_an_error_and_leaves_the_last_checkpoint() {
     let place = case.root.path().join("small");
     std::fs::create_dir(&place).unwrap();
     // Room for one checkpoint and a part of the next.
-    let Some(_mount) = Mount::new(&place, "size=9m") else {
+    let Some(_mount) = Mount::new(&place, "tmpfs", "size=9m") else {
         println!("skipped: this process may not mount a tmpfs");
         return;
     };
@@ -418,7 +418,7 @@ fn a_read_only_folder_ends_in_an_error_and_leaves_the_last_checkpoint() {
     let mut case = Case::new();
     let place = case.root.path().join("small");
     std::fs::create_dir(&place).unwrap();
-    let Some(mount) = Mount::new(&place, "size=64m") else {
+    let Some(mount) = Mount::new(&place, "tmpfs", "size=64m") else {
         println!("skipped: this process may not mount a tmpfs");
         return;
     };

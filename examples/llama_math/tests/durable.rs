@@ -476,7 +476,7 @@ fn faults_in_the_last_phase() {
 fn a_mount_point_is_filled_and_replaced_inside() {
     let case = Case::new();
     std::fs::create_dir(case.output()).unwrap();
-    let Some(_mount) = Mount::new(&case.output(), "size=16m") else {
+    let Some(_mount) = Mount::new(&case.output(), "tmpfs", "size=16m") else {
         println!("skipped: this process may not mount a tmpfs");
         return;
     };
@@ -500,12 +500,50 @@ fn a_mount_point_is_filled_and_replaced_inside() {
     );
 }
 
+/// What a lower layer holds cannot be renamed, as in a container whose image has an earlier output.
+#[test]
+fn an_output_in_the_lower_layer_of_an_overlay_is_replaced() {
+    let mut case = Case::new();
+    let layers = ["lower", "upper", "merged"].map(|name| case.root.path().join(name));
+    for layer in &layers {
+        std::fs::create_dir(layer).unwrap();
+    }
+    let [lower, upper, merged] = layers;
+    case.place = lower.clone();
+    case.succeeds(&SHORT);
+    std::fs::write(case.output().join("old"), "of the first run").unwrap();
+    // The upper layer of an overlay may not be one itself, as in a container.
+    let Some(_upper) = Mount::new(&upper, "tmpfs", "size=32m") else {
+        println!("skipped: this process may not mount a tmpfs");
+        return;
+    };
+    let [top, work] = ["top", "work"].map(|name| upper.join(name));
+    std::fs::create_dir(&top).unwrap();
+    std::fs::create_dir(&work).unwrap();
+    let options = format!(
+        "lowerdir={},upperdir={},workdir={}",
+        lower.display(),
+        top.display(),
+        work.display()
+    );
+    let Some(_merged) = Mount::new(&merged, "overlay", &options) else {
+        println!("skipped: this process may not mount an overlay");
+        return;
+    };
+    case.place = merged;
+    case.succeeds(&[&SHORT[..], &["--overwrite", "--lr", "2e-3"]].concat());
+    assert!(is_complete(&case.output()));
+    let record = std::fs::read_to_string(case.output().join("llama_math.json")).unwrap();
+    assert!(record.contains("\"--lr\": \"0.002\""), "{record}");
+    assert!(!case.output().join("old").exists());
+}
+
 #[test]
 fn a_file_system_without_room_is_refused_before_the_training() {
     let mut case = Case::new();
     let place = case.root.path().join("small");
     std::fs::create_dir(&place).unwrap();
-    let Some(_mount) = Mount::new(&place, "size=1m") else {
+    let Some(_mount) = Mount::new(&place, "tmpfs", "size=1m") else {
         println!("skipped: this process may not mount a tmpfs");
         return;
     };

@@ -229,15 +229,13 @@ pub fn wait(mut child: Child, at_most: Duration) -> Option<ExitStatus> {
     }
 }
 
-/// A file system of `size` at the case's place, if this process may mount one.
+/// A file system at a place of the case's, if this process may mount one.
 pub struct Mount(PathBuf);
 
 impl Mount {
-    pub fn new(place: &Path, options: &str) -> Option<Self> {
+    pub fn new(place: &Path, kind: &str, options: &str) -> Option<Self> {
         let mut command = Command::new("mount");
-        command
-            .args(["-t", "tmpfs", "-o", options, "tmpfs"])
-            .arg(place);
+        command.args(["-t", kind, "-o", options, kind]).arg(place);
         let status = command.stderr(Stdio::null()).status();
         status
             .is_ok_and(|status| status.success())
