@@ -22,8 +22,8 @@ impl ProductKernels for CubeBackend {
         dtype != DType::F32 && is_readable(device, dtype)
     }
 
-    /// A build without `autotune` takes two products for every shape; the product of Burn's is the
-    /// faster one wherever it was measured.
+    /// A build without `autotune` takes two products for every shape: they were faster wherever both
+    /// were measured.
     fn has_low_rank_product(device: &Device<Self>, dtype: DType) -> bool {
         // The unit tests reach it without a build of Burn that tunes everything.
         cfg!(any(feature = "autotune", test)) && is_readable(device, dtype)

@@ -125,7 +125,7 @@ impl Operands {
         static TUNER: LocalTuner<Key, CubeTuneId> = local_tuner!();
         let client = self.x.client.clone();
         let device = CubeTuneId::new(&client, &self.x.device);
-        let ways = TUNER.init(&device, || {
+        let variants = TUNER.init(&device, || {
             TunableSet::new_cloning_inputs(Key::new)
                 .with(Tunable::new("two_launches", Operands::two_launches))
                 .with(Tunable::new("one_launch", |operands: Operands| {
@@ -134,7 +134,7 @@ impl Operands {
                     operands.one_launch().or_else(|_| operands.two_launches())
                 }))
         });
-        TUNER.execute(&device, &client, ways, self);
+        TUNER.execute(&device, &client, variants, self);
     }
 }
 
@@ -179,7 +179,7 @@ impl AutotuneKey for Key {}
 
 #[cfg(all(test, feature = "wgpu", feature = "flex"))]
 mod tests {
-    use burn::backend::{Backend, ops::FloatTensorOps};
+    use burn::backend::{ops::FloatTensorOps, read_sync};
     use burn::tensor::{Device, Distribution, Tensor, TensorData};
     use burn_cubecl::{CubeBackend, CubeDevice};
 
@@ -207,14 +207,14 @@ mod tests {
     /// One launch, two, and whichever the tuner finds to be faster, with a transposed weight as in the
     /// backward pass.
     #[test]
-    fn every_way_gives_the_products() {
+    fn every_variant_gives_the_products() {
         if device().is_none() {
             return;
         }
         let device = CubeDevice::wgpu(Default::default()).expect("it was found");
         let [m, n, columns, rank] = [37, 19, 23, 3];
         let (x, w, f) = (random([m, n]), random([columns, n]), random([n, rank]));
-        let ways: [fn(Operands); 3] = [
+        let variants: [fn(Operands); 3] = [
             |operands| operands.one_launch().unwrap(),
             |operands| operands.two_launches().unwrap(),
             Operands::faster,
@@ -226,15 +226,15 @@ mod tests {
             };
             let host = |tensor: &CubeTensor| -> Vec<f64> {
                 let data = CubeBackend::float_into_data(tensor.clone());
-                let data = burn::tensor::read_sync(data).expect("the kernels ran");
+                let data = read_sync(data).expect("the kernels ran");
                 data.iter::<f64>().collect()
             };
             let x = tensor(&x, [m, n], dtype);
             let w = CubeBackend::float_transpose(tensor(&w, [columns, n], dtype));
             let f = tensor(&f, [n, rank], DType::F32);
-            for (which, way) in ways.into_iter().enumerate() {
+            for (which, variant) in variants.into_iter().enumerate() {
                 let (y, p) = (empty(&x, &w, x.dtype), empty(&x, &f, f.dtype));
-                way(Operands {
+                variant(Operands {
                     x: x.clone(),
                     w: w.clone(),
                     f: f.clone(),
@@ -255,7 +255,7 @@ mod tests {
                         // At most `n` terms of at most 1.
                         assert!(
                             error <= step * n as f64,
-                            "way {which}, {dtype:?}: {error:e}"
+                            "variant {which}, {dtype:?}: {error:e}"
                         );
                     }
                 }
