@@ -1,51 +1,11 @@
 //! The device, its data and its rates.
 
 use burn::tensor::{DType, Device, Distribution, Tensor, TensorData};
-use half::{bf16, f16};
 use hd_pissa_benches::{alternate_within, device, median};
 
-use crate::rows::{Floor, Row};
+use crate::float::Float;
+use crate::rows::{Roofline, Row};
 use crate::sample::{Host, assert_close, assert_product, places};
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Float {
-    F32,
-    F16,
-    BF16,
-}
-
-impl Float {
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::F16 => "f16",
-            Self::BF16 => "bf16",
-        }
-    }
-
-    pub fn bytes(self) -> f64 {
-        match self {
-            Self::F32 => 4.0,
-            Self::F16 | Self::BF16 => 2.0,
-        }
-    }
-
-    fn dtype(self) -> DType {
-        match self {
-            Self::F32 => DType::F32,
-            Self::F16 => DType::F16,
-            Self::BF16 => DType::BF16,
-        }
-    }
-
-    fn round(self, value: f32) -> f32 {
-        match self {
-            Self::F32 => value,
-            Self::F16 => f16::from_f32(value).to_f32(),
-            Self::BF16 => bf16::from_f32(value).to_f32(),
-        }
-    }
-}
 
 pub struct Bench {
     /// Backend and hardware.
@@ -99,7 +59,7 @@ impl Bench {
 
     #[cfg(feature = "cubecl-kernels")]
     fn has(&self, dtype: Float) -> bool {
-        let has = |client| crate::direct::float(dtype).is_supported(client);
+        let has = |client| dtype.kernel_type().is_supported(client);
         self.client.as_ref().is_some_and(has)
     }
 
@@ -161,13 +121,13 @@ impl Bench {
             self.sync();
         }]);
         let bytes = 2.0 * dtype.bytes() * host.values.len() as f64;
-        let floor = Floor {
+        let roofline = Roofline {
             bytes_per_second: 1e3 * bytes / median(times[0].iter().copied()),
             flops_per_second: f64::INFINITY,
         };
         let names = ["copy", "Burn, negated in place", dtype.name()];
-        let row = Row::new(names, size, [bytes, 0.0], &times[0], &floor);
-        (row, floor.bytes_per_second)
+        let row = Row::new(names, size, [bytes, 0.0], &times[0], &roofline);
+        (row, roofline.bytes_per_second)
     }
 
     /// A square product by Burn, as large as takes some time.
@@ -190,15 +150,15 @@ impl Bench {
             n *= 2;
         };
         let flops = 2.0 * (n as f64).powi(3);
-        let floor = Floor {
+        let roofline = Roofline {
             bytes_per_second: f64::INFINITY,
             flops_per_second: 1e3 * flops / median(times[0].iter().copied()),
         };
         let names = ["large", "Burn", dtype.name()];
         let bytes = 3.0 * dtype.bytes() * (n * n) as f64;
         Large {
-            row: Row::new(names, [n, n], [bytes, flops], &times[0], &floor),
-            flops_per_second: floor.flops_per_second,
+            row: Row::new(names, [n, n], [bytes, flops], &times[0], &roofline),
+            flops_per_second: roofline.flops_per_second,
         }
     }
 

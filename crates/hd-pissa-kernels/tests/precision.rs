@@ -1,5 +1,5 @@
 //! 200 steps of Adam at a learning rate of 2e-5 into a half-precision weight: what each
-//! [`MergePrecision`] keeps of the `f32` trajectory. On the device in the types that it has, and in
+//! way of rounding keeps of the `f32` trajectory. On the device in the types that it has, and in
 //! `bf16` (which WGSL lacks) through the references that define the kernels' bits.
 //!
 //! `cargo test --release -p hd-pissa-kernels --test precision -- --nocapture` prints a table for
@@ -8,11 +8,11 @@
 mod common;
 
 use common::*;
+use cubecl::server::Handle;
 use half::{bf16, f16};
+use hd_pissa_bits::{Half, Rounding, StochasticKey};
 use hd_pissa_kernels::reference::{self, Shard};
-use hd_pissa_kernels::{
-    FloatType, Merge, MergePrecision, StochasticKey, companion_len, merge, new_counter, path_hash,
-};
+use hd_pissa_kernels::{FloatType, Merge, merge};
 
 const SHAPE: [usize; 2] = [72, 54];
 const RANK: usize = 4;
@@ -89,7 +89,7 @@ fn key(seed: u64, step: usize) -> StochasticKey {
     StochasticKey {
         seed,
         step: step as u64,
-        path: path_hash("layers.3.feed_forward.up"),
+        path: 0x0123_4567_89ab_cdef,
     }
 }
 
@@ -222,15 +222,16 @@ fn bf16_by_the_references() {
         wide: run(&mut |_, _, old, update| old + update),
         split: run(&mut |_, place, _, update| {
             let (high, low) = pairs[place];
-            pairs[place] = reference::split_bf16(reference::join_bf16(high, low) + update);
-            reference::join_bf16(pairs[place].0, pairs[place].1)
+            pairs[place] = bf16::split(high.join(low) + update);
+            pairs[place].0.join(pairs[place].1)
         }),
         plain: run(&mut |_, _, old, update| bf16::from_f32(old + update).to_f32()),
         stochastic: (0..SEEDS)
             .map(|seed| {
                 run(&mut |step, place, old, update| {
-                    let index = [place / SHAPE[1], place % SHAPE[1]].map(|index| index as u32);
-                    reference::stochastic(old + update, index, key(seed, step), dtype)
+                    let [row, column] = [place / SHAPE[1], place % SHAPE[1]].map(|i| i as u32);
+                    let word = key(seed, step).generator()(row, column);
+                    bf16::stochastic(old + update, word).widen()
                 })
             })
             .collect(),
@@ -248,58 +249,50 @@ fn on_the_device(dtype: FloatType) {
         return eprintln!("skipped: the device has no {dtype:?}");
     }
     let start = start(dtype);
-    let packing = Packing {
-        before: 0,
-        between: 0,
-        after: 0,
-    };
     let steps: Vec<_> = steps()
         .iter()
-        .map(|shards| {
-            (
-                pack(&client, &frames(shards), packing),
-                pack(&client, &deltas(shards), packing),
-            )
-        })
+        .map(|shards| (frames(&client, shards), deltas(&client, shards)))
         .collect();
-    let counter = new_counter(&client);
-    let run = |dtype: FloatType, precision: &dyn Fn(usize) -> MergePrecision| {
-        let weight = matrix(&client, &start, SHAPE, Layout::RowMajor, dtype);
-        let companion = upload_words(&client, &vec![0; companion_len(&weight)]);
-        let squares = new_counter(&client);
-        for (step, (frames, deltas)) in steps.iter().enumerate() {
-            let arguments = Merge {
-                weight: weight.clone(),
-                frames: frames.clone(),
-                deltas: deltas.clone(),
-                rank: RANK,
-                shards: SHARDS,
-                precision: precision(step),
-                companion: Some(companion.clone()),
-                non_finite: counter.clone(),
-                squares: squares.clone(),
-                square_slot: 0,
-            };
-            merge(&client, arguments).unwrap();
-        }
-        (read(&client, &weight), download_words(&client, &companion))
-    };
-    let (high, words) = run(dtype, &|_| MergePrecision::Split);
+    let gate = upload_words(&client, &[0]);
+    let run =
+        |dtype: FloatType, companion: Option<Handle>, rounding: &dyn Fn(usize) -> Rounding| {
+            let weight = matrix(&client, &start, SHAPE, Layout::RowMajor, dtype);
+            for (step, (frames, deltas)) in steps.iter().enumerate() {
+                let arguments = Merge {
+                    weight: weight.clone(),
+                    frames: frames.clone(),
+                    deltas: deltas.clone(),
+                    rank: RANK,
+                    shards: SHARDS,
+                    rounding: rounding(step),
+                    companion: companion.clone(),
+                    gate: gate.clone(),
+                };
+                merge(&client, arguments).unwrap();
+            }
+            read(&client, &weight)
+        };
+    let nearest = |_| Rounding::Nearest;
+    // Row by row, two elements to a word.
+    let words = SHAPE[0] * SHAPE[1].div_ceil(2);
+    let companion = upload_words(&client, &vec![0; words]);
+    let high = run(dtype, Some(companion.clone()), &nearest);
+    let words = download_words(&client, &companion);
     let split = high.iter().enumerate().map(|(place, high)| {
         let (row, column) = (place / SHAPE[1], place % SHAPE[1]);
         let word = words[row * SHAPE[1].div_ceil(2) + column / 2];
         let low = (word >> (16 * (column % 2))) as u16;
         match dtype {
-            FloatType::BF16 => reference::join_bf16(bf16::from_f32(*high), low),
-            _ => reference::join_f16(f16::from_f32(*high), low),
+            FloatType::BF16 => bf16::from_f32(*high).join(low),
+            _ => f16::from_f32(*high).join(low),
         }
     });
     let outcome = Outcome {
         split: split.collect(),
-        wide: run(FloatType::F32, &|_| MergePrecision::Plain).0,
-        plain: run(dtype, &|_| MergePrecision::Plain).0,
+        wide: run(FloatType::F32, None, &nearest),
+        plain: run(dtype, None, &nearest),
         stochastic: (0..SEEDS)
-            .map(|seed| run(dtype, &|step| MergePrecision::Stochastic(key(seed, step))).0)
+            .map(|seed| run(dtype, None, &|step| Rounding::Stochastic(key(seed, step))))
             .collect(),
     };
     judge(&format!("{dtype:?} on {}", client.name()), &start, &outcome);

@@ -1,7 +1,5 @@
 //! The operations under autodiff: the backward passes of the adapter, and steps outside the graph.
 
-use std::cell::LazyCell;
-
 use burn::backend::{
     Autodiff, AutodiffBackend, Backend,
     tensor::{Device, FloatTensor, IntTensor},
@@ -14,8 +12,8 @@ use burn_autodiff::{
     ops::{Backward, Ops, OpsKind},
 };
 
-use super::contract::{dense_linear, factor_product, flatten, readable, transposed_factor_product};
-use super::{FactorProduct, HdPissaOps, Rounding};
+use super::contract::{factor_product, flatten, products, readable, transposed_factor_product};
+use super::{HdPissaOps, ProductKernels, Rounding};
 
 /// Backward of [`HdPissaOps::hd_pissa_linear`], parents `x`, `a`, `b`.
 #[derive(Debug)]
@@ -25,10 +23,13 @@ struct AdapterLinear;
 /// requested gradients needs it.
 #[derive(Clone, Debug)]
 struct LinearState<B: Backend> {
+    /// The node of `x`, `[.., d_input]`, for the gradient of `a`.
     x: Option<NodeId>,
+    /// `[d_input, d_output]`, the dtype of `x`, for the gradient of `x`.
     w: Option<FloatTensor<B>>,
+    /// `[rank, d_output]`, `f32`, for the gradient of `a`.
     b: Option<FloatTensor<B>>,
-    /// `x · a`, `[tokens, rank]`.
+    /// `x · a`, `[tokens, rank]`, `f32`, for the gradient of `b`.
     p: Option<FloatTensor<B>>,
     scale: f64,
 }
@@ -49,13 +50,11 @@ impl<B: HdPissaOps> Backward<B, 3> for AdapterLinear {
             .x
             .map(|id| checkpointer.retrieve_node_output::<FloatTensor<B>>(id));
 
-        let rows = LazyCell::new(|| readable::<B>(flatten::<B>(g.clone())));
-        let dx = state
-            .w
-            .map(|w| dense_linear::<B>(g.clone(), B::float_transpose(w)));
-        let q = state
-            .b
-            .map(|b| factor_product::<B>(rows.clone(), B::float_transpose(b)));
+        let (w, b) = (
+            state.w.map(B::float_transpose),
+            state.b.map(B::float_transpose),
+        );
+        let (dx, q) = products::<B>(g.clone(), w, b);
         if let (Some(node), Some(x), Some(q)) = (node_a, x, q) {
             let q = scaled::<B>(q, state.scale);
             let x = B::float_transpose(readable::<B>(flatten::<B>(x)));
@@ -63,7 +62,8 @@ impl<B: HdPissaOps> Backward<B, 3> for AdapterLinear {
         }
         if let (Some(node), Some(p)) = (node_b, state.p) {
             let p = scaled::<B>(p, state.scale);
-            grads.register::<B>(node.id, transposed_factor_product::<B>(p, rows.clone()));
+            let g = readable::<B>(flatten::<B>(g));
+            grads.register::<B>(node.id, transposed_factor_product::<B>(p, g));
         }
         if let (Some(node), Some(dx)) = (node_x, dx) {
             grads.register::<B>(node.id, dx);
@@ -108,9 +108,13 @@ fn scaled<B: Backend>(x: FloatTensor<B>, scale: f64) -> FloatTensor<B> {
     }
 }
 
-impl<B: FactorProduct, C: CheckpointStrategy> FactorProduct for Autodiff<B, C> {
+impl<B: ProductKernels, C: CheckpointStrategy> ProductKernels for Autodiff<B, C> {
     fn has_factor_product(device: &Device<Self>, dtype: DType) -> bool {
         B::has_factor_product(device, dtype)
+    }
+
+    fn has_low_rank_product(device: &Device<Self>, dtype: DType) -> bool {
+        B::has_low_rank_product(device, dtype)
     }
 }
 
@@ -132,20 +136,16 @@ impl<B: HdPissaOps, C: CheckpointStrategy> HdPissaOps for Autodiff<B, C> {
                 let saved_x = a_tracked.then(|| prep.checkpoint(&x));
                 let (x, w) = (x.into_primitive(), w.into_primitive());
                 let (a, b) = (a.into_primitive(), b.into_primitive());
-                let mut state = LinearState {
+                let saved_w = x_tracked.then(|| w.clone());
+                let (y, p) = products::<B>(x, Some(w), b_tracked.then_some(a));
+                let state = LinearState {
                     x: saved_x,
-                    w: x_tracked.then(|| w.clone()),
-                    b: a_tracked.then(|| b.clone()),
-                    p: None,
+                    w: saved_w,
+                    b: a_tracked.then_some(b),
+                    p,
                     scale,
                 };
-                // What the next layer waits for first.
-                let y = B::hd_pissa_linear(x.clone(), w, a.clone(), b, scale);
-                state.p = b_tracked.then(|| {
-                    let x = readable::<B>(flatten::<B>(x));
-                    factor_product::<B>(x, a)
-                });
-                prep.finish(state, y)
+                prep.finish(state, y.expect("asked for"))
             }
             OpsKind::UnTracked(prep) => prep.finish(B::hd_pissa_linear(
                 x.into_primitive(),
@@ -180,10 +180,20 @@ impl<B: HdPissaOps, C: CheckpointStrategy> HdPissaOps for Autodiff<B, C> {
         }
     }
 
-    // The operations above call this on the backend below, inside their own forward and backward.
+    // The operations above call these on the backend below, inside their own forward and backward.
     fn hd_pissa_factor_product(x: FloatTensor<Self>, f: FloatTensor<Self>) -> FloatTensor<Self> {
         let (x, f) = (x.into_primitive(), f.into_primitive());
         Self::from_inner(B::hd_pissa_factor_product(x, f))
+    }
+
+    fn hd_pissa_low_rank_product(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        f: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let (x, w, f) = (x.into_primitive(), w.into_primitive(), f.into_primitive());
+        let (y, p) = B::hd_pissa_low_rank_product(x, w, f);
+        (Self::from_inner(y), Self::from_inner(p))
     }
 
     // A step happens outside the graph, on tensors without autodiff; a tensor that has it

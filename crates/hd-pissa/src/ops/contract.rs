@@ -21,7 +21,7 @@ use super::Rounding;
     Cube: cfg(feature = "cubecl-backend"),
     Fusion: cfg(feature = "fusion"),
 )]
-pub trait HdPissaOps: Backend + FactorProduct {
+pub trait HdPissaOps: Backend + ProductKernels {
     /// `x · w` for `x: [.., d_input]`, of rank 2 or more; shape `[.., d_output]`, dtype of `x`.
     ///
     /// The value does not depend on the factors. Its gradient is that of `x · (w + scale · a · b)`
@@ -42,10 +42,28 @@ pub trait HdPissaOps: Backend + FactorProduct {
     /// columns: the projections `x·a` and `G·bᵀ` and, of transposed operands, the gradients of the
     /// factors.
     ///
-    /// Called where [`FactorProduct::has_factor_product`] says so.
+    /// Called where [`ProductKernels::has_factor_product`] says so.
     #[fusion(meta = |x, f| TensorSpec::new(Shape::new([x.shape[0], f.shape[1]]), f.dtype))]
     fn hd_pissa_factor_product(x: FloatTensor<Self>, f: FloatTensor<Self>) -> FloatTensor<Self> {
         product::<Self>(cast::<Self>(x, DType::F32), f)
+    }
+
+    /// `x · w` in the dtype of `x`, and `x · f` in `f32`, for `x: [m, n]` of any float dtype,
+    /// `w: [n, columns]` of the same, and an `f32` matrix `f: [n, rank]` of few columns: what the
+    /// forward pass and, of transposed operands, the backward pass of the adapter need of `x` and `G`.
+    ///
+    /// Called where [`ProductKernels::has_low_rank_product`] says so.
+    #[fusion(meta = |x, w, f| (
+        TensorSpec::new(Shape::new([x.shape[0], w.shape[1]]), x.dtype),
+        TensorSpec::new(Shape::new([x.shape[0], f.shape[1]]), f.dtype),
+    ))]
+    fn hd_pissa_low_rank_product(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        f: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let y = product::<Self>(x.clone(), w);
+        (y, factor_product::<Self>(readable::<Self>(x), f))
     }
 
     /// `w` itself, with the gradient of `w + scale · a · b` with respect to `a` and `b`.
@@ -139,26 +157,37 @@ fn scalar(like: &TensorSpec) -> TensorSpec {
     TensorSpec::new(Shape::new([1]), like.dtype)
 }
 
-/// What a backend can multiply. Apart from [`HdPissaOps`], because the answer is needed before
-/// anything is queued.
-pub trait FactorProduct: Backend {
+/// Which products a backend has of its own. Apart from [`HdPissaOps`], because the answer is needed
+/// before anything is queued.
+pub trait ProductKernels: Backend {
     /// Whether [`HdPissaOps::hd_pissa_factor_product`] of an `x` of `dtype` is better than Burn's
     /// product: because Burn would need a copy of `x` in `f32`, or because it is faster.
     fn has_factor_product(device: &Device<Self>, dtype: DType) -> bool {
         let _ = (device, dtype);
         false
     }
+
+    /// Whether [`HdPissaOps::hd_pissa_low_rank_product`] of an `x` of `dtype` may be faster than two
+    /// products.
+    fn has_low_rank_product(device: &Device<Self>, dtype: DType) -> bool {
+        let _ = (device, dtype);
+        false
+    }
 }
 
 /// Only backends compute.
-impl FactorProduct for Dispatch {}
+impl ProductKernels for Dispatch {}
 
 #[cfg(feature = "fusion")]
-impl<B: burn::backend::fusion::FusionBackend + FactorProduct> FactorProduct
+impl<B: burn::backend::fusion::FusionBackend + ProductKernels> ProductKernels
     for burn::backend::fusion::Fusion<B>
 {
     fn has_factor_product(device: &Device<Self>, dtype: DType) -> bool {
         B::has_factor_product(device, dtype)
+    }
+
+    fn has_low_rank_product(device: &Device<Self>, dtype: DType) -> bool {
+        B::has_low_rank_product(device, dtype)
     }
 }
 
@@ -167,10 +196,34 @@ impl<B: burn::backend::fusion::FusionBackend + FactorProduct> FactorProduct
 /// Burn's own `linear` gives the weight as many dimensions as `x` where `x` has a batch of one. A
 /// transposed weight is copied for that, and the batched product of Flex runs on one thread.
 pub(super) fn dense_linear<B: Backend>(x: FloatTensor<B>, w: FloatTensor<B>) -> FloatTensor<B> {
-    let mut shape = x.shape();
-    let last = shape.num_dims() - 1;
-    shape[last] = w.shape()[1];
+    let shape = with_last(x.shape(), w.shape()[1]);
     B::float_reshape(product::<B>(flatten::<B>(x), w), shape)
+}
+
+/// `x · w` for `x: [.., d]`, and `x · f` of shape `[tokens, rank]` in `f32`, whichever is asked for.
+pub(super) fn products<B: HdPissaOps>(
+    x: FloatTensor<B>,
+    w: Option<FloatTensor<B>>,
+    f: Option<FloatTensor<B>>,
+) -> (Option<FloatTensor<B>>, Option<FloatTensor<B>>) {
+    match (w, f) {
+        (Some(w), Some(f)) if B::has_low_rank_product(&x.device(), x.dtype()) => {
+            let shape = with_last(x.shape(), w.shape()[1]);
+            let (y, p) = B::hd_pissa_low_rank_product(flatten::<B>(x), w, f);
+            (Some(B::float_reshape(y, shape)), Some(p))
+        }
+        // What the next layer waits for first.
+        (w, f) => (
+            w.map(|w| dense_linear::<B>(x.clone(), w)),
+            f.map(|f| factor_product::<B>(readable::<B>(flatten::<B>(x)), f)),
+        ),
+    }
+}
+
+fn with_last(mut shape: Shape, size: usize) -> Shape {
+    let last = shape.num_dims() - 1;
+    shape[last] = size;
+    shape
 }
 
 /// `x` with its leading dimensions flattened: `[tokens, d]`.

@@ -10,16 +10,15 @@ use bytemuck::Pod;
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatMut, MatRef, Par};
 use half::{bf16, f16};
+use hd_pissa_bits::{Half, mix};
 use rayon::prelude::*;
 
 use super::contract::cast;
-use super::fingerprint::{SEEDS, mix};
-use super::rounding::Half;
 use super::thin_product::{Large, multiply};
-use super::{FactorProduct, HdPissaOps, Rounding};
+use super::{HdPissaOps, ProductKernels, Rounding};
 
 /// Every float that Flex holds in 32 bits or fewer.
-impl FactorProduct for Flex {
+impl ProductKernels for Flex {
     fn has_factor_product(_: &Device<Self>, dtype: DType) -> bool {
         matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
     }
@@ -202,14 +201,10 @@ fn fingerprint<E: Element + Pod + Sync>(
     let start = layout.start_offset() as isize;
     let lines = (0..outer.0).into_par_iter().map(|line| {
         let (start, first) = (start + line as isize * outer.1, line * outer.2);
-        (0..inner.0).fold([0u32; 2], |mut words, i| {
+        hd_pissa_bits::fingerprint((0..inner.0).map(|i| {
             let bits = bits(storage[(start + i as isize * inner.1) as usize]);
-            let index = (first + i * inner.2) as u32;
-            for (word, seed) in words.iter_mut().zip(SEEDS) {
-                *word = word.wrapping_add(mix(bits ^ mix(index ^ seed)));
-            }
-            words
-        })
+            ((first + i * inner.2) as u32, bits)
+        }))
     });
     let add = |x: [u32; 2], y: [u32; 2]| [x[0].wrapping_add(y[0]), x[1].wrapping_add(y[1])];
     let words = lines.reduce(|| [0; 2], add).map(|word| word as i32);

@@ -6,16 +6,13 @@ mod contract;
 #[cfg(feature = "cubecl-backend")]
 mod cubecl;
 #[cfg(feature = "flex")]
-mod fingerprint;
-#[cfg(feature = "flex")]
 mod flex;
-mod rounding;
 mod tensor;
 #[cfg(feature = "flex")]
 mod thin_product;
 
-pub use contract::{FactorProduct, HdPissaOps};
-pub use rounding::{Rounding, StochasticKey};
+pub use contract::{HdPissaOps, ProductKernels};
+pub use hd_pissa_bits::{Rounding, StochasticKey};
 pub(crate) use tensor::{
     MergeInputs, fingerprint, fingerprint_int, identity, is_cpu, is_supported, max_abs,
     merge_rounded, merge_split, row_statistics,

@@ -101,12 +101,16 @@ pub fn merge(weight: Tensor<2>, frames: Tensor<2>, deltas: Tensor<2>, rank: usiz
     merge_rounded(weight, inputs, Rounding::Nearest).0
 }
 
-/// What a merge takes besides the weight.
+/// What a merge takes besides the weight, `[d_input, d_output]`.
 pub(crate) struct MergeInputs {
+    /// The frames of all shards, `[shards, rank · (d_input + d_output)]`, `f32`. Row `k` holds `a_k`,
+    /// `[d_input, rank]` row by row, then `b_k`, `[rank, d_output]` row by row.
     pub(crate) frames: Tensor<2>,
+    /// The deltas of all shards, as `frames`.
     pub(crate) deltas: Tensor<2>,
     /// `[1]`, `f32`: the weight stays as it is unless this is zero.
     pub(crate) gate: Tensor<1>,
+    /// Rank of a shard's factors.
     pub(crate) rank: usize,
     /// Whether the sum of the squares of the update is wanted.
     pub(crate) measure: bool,
@@ -126,7 +130,8 @@ impl MergeInputs {
     }
 }
 
-/// The merged weight, and `[1]` with the sum of the squares of the update.
+/// The merged weight, `[d_input, d_output]` in its own dtype, and `[1]`, `f32`, with the sum of the
+/// squares of the update.
 pub(crate) fn merge_rounded(
     weight: Tensor<2>,
     inputs: MergeInputs,
@@ -148,7 +153,8 @@ pub(crate) fn merge_rounded(
     )
 }
 
-/// The merged weight with its companion, and `[1]` with the sum of the squares of the update.
+/// The merged weight, `[d_input, d_output]`, `f16` or `bf16`; its companion,
+/// `[d_input, ceil(d_output / 2)]`, `i32`; and `[1]`, `f32`, with the sum of the squares of the update.
 pub(crate) fn merge_split(
     weight: Tensor<2>,
     companion: Tensor<2, Int>,

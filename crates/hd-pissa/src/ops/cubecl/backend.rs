@@ -1,4 +1,4 @@
-//! The operations on CubeCL, behind every GPU backend of Burn.
+//! The contract on CubeCL.
 
 use burn::backend::{
     TensorMetadata,
@@ -6,42 +6,46 @@ use burn::backend::{
 };
 use burn::tensor::{DType, Shape};
 use burn_cubecl::{
-    CubeBackend,
+    CubeBackend, CubeDevice,
     kernel::{into_contiguous, untile},
-    ops::numeric::empty_device_contiguous_dtype,
     tensor::CubeTensor,
 };
-use hd_pissa_kernels::{
-    Buffer, FactorProduct as FactorProductArguments, FloatType, Matrix, Merge, MergePrecision,
-    ShardedFactors, factor_product, fingerprint, merge, row_statistics,
-};
+use hd_pissa_kernels::{FloatType, Matrix, Merge, fingerprint, merge, row_statistics};
 
-use super::contract::cast;
-use super::{FactorProduct, HdPissaOps, Rounding};
+use super::product;
+use super::view::{known, matrix, matrix_of, writable};
+use crate::ops::contract::cast;
+use crate::ops::{HdPissaOps, ProductKernels, Rounding};
 
-impl FactorProduct for CubeBackend {
+impl ProductKernels for CubeBackend {
     fn has_factor_product(device: &Device<Self>, dtype: DType) -> bool {
-        let known = known(dtype).filter(|_| dtype != DType::F32);
-        known.is_some_and(|dtype| dtype.is_supported(&device.client()))
+        dtype != DType::F32 && is_readable(device, dtype)
     }
+
+    /// A build without `autotune` takes two products for every shape: they were faster wherever both
+    /// were measured.
+    fn has_low_rank_product(device: &Device<Self>, dtype: DType) -> bool {
+        // The unit tests reach it without a build of Burn that tunes everything.
+        cfg!(any(feature = "autotune", test)) && is_readable(device, dtype)
+    }
+}
+
+/// Whether the kernels read and write the dtype on the device.
+fn is_readable(device: &CubeDevice, dtype: DType) -> bool {
+    known(dtype).is_some_and(|dtype| dtype.is_supported(&device.client()))
 }
 
 impl HdPissaOps for CubeBackend {
     fn hd_pissa_factor_product(x: FloatTensor<Self>, f: FloatTensor<Self>) -> FloatTensor<Self> {
-        let [x, f] = [x, f].map(untile);
-        let shape = Shape::new([x.shape()[0], f.shape()[1]]);
-        let (client, device) = (x.client.clone(), x.device.clone());
-        let p = empty_device_contiguous_dtype(client, device, shape, f.dtype);
-        let [input, factor, output] = [&x, &f, &p].map(matrix);
-        let arguments = FactorProductArguments {
-            input,
-            factor,
-            output,
-        };
-        if let Err(error) = factor_product(&x.client, arguments) {
-            panic!("multiplying by a factor on {:?}: {error}", x.device);
-        }
-        p
+        product::factor_product(untile(x), untile(f))
+    }
+
+    fn hd_pissa_low_rank_product(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        f: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        product::low_rank_product(untile(x), untile(w), untile(f))
     }
 
     fn hd_pissa_merge(
@@ -53,22 +57,12 @@ impl HdPissaOps for CubeBackend {
         rounding: Rounding,
         _measure: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let precision = match rounding {
-            Rounding::Nearest => MergePrecision::Plain,
-            Rounding::Stochastic(key) => {
-                MergePrecision::Stochastic(hd_pissa_kernels::StochasticKey {
-                    seed: key.seed,
-                    step: key.step,
-                    path: key.path,
-                })
-            }
-        };
         let update = Update {
             frames,
             deltas,
             gate,
             rank,
-            precision,
+            rounding,
         };
         let w = writable(untile(w));
         let squares = update.add_to(&w, None);
@@ -89,7 +83,7 @@ impl HdPissaOps for CubeBackend {
             deltas,
             gate,
             rank,
-            precision: MergePrecision::Split,
+            rounding: Rounding::Nearest,
         };
         // The kernel's companion follows the memory of the weight, ours its rows.
         let w = writable(into_contiguous(untile(w)));
@@ -134,59 +128,34 @@ fn words_of(x: CubeTensor, matrix: Matrix) -> CubeTensor {
     CubeTensor::new_contiguous(x.client, x.device, Shape::new([2]), words, DType::I32)
 }
 
-/// `tensor`, or a copy of it if someone else holds its memory.
-fn writable(tensor: CubeTensor) -> CubeTensor {
-    if tensor.can_mut() {
-        tensor
-    } else {
-        tensor.copy()
-    }
-}
-
 /// What a merge adds to a weight.
 struct Update {
     frames: CubeTensor,
     deltas: CubeTensor,
     gate: CubeTensor,
     rank: usize,
-    precision: MergePrecision,
+    rounding: Rounding,
 }
 
 impl Update {
     /// Merges in place; the sum of the squares of the update, `[1]`.
     fn add_to(self, w: &CubeTensor, companion: Option<&CubeTensor>) -> CubeTensor {
         let client = w.client.clone();
-        let weight = matrix(w);
-        let [d_input, d_output] = weight.shape;
-        let shards = self.frames.shape()[0];
-        let row = self.rank * (d_input + d_output);
-        let factors = |rows: CubeTensor| ShardedFactors {
-            buffer: Buffer {
-                handle: into_contiguous(rows).handle,
-                len: shards * row,
-                dtype: FloatType::F32,
-            },
-            left: 0,
-            right: self.rank * d_input,
-            shard_stride: row,
-        };
-        let squares = client.empty(size_of::<f32>());
         let arguments = Merge {
-            frames: factors(self.frames),
-            deltas: factors(self.deltas),
-            weight,
+            weight: matrix(w),
+            shards: self.frames.shape()[0],
+            frames: into_contiguous(self.frames).handle,
+            deltas: into_contiguous(self.deltas).handle,
             rank: self.rank,
-            shards,
-            precision: self.precision,
+            rounding: self.rounding,
             companion: companion.map(|companion| companion.handle.clone()),
             // Of all floats only +0 has the bits of the integer zero, and a count is never -0.
-            non_finite: into_contiguous(self.gate).handle,
-            squares: squares.clone(),
-            square_slot: 0,
+            gate: into_contiguous(self.gate).handle,
         };
-        if let Err(error) = merge(&client, arguments) {
-            panic!("merging an update on {:?}: {error}", w.device);
-        }
+        let squares = match merge(&client, arguments) {
+            Ok(squares) => squares,
+            Err(error) => panic!("merging an update on {:?}: {error}", w.device),
+        };
         CubeTensor::new_contiguous(
             client,
             w.device.clone(),
@@ -194,32 +163,5 @@ impl Update {
             squares,
             DType::F32,
         )
-    }
-}
-
-/// What the kernels see of a tensor of two dimensions.
-fn matrix(tensor: &CubeTensor) -> Matrix {
-    let dtype = known(tensor.dtype)
-        .unwrap_or_else(|| panic!("{:?} is refused when adapters are attached", tensor.dtype));
-    matrix_of(tensor, dtype)
-}
-
-/// As [`matrix`], of elements that count as `dtype`.
-fn matrix_of(tensor: &CubeTensor, dtype: FloatType) -> Matrix {
-    let (shape, strides) = (tensor.shape(), tensor.meta.strides());
-    Matrix {
-        handle: tensor.handle.clone(),
-        shape: [shape[0], shape[1]],
-        strides: [strides[0], strides[1]],
-        dtype,
-    }
-}
-
-fn known(dtype: DType) -> Option<FloatType> {
-    match dtype {
-        DType::F32 => Some(FloatType::F32),
-        DType::F16 => Some(FloatType::F16),
-        DType::BF16 => Some(FloatType::BF16),
-        _ => None,
     }
 }
