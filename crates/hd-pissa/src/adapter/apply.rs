@@ -82,6 +82,26 @@ impl HdPissa {
         )?;
         Ok(Self { adapters })
     }
+
+    /// What [`prepare`](Self::prepare) makes, with zeros in the place of all factors: for a record that
+    /// holds them.
+    pub(crate) fn blank<M: Module>(
+        model: &M,
+        config: &HdPissaConfig,
+        hosted_shards: impl IntoIterator<Item = usize>,
+    ) -> Result<Self, HdPissaError> {
+        let Selected { hosted, targets } = Selected::of(model, config, hosted_shards)?;
+        let adapters = targets.iter().map(|target| {
+            let [d_input, d_output] = target.weight.dims();
+            let zeros = |size: usize| vec![0.0; target.rank * size];
+            let window = |_| (zeros(d_input), zeros(d_output));
+            let adapter = adapter(target, window, config, &hosted);
+            (target.path.clone(), adapter)
+        });
+        Ok(Self {
+            adapters: adapters.collect(),
+        })
+    }
 }
 
 /// What a worker is to prepare, checked as far as that is possible without decompositions.
