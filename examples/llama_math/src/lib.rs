@@ -39,6 +39,7 @@ pub mod spectrum;
 pub mod stop;
 pub mod team;
 pub mod tiny;
+pub mod token_cache;
 pub mod tokenize;
 pub mod train;
 mod weights;
