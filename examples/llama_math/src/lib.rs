@@ -24,6 +24,7 @@ pub mod memory;
 pub mod method;
 pub mod model;
 pub mod mpi;
+mod ops;
 pub mod output;
 mod panics;
 pub mod picture;
