@@ -7,6 +7,7 @@ use burn::module::{Flag, Module, Param, Reparameterizer};
 use burn::tensor::{DType, Int, Tensor, TensorData};
 use hd_pissa_comm::Communicator;
 
+use super::joined::JoinedFrames;
 use super::module::{HdPissaAdapter, HdPissaShard};
 use super::path::{Side, companion_id, factor_id};
 use super::select::select_shard;
@@ -233,6 +234,7 @@ pub(super) fn adapter(
             MergePrecision::Stochastic { seed } if half => Some(seed),
             _ => None,
         },
+        joined: JoinedFrames::default(),
     }
 }
 
