@@ -3,8 +3,9 @@
 use burn::backend::{Flex, tensor::FloatTensor};
 use burn::tensor::{Shape, TensorData};
 use burn_flex::FlexTensor;
+use rayon::prelude::*;
 
-use super::rows::{each_row, exp, exponentials, largest, sum, wide};
+use super::rows::{each_row, exp, exponentials, largest, sum};
 use super::{Causal, LlamaOps};
 
 impl LlamaOps for Flex {
@@ -124,12 +125,10 @@ impl LlamaOps for Flex {
         let mut of_gamma = vec![0.0f32; len];
         let rows = inputs.chunks(len.max(1));
         for (inputs, gradients) in rows.zip(gradient.storage::<f32>().chunks(len.max(1))) {
-            wide(|| {
-                let factor = inverse_rms(inputs, epsilon);
-                for ((sum, x), gradient) in of_gamma.iter_mut().zip(inputs).zip(gradients) {
-                    *sum += x * factor * gradient;
-                }
-            });
+            let factor = inverse_rms(inputs, epsilon);
+            for ((sum, x), gradient) in of_gamma.iter_mut().zip(inputs).zip(gradients) {
+                *sum += x * factor * gradient;
+            }
         }
         each_row(gradient.storage_mut(), len, |index, row| {
             let inputs = &inputs[index * len..][..len];
@@ -208,24 +207,17 @@ impl LlamaOps for Flex {
         let mut gradient = whole(logits);
         let len = last(&gradient);
         let mut losses = vec![0.0f32; labels.len()];
-        // A row of losses for each row of logits: both are written by the same task.
-        let rows = gradient.storage_mut::<f32>();
-        {
-            use rayon::prelude::*;
-            let rows = rows.par_chunks_mut(len.max(1));
-            let labels = labels.par_iter().zip(&mut losses);
-            rows.zip(labels).for_each(|(row, (&label, loss))| {
-                let label = label as usize;
-                wide(|| {
-                    let (largest, wanted) = (largest(row), row[label]);
-                    let sum = exponentials(row, largest, 1.0);
-                    *loss = sum.ln() + (largest - wanted);
-                    let factor = 1.0 / sum;
-                    row.iter_mut().for_each(|x| *x *= factor);
-                });
-                row[label] -= 1.0;
-            });
-        }
+        let rows = gradient.storage_mut::<f32>().par_chunks_mut(len.max(1));
+        let labels = labels.par_iter().zip(&mut losses);
+        rows.zip(labels).for_each(|(row, (&label, loss))| {
+            let label = label as usize;
+            let (largest, wanted) = (largest(row), row[label]);
+            let sum = exponentials(row, largest, 1.0);
+            *loss = sum.ln() + (largest - wanted);
+            let factor = 1.0 / sum;
+            row.iter_mut().for_each(|x| *x *= factor);
+            row[label] -= 1.0;
+        });
         let sum: f64 = losses.iter().copied().map(f64::from).sum();
         (tensor(vec![sum as f32], &Shape::new([1])), gradient)
     }

@@ -2,7 +2,6 @@
 
 use std::array::from_fn;
 
-use pulp::Arch;
 use rayon::prelude::*;
 
 /// Numbers that a loop takes at once; sums have as many partial sums.
@@ -29,23 +28,6 @@ pub(super) fn exp(x: f32) -> f32 {
     let fraction = series * r * r + r + 1.0;
     let power = (shifted.to_bits() << 23).wrapping_add(0x3f80_0000);
     fraction * f32::from_bits(power)
-}
-
-/// Runs a loop with the widest vectors that this processor has.
-#[inline(always)]
-pub(super) fn wide<R>(work: impl FnOnce() -> R) -> R {
-    struct Inline<F>(F);
-
-    impl<R, F: FnOnce() -> R> pulp::WithSimd for Inline<F> {
-        type Output = R;
-
-        #[inline(always)]
-        fn with_simd<S: pulp::Simd>(self, _: S) -> R {
-            (self.0)()
-        }
-    }
-
-    Arch::new().dispatch(Inline(work))
 }
 
 /// The sum of `term(i)` for `i` below `len`, as [`LANES`] sums that are added up last.
@@ -106,11 +88,9 @@ pub(super) fn each_row(output: &mut [f32], len: usize, work: impl Fn(usize, &mut
     let rows = TASK.div_ceil(len);
     let tasks = output.par_chunks_mut(rows * len).enumerate();
     tasks.for_each(|(task, output)| {
-        wide(|| {
-            for (index, row) in output.chunks_mut(len).enumerate() {
-                work(task * rows + index, row);
-            }
-        });
+        for (index, row) in output.chunks_mut(len).enumerate() {
+            work(task * rows + index, row);
+        }
     });
 }
 

@@ -145,7 +145,7 @@ mod tests {
             let y = f(x.clone());
             let count = y.shape().num_elements() as i64;
             let weight = Tensor::<1, Int>::arange(0..count, &device).float();
-            let weight = (weight * 0.7).sin().cast(dtype).reshape(y.shape());
+            let weight = (weight * 0.7 + 0.5).sin().cast(dtype).reshape(y.shape());
             let gradients = (y.clone() * weight).sum().backward();
             let gradient = x.grad(&gradients).expect("x has a gradient");
             [
