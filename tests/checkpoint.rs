@@ -106,12 +106,14 @@ fn data(device: &Device) -> Vec<Vec<Tensor<2>>> {
     (0..6).map(batches).collect()
 }
 
-/// Takes three steps in one layout, saves, and three more in another; the weights at the end.
+/// Takes three steps in one layout, saves, and three more in another, whose models have adapters of
+/// their own before or get those of the checkpoint; the weights at the end.
 fn across(
     start: &Lean,
     data: &[Vec<Tensor<2>>],
     first: &[Vec<usize>],
     second: &[Vec<usize>],
+    has_adapters: bool,
 ) -> Vec<Vec<(String, TensorData)>> {
     let folder = tempfile::tempdir().unwrap();
     let checkpoints = Checkpoints::new(folder.path().join("run"));
@@ -128,8 +130,15 @@ fn across(
     assert_eq!((checkpoint.step(), checkpoint.shards()), (3, SHARDS));
     on_workers(second, |communicator, hosted| {
         // Other values and ids than those saved.
-        let other = adapted(&Lean::new(&Device::flex().autodiff()), hosted);
-        let mut model = checkpoint.restore(other).unwrap();
+        let other = Lean::new(&Device::flex().autodiff());
+        let mut model = match has_adapters {
+            true => checkpoint.restore(adapted(&other, hosted)).unwrap(),
+            false => {
+                let hosted = hosted.iter().copied();
+                let model = checkpoint.apply_hd_pissa(other, &config(), hosted).unwrap();
+                model.set_require_grad_group(ParamGroup::from_path("first.bias"), true)
+            }
+        };
         let state = checkpoint.optimizer(&model, &Solo).unwrap();
         let optim = HdPissaOptimizer::new(adam(), communicator).unwrap();
         let mut optim = optim.from_bytes(state).unwrap();
@@ -162,8 +171,10 @@ fn a_checkpoint_of_one_layout_resumes_on_another() {
     ];
     for first in &layouts {
         for second in &layouts {
-            for worker in across(&start, &data, first, second) {
-                assert_eq!(worker, whole, "{first:?} to {second:?}");
+            for has_adapters in [true, false] {
+                for worker in across(&start, &data, first, second, has_adapters) {
+                    assert_eq!(worker, whole, "{first:?} to {second:?}");
+                }
             }
         }
     }

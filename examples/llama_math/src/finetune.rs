@@ -27,6 +27,7 @@ use crate::progress::Progress;
 use crate::run::{METRICS, Outcome, RunConfig, Saving, Trained, Training};
 use crate::stop::Stop;
 use crate::team::Team;
+use crate::token_cache::TokenCache;
 use crate::tokenize::{PromptTemplate, Tokens};
 use crate::weights::hexadecimal;
 use crate::{Checkpoint, Error, Llama, files, picture};
@@ -432,7 +433,8 @@ impl FineTuning {
         let tokens = Tokens::of(&checkpoint)?;
         let max_length = self.max_length(&checkpoint)?;
         let records = read_records(&self.data, self.fields.as_ref())?;
-        let data = tokens.sequences(&records, &template, max_length)?;
+        let cache = TokenCache::of_user();
+        let data = cache.sequences(&tokens, &records, &template, max_length)?;
         let held_out = match &self.eval {
             Some((path, samples)) => {
                 let mut records = read_records(path, self.fields.as_ref())?;

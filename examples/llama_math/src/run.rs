@@ -235,13 +235,15 @@ impl<'a> Training<'a> {
 
         let start = Instant::now();
         let preparing = Progress::resumed("preparing the adapters", 1, 0, !is_first);
-        let mut trainer =
-            Trainer::with_communicator(model, &config.adaptation, config.optimizer, communicator)?;
-        let mut history = History::default();
-        if let Some(checkpoint) = &self.resume {
-            trainer = trainer.restore(checkpoint)?;
-            history = History::of(checkpoint)?;
-        }
+        let saved = self.resume.as_ref();
+        let mut trainer = Trainer::with_communicator(
+            model,
+            &config.adaptation,
+            config.optimizer,
+            communicator,
+            saved,
+        )?;
+        let mut history = saved.map_or_else(|| Ok(History::default()), History::of)?;
         let trainable = trainer.num_trainable();
         let preparation = start.elapsed().as_secs_f64();
         preparing.finish();

@@ -117,20 +117,24 @@ impl Trainer {
         adaptation: &Adaptation,
         settings: OptimizerSettings,
     ) -> Result<Self, Error> {
-        Self::with_communicator(model, adaptation, settings, Solo)
+        Self::with_communicator(model, adaptation, settings, Solo, None)
     }
 
     /// Prepares `model` on one of several workers, which hosts its share of HD-PiSSA's shards: the
     /// first worker the first ones, and so on. The number of workers must divide that of shards.
     ///
+    /// Model and optimizer have the state of the checkpoint, if one is given.
+    ///
     /// # Errors
     ///
-    /// Those of [`new`](Self::new).
+    /// Those of [`new`](Self::new), [`Error::Checkpoint`], and [`Error::Optimizer`] for the record of
+    /// another optimizer.
     pub fn with_communicator(
         model: Llama,
         adaptation: &Adaptation,
         settings: OptimizerSettings,
         communicator: impl Communicator + 'static,
+        saved: Option<&Checkpoint>,
     ) -> Result<Self, Error> {
         let device = model.device();
         let (worker, workers) = (communicator.worker_index(), communicator.num_workers());
@@ -141,54 +145,44 @@ impl Trainer {
             true => (own.clone(), Share::Shards(own)),
             false => (0..adaptation.shards, Share::Part { worker, workers }),
         };
-        let model = adaptation.apply_hosted(model, hosted, &communicator)?;
+        let model = adaptation.apply_hosted(model, hosted, &communicator, saved)?;
+        let state = saved.map(|saved| saved.optimizer(&model, &communicator));
+        let state = state.transpose()?;
         let optimizer = match adaptation.method {
             Method::HdPissa => {
                 let adam = AdamConfig::new().with_epsilon(EPSILON).init();
                 let optimizer = HdPissaOptimizer::new(adam, communicator)?
                     .with_norms()
                     .with_wire_dtype(settings.wire);
-                Optimizer::HdPissa(match settings.clip {
+                let optimizer = match settings.clip {
                     Some(clip) => optimizer.with_max_grad_norm(clip)?,
+                    None => optimizer,
+                };
+                Optimizer::HdPissa(match state {
+                    Some(state) => optimizer.from_bytes(state)?,
                     None => optimizer,
                 })
             }
-            _ => Optimizer::Mean {
+            _ => {
                 // Without decay this is Adam.
-                inner: AdamWConfig::new()
+                let inner = AdamWConfig::new()
                     .with_epsilon(EPSILON)
                     .with_weight_decay(settings.weight_decay as f32)
-                    .init(),
-                clip: settings.clip,
-            },
+                    .init();
+                Optimizer::Mean {
+                    inner: match state {
+                        Some(state) => inner.from_bytes(state).map_err(OptimizerError::from)?,
+                        None => inner,
+                    },
+                    clip: settings.clip,
+                }
+            }
         };
         Ok(Self {
             model: Some(model),
             optimizer,
             device,
             share,
-        })
-    }
-
-    /// Gives model and optimizer the state of a checkpoint.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Checkpoint`], and [`Error::Optimizer`] for a record of another optimizer.
-    pub fn restore(self, checkpoint: &Checkpoint) -> Result<Self, Error> {
-        let model = checkpoint.restore(self.model.expect("a step puts the model back"))?;
-        let state = checkpoint.optimizer(&model, self.optimizer.communicator())?;
-        let optimizer = match self.optimizer {
-            Optimizer::HdPissa(inner) => Optimizer::HdPissa(inner.from_bytes(state)?),
-            Optimizer::Mean { inner, clip } => {
-                let inner = inner.from_bytes(state).map_err(OptimizerError::from)?;
-                Optimizer::Mean { inner, clip }
-            }
-        };
-        Ok(Self {
-            model: Some(model),
-            optimizer,
-            ..self
         })
     }
 

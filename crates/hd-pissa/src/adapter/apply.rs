@@ -7,6 +7,7 @@ use burn::module::{Flag, Module, Param, Reparameterizer};
 use burn::tensor::{DType, Int, Tensor, TensorData};
 use hd_pissa_comm::Communicator;
 
+use super::joined::JoinedFrames;
 use super::module::{HdPissaAdapter, HdPissaShard};
 use super::path::{Side, companion_id, factor_id};
 use super::select::select_shard;
@@ -81,6 +82,26 @@ impl HdPissa {
             },
         )?;
         Ok(Self { adapters })
+    }
+
+    /// What [`prepare`](Self::prepare) makes, with zeros in the place of all factors: for a record that
+    /// holds them.
+    pub(crate) fn blank<M: Module>(
+        model: &M,
+        config: &HdPissaConfig,
+        hosted_shards: impl IntoIterator<Item = usize>,
+    ) -> Result<Self, HdPissaError> {
+        let Selected { hosted, targets } = Selected::of(model, config, hosted_shards)?;
+        let adapters = targets.iter().map(|target| {
+            let [d_input, d_output] = target.weight.dims();
+            let zeros = |size: usize| vec![0.0; target.rank * size];
+            let window = |_| (zeros(d_input), zeros(d_output));
+            let adapter = adapter(target, window, config, &hosted);
+            (target.path.clone(), adapter)
+        });
+        Ok(Self {
+            adapters: adapters.collect(),
+        })
     }
 }
 
@@ -213,6 +234,7 @@ pub(super) fn adapter(
             MergePrecision::Stochastic { seed } if half => Some(seed),
             _ => None,
         },
+        joined: JoinedFrames::default(),
     }
 }
 

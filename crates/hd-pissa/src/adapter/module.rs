@@ -6,6 +6,7 @@ use burn::module::{
 };
 use burn::tensor::{Device, Int, Tensor};
 
+use super::joined::JoinedFrames;
 use super::path::{COMPANION, ShardName, stochastic_name};
 use crate::GradientMode;
 use crate::ops::adapter_weight;
@@ -60,6 +61,7 @@ pub struct HdPissaAdapter {
     /// Seed of stochastic rounding, with
     /// [`MergePrecision::Stochastic`](crate::MergePrecision::Stochastic).
     pub rounding_seed: Option<u64>,
+    pub(crate) joined: JoinedFrames,
 }
 
 impl HdPissaAdapter {
@@ -73,15 +75,16 @@ impl HdPissaAdapter {
     /// The frames of the [selected](Self::selected) shards side by side, `[d_input, n · rank]` and
     /// `[n · rank, d_output]` for `n` shards. `None` if no shard is selected.
     pub(crate) fn frames(&self) -> Option<(Tensor<2>, Tensor<2>)> {
-        let (mut a, mut b): (Vec<_>, Vec<_>) = self
-            .selected()
-            .map(|shard| (shard.a.val(), shard.b.val()))
-            .unzip();
-        match a.len() {
-            0 => None,
-            1 => Some((a.remove(0), b.remove(0))),
-            _ => Some((Tensor::cat(a, 1), Tensor::cat(b, 0))),
-        }
+        let selected = self.selected();
+        let mut pairs: Vec<_> = selected
+            .map(|shard| [shard.a.val(), shard.b.val()])
+            .collect();
+        let [a, b] = match pairs.len() {
+            0 => return None,
+            1 => pairs.remove(0),
+            _ => self.joined.of(pairs),
+        };
+        Some((a, b))
     }
 
     fn name(&self, shard: &HdPissaShard) -> String {
@@ -195,6 +198,7 @@ impl Module for HdPissaAdapter {
         Self {
             shards: self.shards.valid(),
             companion: self.companion.valid(),
+            joined: self.joined.clone(),
             ..*self
         }
     }

@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 
 use hd_pissa_comm::CommError;
 
+use crate::HdPissaError;
+
 /// Why a checkpoint could not be written, or cannot be used.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
@@ -77,6 +79,9 @@ pub enum CheckpointError {
         /// Index of the worker.
         worker: usize,
     },
+    /// Adapters cannot be attached to the model.
+    #[error(transparent)]
+    Adapter(#[from] HdPissaError),
     /// The exchange between workers failed.
     #[error(transparent)]
     Comm(#[from] CommError),

@@ -40,7 +40,8 @@
 //! # let folder = folder.path().join("run.checkpoints");
 //! let device = Device::flex().autodiff();
 //! let config = HdPissaConfig::new().with_rank(2).with_shards(2);
-//! let model = LinearConfig::new(8, 8).init(&device).apply_hd_pissa(&config, 0..2)?;
+//! let base = LinearConfig::new(8, 8).init(&device);
+//! let model = base.clone().apply_hd_pissa(&config, 0..2)?;
 //! let optim = HdPissaOptimizer::new(AdamConfig::new().init(), Solo)?;
 //!
 //! let checkpoints = Checkpoints::new(folder).with_keep_last(2);
@@ -55,7 +56,7 @@
 //! }
 //! if let Some(checkpoint) = found.checkpoint {
 //!     checkpoint.check_settings(&snapshot.settings)?;
-//!     let model = checkpoint.restore(model)?;
+//!     let model = checkpoint.apply_hd_pissa(base, &config, 0..2)?;
 //!     let optim = optim.from_bytes(checkpoint.optimizer(&model, &Solo)?)?;
 //!     assert_eq!(checkpoint.step(), 40);
 //! }

@@ -12,6 +12,7 @@ use serde_json::Value;
 use super::manifest::Manifest;
 use super::parameters::Parameters;
 use super::{CheckpointError, states};
+use crate::{HdPissa, HdPissaConfig};
 
 pub(super) const MODEL: &str = "model.bpk";
 pub(super) const OPTIMIZER: &str = "optimizer.bpk";
@@ -135,6 +136,27 @@ impl Checkpoint {
                 .try_load_record(record.allow_partial(true))
                 .map_err(damaged)
         })
+    }
+
+    /// Attaches adapters as [`apply_hd_pissa`](crate::HdPissaModule::apply_hd_pissa) does, with the
+    /// saved values and ids of all parameters as [`restore`](Self::restore) gives them. Nothing is
+    /// decomposed: the frames are those of the checkpoint.
+    ///
+    /// `model` has no adapters yet, and `config` is that of the checkpointed run. The first hosted shard
+    /// is selected.
+    ///
+    /// # Errors
+    ///
+    /// [`CheckpointError::Adapter`] for a configuration that does not fit the model, and those of
+    /// `restore`.
+    pub fn apply_hd_pissa<M: Module>(
+        &self,
+        model: M,
+        config: &HdPissaConfig,
+        hosted_shards: impl IntoIterator<Item = usize>,
+    ) -> Result<M, CheckpointError> {
+        let blank = HdPissa::blank(&model, config, hosted_shards)?;
+        self.restore(model.apply_reparameterization(blank))
     }
 
     /// The optimizer's state for the shards that the worker of `communicator` hosts, for

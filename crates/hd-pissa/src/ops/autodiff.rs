@@ -1,10 +1,10 @@
 //! The operations under autodiff: the backward passes of the adapter, and steps outside the graph.
 
 use burn::backend::{
-    Autodiff, AutodiffBackend, Backend,
+    Autodiff, AutodiffBackend, Backend, TensorMetadata,
     tensor::{Device, FloatTensor, IntTensor},
 };
-use burn::tensor::DType;
+use burn::tensor::{DType, Slice};
 use burn_autodiff::{
     NodeId,
     checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
@@ -100,6 +100,29 @@ impl<B: HdPissaOps> Backward<B, 2> for AdapterWeight {
     }
 }
 
+/// Backward of [`HdPissaOps::hd_pissa_part`], parents `whole`, `part`.
+#[derive(Debug)]
+struct Part;
+
+impl<B: HdPissaOps> Backward<B, 2> for Part {
+    /// Dimension, first index and number of indices.
+    type State = [usize; 3];
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let g = grads.consume::<B>(&ops.node);
+        let [node_whole, node_part] = ops.parents;
+        if let Some(node) = node_part {
+            let [dim, start, len] = ops.state;
+            let mut slices: Vec<Slice> = g.shape().iter().map(|&n| Slice::from(0..n)).collect();
+            slices[dim] = Slice::from(start..start + len);
+            grads.register::<B>(node.id, B::float_slice(g.clone(), &slices));
+        }
+        if let Some(node) = node_whole {
+            grads.register::<B>(node.id, g);
+        }
+    }
+}
+
 fn scaled<B: Backend>(x: FloatTensor<B>, scale: f64) -> FloatTensor<B> {
     if scale == 1.0 {
         x
@@ -177,6 +200,20 @@ impl<B: HdPissaOps, C: CheckpointStrategy> HdPissaOps for Autodiff<B, C> {
                 prep.finish(state, w.into_primitive())
             }
             OpsKind::UnTracked(prep) => prep.finish(w.into_primitive()),
+        }
+    }
+
+    fn hd_pissa_part(
+        whole: FloatTensor<Self>,
+        part: FloatTensor<Self>,
+        dim: usize,
+        start: usize,
+    ) -> FloatTensor<Self> {
+        let prepared = Part.prepare::<C>([whole.node(), part.node()]);
+        let len = part.shape()[dim];
+        match prepared.compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish([dim, start, len], whole.into_primitive()),
+            OpsKind::UnTracked(prep) => prep.finish(whole.into_primitive()),
         }
     }
 

@@ -78,6 +78,19 @@ pub trait HdPissaOps: Backend + ProductKernels {
         w
     }
 
+    /// `whole` itself, whose values from `start` on along dimension `dim` are those of `part`: their
+    /// gradient goes to `part` too.
+    #[fusion(default)]
+    fn hd_pissa_part(
+        whole: FloatTensor<Self>,
+        part: FloatTensor<Self>,
+        dim: usize,
+        start: usize,
+    ) -> FloatTensor<Self> {
+        let _ = (part, dim, start);
+        whole
+    }
+
     /// `w + Σ_k ((a_k + Δa_k)·Δb_k + Δa_k·b_k)`, rounded once to the dtype of `w`, and the sum of
     /// the squares of what was added.
     ///

@@ -75,6 +75,17 @@ pub fn adapter_weight(weight: Tensor<2>, a: Tensor<2>, b: Tensor<2>, scale: f64)
     ))
 }
 
+/// `whole` itself, whose values from `start` on along dimension `dim` are those of `part`: their gradient
+/// goes to `part` too.
+pub(crate) fn part_of(whole: Tensor<2>, part: Tensor<2>, dim: usize, start: usize) -> Tensor<2> {
+    Tensor::from_dispatch(Dispatch::hd_pissa_part(
+        whole.into_dispatch(),
+        part.into_dispatch(),
+        dim,
+        start,
+    ))
+}
+
 /// `weight + Σ_k ((a_k + Δa_k)·Δb_k + Δa_k·b_k)`: what a weight takes in one step.
 ///
 /// # Shapes
@@ -211,6 +222,42 @@ pub(crate) fn identity(tensor: &Tensor<2>) -> Option<NodeId> {
         DispatchTensorKind::Cube(tensor) => Some(tensor.as_autodiff().id()),
         #[allow(unreachable_patterns)]
         _ => None,
+    }
+}
+
+/// Where the values of a tensor come from.
+pub(crate) enum Origin {
+    /// Memory that the tensor shares with its clones, also with those that have a node of their own in the
+    /// autodiff graph. It is held: nobody writes to it, and no other tensor gets it.
+    #[cfg(feature = "flex")]
+    Memory(burn_flex::FlexTensor),
+    /// A node, see [`identity`].
+    Node(Option<NodeId>),
+}
+
+impl Origin {
+    pub(crate) fn of(tensor: &Tensor<2>) -> Self {
+        let inner = match tensor.is_autodiff() {
+            true => tensor.clone().inner(),
+            false => tensor.clone(),
+        };
+        match inner.into_dispatch().kind {
+            #[cfg(feature = "flex")]
+            DispatchTensorKind::Flex(tensor) => Self::Memory(tensor.float()),
+            _ => Self::Node(identity(tensor)),
+        }
+    }
+
+    /// Whether the values are certainly the same.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        match (self, other) {
+            #[cfg(feature = "flex")]
+            (Self::Memory(x), Self::Memory(y)) => {
+                std::sync::Arc::ptr_eq(&x.data_arc(), &y.data_arc()) && x.layout() == y.layout()
+            }
+            (Self::Node(Some(x)), Self::Node(y)) => Some(*x) == *y,
+            _ => false,
+        }
     }
 }
 
