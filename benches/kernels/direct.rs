@@ -12,8 +12,8 @@ use hd_pissa_kernels::{
 };
 
 use crate::device::Float;
-use crate::sample::Host;
 use crate::{factors, merges, products};
+use hd_pissa_benches::sample::Host;
 
 pub fn float(dtype: Float) -> FloatType {
     match dtype {

@@ -7,7 +7,7 @@ use burn::tensor::{DType, Tensor};
 use crate::device::{Bench, Float};
 use crate::direct;
 use crate::rows::{Floor, Row, Rows};
-use crate::sample::{Host, assert_product};
+use hd_pissa_benches::sample::{Host, assert_product};
 
 /// `x · f`, or `xᵀ · f`, on the host. The factor is `f32` whatever the other is.
 pub struct Case {

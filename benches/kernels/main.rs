@@ -19,7 +19,6 @@ mod factors;
 mod merges;
 mod products;
 mod rows;
-mod sample;
 
 use std::path::PathBuf;
 

@@ -7,7 +7,7 @@ use hd_pissa::ops::merge;
 
 use crate::device::{Bench, Float};
 use crate::rows::{Floor, Row, Rows};
-use crate::sample::{Exact, Host, assert_close, places};
+use hd_pissa_benches::sample::{Exact, Host, assert_close, places};
 
 /// The operands of a merge on the host; factors as the operations take them, a row per shard.
 pub struct Case {

@@ -8,7 +8,7 @@ use hd_pissa::ops::adapter_linear;
 
 use crate::device::{Bench, Float};
 use crate::rows::{Floor, Row, Rows};
-use crate::sample::{Host, assert_product};
+use hd_pissa_benches::sample::{Host, assert_product};
 
 /// The operands on the host. The factor is `f32` whatever the others are.
 pub struct Case {
