@@ -32,3 +32,31 @@ pub fn count_launches<T>(work: impl FnOnce() -> T) -> (Option<usize>, T) {
 pub fn count_launches<T>(work: impl FnOnce() -> T) -> (Option<usize>, T) {
     (None, work())
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Tensor;
+
+    use super::*;
+
+    #[test]
+    fn a_negation_is_one_launch_on_a_gpu_and_none_on_flex() {
+        let negated = |name: &str| {
+            let device = crate::open(name).unwrap();
+            let x = Tensor::<1>::ones([3], &device);
+            device.sync().unwrap();
+            count_launches(|| x.neg().into_data().iter::<f32>().collect::<Vec<_>>())
+        };
+        let expected = vec![-1.0f32; 3];
+        let flex = if cfg!(feature = "cubecl-kernels") {
+            Some(0)
+        } else {
+            None
+        };
+        assert_eq!(negated("flex"), (flex, expected.clone()));
+        let required = std::env::var_os("HD_PISSA_REQUIRE_WGPU").is_some_and(|value| value == "1");
+        if cfg!(feature = "wgpu") && required {
+            assert_eq!(negated("wgpu"), (Some(1), expected));
+        }
+    }
+}
