@@ -3,10 +3,6 @@
 //! `HD_PISSA_FUZZ_INPUTS` says how many inputs each target reads.
 
 mod fuzz;
-// Only its reader is wanted here.
-#[allow(dead_code)]
-#[path = "../crates/hd-pissa/examples/replay/run.rs"]
-mod run;
 
 use std::path::{Path, PathBuf};
 
@@ -16,8 +12,8 @@ use burn::tensor::{Bytes, Device};
 use hd_pissa::checkpoint::{Checkpoint, Checkpoints, Snapshot};
 use hd_pissa::comm::Solo;
 use hd_pissa::{HdPissaConfig, HdPissaModule, HdPissaOptimizer, ShardGradients};
+use hd_pissa_check::recorded::RecordedRun;
 use hd_pissa_tests::normal;
-use run::RecordedRun;
 use sha2::{Digest, Sha256};
 
 use fuzz::fuzz;

@@ -21,7 +21,6 @@ mod merges;
 mod operands;
 mod products;
 mod rows;
-mod sample;
 
 use std::path::PathBuf;
 

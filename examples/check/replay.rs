@@ -4,15 +4,14 @@
 //! cargo run --release --example replay -- tests/data/*.safetensors
 //! ```
 
-mod run;
-
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use burn::tensor::Device;
 use clap::{Parser, ValueEnum};
 use hd_pissa::SvdPrecision;
-use run::{RecordedRun, ReplayError};
+use hd_pissa_benches::open;
+use hd_pissa_check::recorded::{RecordedRun, ReplayError};
 
 /// Replay recorded single-layer runs; exits with 1 if one differs or cannot be read.
 #[derive(Parser)]
@@ -23,33 +22,12 @@ struct Arguments {
     /// Largest difference allowed, as a share of the run's largest change of a weight.
     #[arg(long, default_value_t = 1e-4)]
     tolerance: f64,
-    /// Where to compute.
-    #[arg(long, value_enum, default_value_t = Backend::Flex)]
-    device: Backend,
+    /// Where to compute: a backend of this build.
+    #[arg(long, default_value = "flex", value_parser = open)]
+    device: Device,
     /// Precision of the singular value decomposition.
     #[arg(long, value_enum, default_value_t = Precision::F64)]
     svd: Precision,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Backend {
-    Flex,
-    #[cfg(feature = "wgpu")]
-    Wgpu,
-    #[cfg(feature = "cuda")]
-    Cuda,
-}
-
-impl Backend {
-    fn device(self) -> Device {
-        match self {
-            Backend::Flex => Device::flex(),
-            #[cfg(feature = "wgpu")]
-            Backend::Wgpu => Device::wgpu(Default::default()),
-            #[cfg(feature = "cuda")]
-            Backend::Cuda => Device::cuda(0),
-        }
-    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -91,7 +69,7 @@ fn main() -> ExitCode {
 /// Whether the run stays within the tolerance.
 fn replay(file: &std::path::Path, arguments: &Arguments) -> Result<bool, ReplayError> {
     let run = RecordedRun::read(file)?;
-    let errors = run.replay(&arguments.device.device(), arguments.svd.into())?;
+    let errors = run.replay(&arguments.device, arguments.svd.into())?;
     println!("{}: {}", run.name(), run.describe());
     for (step, error) in errors.iter().enumerate() {
         println!("  step {:>3}  {error:.2e}", step + 1);

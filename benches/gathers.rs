@@ -2,9 +2,9 @@
 //! while the inner optimizer steps the next.
 //!
 //! ```text
-//! cargo build --release --workspace --examples --features hd-pissa/mpi
-//! mpirun -np 4 target/release/examples/gathers --mpi
-//! target/release/examples/gathers --threads 4
+//! cargo bench --bench gathers -- --threads 4
+//! cargo bench --features mpi --bench gathers --no-run    # prints where the program is
+//! mpirun -np 4 target/release/deps/gathers-… --mpi
 //! ```
 //!
 //! That the weights are the same is what `tests/workers.rs` proves;
@@ -22,6 +22,7 @@ use hd_pissa::{
     HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaLinearConfig, HdPissaModule,
     HdPissaOptimizer, ShardGradients, WireDtype,
 };
+use hd_pissa_benches::median;
 
 const SHARDS: usize = 8;
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -45,6 +46,9 @@ struct Arguments {
     #[cfg(feature = "mpi")]
     #[arg(long)]
     mpi: bool,
+    /// Given by cargo.
+    #[arg(long, hide = true)]
+    bench: bool,
 }
 
 #[derive(Module, Debug)]
@@ -157,12 +161,6 @@ fn work(
         }
     }
     Ok(())
-}
-
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {

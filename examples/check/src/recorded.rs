@@ -9,6 +9,8 @@ use hd_pissa::{
     HdPissaConfig, HdPissaError, HdPissaLinear, HdPissaLinearConfig, HdPissaModule,
     HdPissaOptimizer, OptimizerError, ShardGradients, SvdMethod, SvdPrecision,
 };
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 
@@ -166,8 +168,32 @@ impl RecordedRun {
         )
     }
 
-    /// The recorded weight after `step` steps, in PyTorch's layout.
-    fn recorded(&self, step: usize) -> &[f32] {
+    /// Steps of the run.
+    pub fn steps(&self) -> usize {
+        self.case.steps
+    }
+
+    /// `d_input` and `d_output`.
+    pub fn size(&self) -> [usize; 2] {
+        [self.case.n_in, self.case.n_out]
+    }
+
+    /// The run with every input and target off by up to `share` of itself, at random.
+    pub fn disturbed(&self, share: f64, seed: u64) -> Self {
+        let mut random = StdRng::seed_from_u64(seed);
+        let mut off = |value: &f32| {
+            let share = random.random_range(-share..=share);
+            (f64::from(*value) * (1.0 + share)) as f32
+        };
+        Self {
+            inputs: self.inputs.iter().map(&mut off).collect(),
+            targets: self.targets.iter().map(&mut off).collect(),
+            ..self.clone()
+        }
+    }
+
+    /// The recorded weight after `step` steps, in PyTorch's layout `[out, in]`.
+    pub fn recorded(&self, step: usize) -> &[f32] {
         let size = self.case.n_out * self.case.n_in;
         &self.weights[step * size..(step + 1) * size]
     }
@@ -190,11 +216,39 @@ impl RecordedRun {
     /// Trains from `W[0]` with the recorded data and learning rates. The result holds, for every
     /// step, the largest absolute difference to the recorded weight as a share of the largest
     /// change that any recorded step shows.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`weights`](Self::weights).
     pub fn replay(
         &self,
         device: &Device,
         precision: SvdPrecision,
     ) -> Result<Vec<f64>, ReplayError> {
+        let largest_change = (1..=self.case.steps)
+            .map(|step| largest_difference(self.recorded(step), self.recorded(0)))
+            .fold(0.0, f64::max);
+        let weights = self.weights(device, precision)?;
+        let differences = weights.iter().enumerate().map(|(step, ours)| {
+            match largest_difference(ours, self.recorded(step + 1)) {
+                0.0 => 0.0,
+                difference => difference / largest_change,
+            }
+        });
+        Ok(differences.collect())
+    }
+
+    /// The weight after each step, in PyTorch's layout `[out, in]`, of a training from `W[0]` with the
+    /// recorded data and learning rates.
+    ///
+    /// # Errors
+    ///
+    /// [`ReplayError::Model`] or [`ReplayError::Step`] if the library refuses the run.
+    pub fn weights(
+        &self,
+        device: &Device,
+        precision: SvdPrecision,
+    ) -> Result<Vec<Vec<f32>>, ReplayError> {
         let case = &self.case;
         let device = device.clone().autodiff();
         let start = TensorData::new(self.recorded(0).to_vec(), [case.n_out, case.n_in]);
@@ -228,10 +282,7 @@ impl RecordedRun {
         let mut optim =
             HdPissaOptimizer::new(adam.init(), Solo).map_err(|source| step_error(0, source))?;
 
-        let largest_change = (1..=case.steps)
-            .map(|step| largest_difference(self.recorded(step), self.recorded(0)))
-            .fold(0.0, f64::max);
-        let mut errors = Vec::with_capacity(case.steps);
+        let mut weights = Vec::with_capacity(case.steps);
         for (step, &lr) in case.lrs.iter().enumerate() {
             let mut gradients = ShardGradients::new(&model);
             for shard in 0..case.shards {
@@ -255,13 +306,9 @@ impl RecordedRun {
                 .into_data()
                 .iter()
                 .collect();
-            let difference = largest_difference(&ours, self.recorded(step + 1));
-            errors.push(match difference {
-                0.0 => 0.0,
-                difference => difference / largest_change,
-            });
+            weights.push(ours);
         }
-        Ok(errors)
+        Ok(weights)
     }
 }
 

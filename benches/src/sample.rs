@@ -1,19 +1,41 @@
-//! Products of host matrices, element by element, in `f64`.
+//! Matrices on the host, and their products, element by element, in `f64`.
+
+use burn::tensor::{DType, Device, Tensor, TensorData};
 
 /// A row-major matrix on the host.
+#[derive(Clone, Debug)]
 pub struct Host {
     pub values: Vec<f32>,
     pub columns: usize,
 }
 
 impl Host {
+    /// The values of a tensor of any float dtype.
+    pub fn read(tensor: Tensor<2>) -> Self {
+        let columns = tensor.dims()[1];
+        let data = tensor.cast(DType::F32).into_data();
+        Self {
+            values: data.iter().collect(),
+            columns,
+        }
+    }
+
+    pub fn rows(&self) -> usize {
+        self.values.len() / self.columns
+    }
+
+    /// A tensor of `dtype` on `device`, which rounds what the dtype does not hold.
+    pub fn tensor(&self, device: &Device, dtype: DType) -> Tensor<2> {
+        let data = TensorData::new(self.values.clone(), [self.rows(), self.columns]);
+        Tensor::<2>::from_data(data, (device, DType::F32)).cast(dtype)
+    }
+
     pub fn at(&self, row: usize, column: usize) -> f64 {
         f64::from(self.values[row * self.columns + column])
     }
 
-    #[cfg(feature = "cubecl-kernels")]
     pub fn transposed(&self) -> Self {
-        let rows = self.values.len() / self.columns;
+        let rows = self.rows();
         let places = (0..self.values.len()).map(|k| k % rows * self.columns + k / rows);
         Self {
             values: places.map(|place| self.values[place]).collect(),
@@ -30,7 +52,7 @@ pub fn places([rows, columns]: [usize; 2]) -> impl Iterator<Item = [usize; 2]> {
 }
 
 /// A sum of products, and the same of absolute values, which bounds its rounding error.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Exact {
     pub value: f64,
     pub magnitude: f64,
@@ -44,7 +66,7 @@ impl Exact {
 }
 
 /// Element `[i, j]` of `left · right`.
-fn product(left: &Host, right: &Host, [i, j]: [usize; 2]) -> Exact {
+pub fn product(left: &Host, right: &Host, [i, j]: [usize; 2]) -> Exact {
     let mut exact = Exact::default();
     for k in 0..left.columns {
         exact.add(left.at(i, k), right.at(k, j));
