@@ -11,6 +11,7 @@
 //! - [`factor_product()`]: `p = x·a` alone, and the gradients of the factors, without a copy of `x` in
 //!   `f32`;
 //! - [`row_statistics()`]: what is not finite, and sums of squares, row by row;
+//! - [`join()`]: copies of matrices end to end in one buffer, many of them in one launch;
 //! - [`fingerprint()`]: 64 bits that tell whether two matrices hold the same bits.
 //!
 //! [`mod@reference`] holds the same functions in plain Rust, slow and obvious.
@@ -21,6 +22,7 @@
 mod error;
 mod factor_product;
 mod fingerprint;
+mod join;
 mod matrix;
 mod merge;
 mod merge_kernel;
@@ -39,6 +41,7 @@ mod tile;
 pub mod kernels {
     pub use crate::factor_product::kernel as factor_product;
     pub use crate::fingerprint::{kernel as fingerprint, storage_type};
+    pub use crate::join::kernel as join;
     pub use crate::merge_kernel::{Engine, OperandsLaunch, TargetLaunch, kernel as merge};
     #[cfg(feature = "pipeline")]
     pub use crate::pipeline::{
@@ -55,6 +58,7 @@ pub mod kernels {
 pub use error::KernelError;
 pub use factor_product::{FactorProduct, factor_product};
 pub use fingerprint::fingerprint;
+pub use join::join;
 pub use matrix::{Buffer, FloatType, Matrix};
 pub use merge::{
     Arithmetic, Merge, MergePrecision, ShardedFactors, companion_len, companion_shape, merge,

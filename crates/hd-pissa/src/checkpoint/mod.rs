@@ -33,7 +33,7 @@
 //! use burn::optim::AdamConfig;
 //! use burn::tensor::Device;
 //! use hd_pissa::checkpoint::{Checkpoints, Snapshot};
-//! use hd_pissa::{HdPissaConfig, HdPissaModule, HdPissaOptimizer, comm::Solo};
+//! use hd_pissa::{HdPissaConfig, HdPissaModule, HdPissaOptimizerConfig, HdPissaOptimizerRecord, comm::Solo};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! # let folder = tempfile::tempdir()?;
@@ -41,10 +41,10 @@
 //! let device = Device::flex().autodiff();
 //! let config = HdPissaConfig::new().with_rank(2).with_shards(2);
 //! let model = LinearConfig::new(8, 8).init(&device).apply_hd_pissa(&config, 0..2)?;
-//! let optim = HdPissaOptimizer::new(AdamConfig::new().init(), Solo)?;
+//! let mut optim = HdPissaOptimizerConfig::new().init(AdamConfig::new().init(), Solo)?;
 //!
 //! let checkpoints = Checkpoints::new(folder).with_keep_last(2);
-//! let mut snapshot = Snapshot::new(40, &model, optim.to_bytes()?);
+//! let mut snapshot = Snapshot::new(40, &model, optim.to_record()?.into_bytes()?);
 //! snapshot.settings.insert("rank".into(), "2".into());
 //! checkpoints.save(&snapshot, &Solo)?;
 //!
@@ -56,7 +56,8 @@
 //! if let Some(checkpoint) = found.checkpoint {
 //!     checkpoint.check_settings(&snapshot.settings)?;
 //!     let model = checkpoint.restore(model)?;
-//!     let optim = optim.from_bytes(checkpoint.optimizer(&model, &Solo)?)?;
+//!     let record = HdPissaOptimizerRecord::from_bytes(checkpoint.optimizer(&model, &Solo)?)?;
+//!     optim.load_record(record)?;
 //!     assert_eq!(checkpoint.step(), 40);
 //! }
 //! # Ok(())
@@ -71,7 +72,6 @@ mod parameters;
 mod saved;
 mod states;
 
-pub use error::CheckpointError;
+pub use error::{CheckpointError, RestoreError};
 pub use folder::{Checkpoints, Found, Snapshot};
 pub use saved::Checkpoint;
-pub(crate) use states::check_record;

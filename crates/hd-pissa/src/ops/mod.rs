@@ -17,7 +17,7 @@ mod thin_product;
 pub use contract::{FactorProduct, HdPissaOps};
 pub use rounding::{Rounding, StochasticKey};
 pub(crate) use tensor::{
-    MergeInputs, fingerprint, fingerprint_int, identity, is_cpu, is_supported, max_abs,
+    MergeInputs, fingerprint, fingerprint_int, identity, is_cpu, is_supported, join, max_abs,
     merge_rounded, merge_split, row_statistics,
 };
 pub use tensor::{adapter_linear, adapter_weight, merge};
