@@ -19,8 +19,8 @@ use burn::tensor::Device;
 use clap::Parser;
 use hd_pissa::comm::{Communicator, thread_group};
 use hd_pissa::{
-    HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaLinearConfig, HdPissaModule,
-    HdPissaOptimizer, ShardGradients, WireDtype,
+    CommunicationDtype, HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaLinearConfig,
+    HdPissaModule, HdPissaOptimizerConfig, ShardGradients,
 };
 use hd_pissa_benches::median;
 
@@ -114,12 +114,13 @@ fn work(
 
     let adam = AdamConfig::new().with_epsilon(1e-8).init();
     let wire = match arguments.bf16 {
-        true => WireDtype::Bf16,
-        false => WireDtype::F32,
+        true => CommunicationDtype::Bf16,
+        false => CommunicationDtype::F32,
     };
-    let mut optimizer = HdPissaOptimizer::new(adam, communicator)?
+    let mut optimizer = HdPissaOptimizerConfig::new()
         .with_fingerprint_every(None)
-        .with_wire_dtype(wire);
+        .with_communication_dtype(wire)
+        .init(adam, communicator)?;
     let mut times = vec![Vec::with_capacity(arguments.steps); arguments.gathers.len()];
     let mut sent = 0;
     for round in 0..arguments.steps + 2 {
@@ -129,7 +130,7 @@ fn work(
                 0 => turn,
                 _ => times.len() - 1 - turn,
             };
-            optimizer = optimizer.with_gathers(match round {
+            optimizer.set_buckets(match round {
                 // Workers agree on one number at the first step.
                 0 => NonZeroUsize::MIN,
                 _ => arguments.gathers[which],

@@ -9,9 +9,9 @@ use half::{bf16, f16};
 use hd_pissa::comm::Solo;
 use hd_pissa::{
     HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaLinearConfig, HdPissaModule,
-    HdPissaOptimizer, MergePrecision, OptimizerError, ShardGradients,
+    HdPissaOptimizer, HdPissaOptimizerConfig, MergePrecision, OptimizerError, ShardGradients,
 };
-use hd_pissa_tests::{base, bits, values};
+use hd_pissa_tests::{base, bits, resumed, state, values};
 
 const SHARDS: usize = 2;
 
@@ -57,7 +57,9 @@ fn companion(layer: &HdPissaLinear) -> Vec<i32> {
 }
 
 fn optimizer() -> HdPissaOptimizer {
-    HdPissaOptimizer::new(AdamConfig::new().with_epsilon(1e-8).init(), Solo).unwrap()
+    HdPissaOptimizerConfig::new()
+        .init(AdamConfig::new().with_epsilon(1e-8).init(), Solo)
+        .unwrap()
 }
 
 /// Gradients of step `step` that no weight has a part in, so that every dtype sees the same
@@ -171,11 +173,11 @@ fn the_companion_is_part_of_the_record_and_not_of_the_plain_model() {
     let mut optim = optimizer();
     let middle = train(start.clone(), &mut optim, 0..10);
     let record = middle.clone().into_record().into_bytes().unwrap();
-    let state = optim.to_bytes().unwrap();
+    let state = state(&optim);
     let whole = train(middle.clone(), &mut optim, 10..20);
 
     let loaded = start.load_record(ModuleRecord::from_bytes(record).unwrap());
-    let mut optim = optimizer().from_bytes(state).unwrap();
+    let mut optim = resumed(optimizer(), state).unwrap();
     assert_eq!(optim.steps(), 10);
     let resumed = train(loaded, &mut optim, 10..20);
     assert_eq!(joined(&resumed), joined(&whole));

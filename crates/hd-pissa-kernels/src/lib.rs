@@ -8,6 +8,7 @@
 //! - [`low_rank_product`]: `p = x·f` for a factor of few columns, without a copy of `x` in `f32`, and
 //!   `y = x·W` in the same launch where asked;
 //! - [`row_statistics()`]: what is not finite, and sums of squares, row by row;
+//! - [`join()`]: copies of matrices end to end in one buffer, many of them in one launch;
 //! - [`fingerprint()`]: 64 bits that tell whether two matrices hold the same bits.
 //!
 //! [`mod@reference`] holds products, updates and statistics in plain Rust, slow and obvious. The bits
@@ -20,6 +21,7 @@ mod error;
 mod fingerprint;
 mod float;
 mod grid;
+mod join;
 mod matrix;
 mod merge;
 mod merge_kernel;
@@ -34,6 +36,7 @@ mod tile;
 #[doc(hidden)]
 pub mod kernels {
     pub use crate::fingerprint::{kernel as fingerprint, storage_type};
+    pub use crate::join::kernel as join;
     pub use crate::merge_kernel::{OperandsLaunch, TargetLaunch, kernel as merge};
     pub use crate::product::{ExtentsLaunch, PlacesLaunch, kernel as product};
     pub use crate::reduce::kernel as reduce;
@@ -45,6 +48,7 @@ pub mod kernels {
 pub use error::KernelError;
 pub use fingerprint::fingerprint;
 pub use float::FloatType;
+pub use join::join;
 pub use matrix::Matrix;
 pub use merge::{Merge, companion_shape, merge};
 pub use product::{DenseProduct, LowRankProduct, low_rank_product};

@@ -33,7 +33,7 @@ use cubecl_runtime::kernel::CubeKernel;
 use hd_pissa_kernels::FloatType;
 use hd_pissa_kernels::kernels::{
     Access, ExtentsLaunch, OperandLaunch, OperandsLaunch, PlacesLaunch, Store, TargetLaunch, Tile,
-    fingerprint, merge, product, reduce, row_statistics, storage_type,
+    fingerprint, join, merge, product, reduce, row_statistics, storage_type,
 };
 
 use nvrtc::{Nvrtc, NvrtcError};
@@ -341,7 +341,7 @@ fn reductions(kernels: &mut Vec<Kernel>) {
     kernels.push(Kernel::new("sum of chunks", build));
 }
 
-/// Statistics of rows, and fingerprints.
+/// Statistics of rows, copies of matrices, and fingerprints.
 fn audits(kernels: &mut Vec<Kernel>) {
     let build = |version| {
         let kernel = row_statistics::chunks::create_dummy_kernel(
@@ -375,6 +375,27 @@ fn audits(kernels: &mut Vec<Kernel>) {
         cpp(kernel, version)
     };
     kernels.push(Kernel::new("sums of the statistics of chunks", build));
+    for parts in [1, 16] {
+        let build = move |version| {
+            let sizes = || (0..parts).map(|_| 8usize).collect();
+            let kernel = join::create_dummy_kernel(
+                properties(version),
+                Arc::new(TargetProperties::default()),
+                CubeCount::Static(1, parts, 1),
+                CubeDim::new_1d(256),
+                (0..parts).map(|_| buffer()).collect(),
+                buffer(),
+                sizes(),
+                sizes(),
+                sizes(),
+                sizes(),
+                sizes(),
+                256,
+            );
+            cpp(kernel, version)
+        };
+        kernels.push(Kernel::new(format!("copies of {parts} matrices"), build));
+    }
     for dtype in TYPES {
         let build = move |version| {
             let kernel = fingerprint::create_dummy_kernel(

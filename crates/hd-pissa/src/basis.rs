@@ -5,7 +5,7 @@ use std::f64::consts::TAU;
 use faer::{Mat, MatRef};
 use hd_pissa_bits::splitmix;
 
-use crate::adapter::path::hash;
+use crate::path::hash;
 
 /// `count` random orthonormal columns that are orthogonal to the orthonormal columns of `given`, in
 /// all at most as many as these have rows. Uniformly distributed: the orthonormal factor of a

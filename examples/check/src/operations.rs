@@ -4,6 +4,7 @@ use burn::backend::Dispatch;
 use burn::tensor::{DType, Device, Int, Tensor};
 use hd_pissa::ops::{HdPissaOps, Rounding, adapter_linear, adapter_weight, merge};
 use hd_pissa_benches::sample::{Exact, Host, product};
+use hd_pissa_bits::fingerprint;
 use hd_pissa_kernels::reference;
 
 use crate::bounds::{Arithmetic, F32, smallest, unit};
@@ -339,11 +340,11 @@ impl<'a> Operands<'a> {
             .transpose();
         let bits = || self.w.values.iter().map(|value| value.to_bits());
         vec![
-            Compared::new("words", found(w), words(reference::fingerprint(bits()))),
+            Compared::new("words", found(w), words(fingerprint((0..).zip(bits())))),
             Compared::new(
                 "words by column",
                 found(by_column),
-                words(reference::fingerprint(bits())),
+                words(fingerprint((0..).zip(bits()))),
             ),
         ]
     }
@@ -450,7 +451,7 @@ fn fingerprint_int(device: &Device) -> Vec<Compared> {
     let x = Tensor::<2, Int>::from_data(data, (device, DType::I32));
     let found = Dispatch::hd_pissa_fingerprint_int(x.into_dispatch());
     let found = words_of(Tensor::from_dispatch(found));
-    let expected = reference::fingerprint(values.into_iter().map(|value| value as u32));
+    let expected = fingerprint((0..).zip(values.into_iter().map(|value| value as u32)));
     vec![Compared::new("words", found, words(expected))]
 }
 

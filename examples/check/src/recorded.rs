@@ -7,7 +7,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use hd_pissa::comm::Solo;
 use hd_pissa::{
     HdPissaConfig, HdPissaError, HdPissaLinear, HdPissaLinearConfig, HdPissaModule,
-    HdPissaOptimizer, OptimizerError, ShardGradients, SvdMethod, SvdPrecision,
+    HdPissaOptimizerConfig, OptimizerError, ShardGradients, SvdMethod, SvdPrecision,
 };
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -279,14 +279,16 @@ impl RecordedRun {
             step,
             source,
         };
-        let mut optim =
-            HdPissaOptimizer::new(adam.init(), Solo).map_err(|source| step_error(0, source))?;
+        let mut optim = HdPissaOptimizerConfig::new()
+            .init(adam.init(), Solo)
+            .map_err(|source| step_error(0, source))?;
 
         let mut weights = Vec::with_capacity(case.steps);
         for (step, &lr) in case.lrs.iter().enumerate() {
             let mut gradients = ShardGradients::new(&model);
             for shard in 0..case.shards {
-                model = model.select_shard(shard);
+                let selected = model.select_shard(shard);
+                model = selected.expect("this worker hosts every shard");
                 for micro_batch in 0..case.micro_batches {
                     let at = [step, micro_batch, shard];
                     let x = self.rows(&self.inputs, case.n_in, at, &device);

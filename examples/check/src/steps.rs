@@ -6,10 +6,10 @@ use half::{bf16, f16};
 use hd_pissa::comm::Solo;
 use hd_pissa::{
     HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaLinearConfig, HdPissaModule,
-    HdPissaOptimizer, MergePrecision, ShardGradients,
+    HdPissaOptimizerConfig, MergePrecision, ShardGradients,
 };
 use hd_pissa_benches::sample::Host;
-use hd_pissa_kernels::reference;
+use hd_pissa_bits::{Half, fingerprint};
 
 use crate::bounds::{Arithmetic, F32, unit};
 use crate::case::Case;
@@ -168,7 +168,9 @@ impl Run {
             .with_beta_1(BETAS[0])
             .with_beta_2(BETAS[1])
             .with_epsilon(EPSILON);
-        let mut optimizer = HdPissaOptimizer::new(adam.init(), Solo).expect("Adam is supported");
+        let mut optimizer = HdPissaOptimizerConfig::new()
+            .init(adam.init(), Solo)
+            .expect("Adam is supported");
         for step in 0..steps {
             let mut gradients = ShardGradients::new(&self.layer);
             for shard in &adapter(&self.layer).shards {
@@ -197,7 +199,7 @@ impl Run {
     fn gradients(&self, step: usize, shard: usize) -> [Vec<f32>; 2] {
         let split = RANK * self.weight.rows();
         let all = (0..self.frames.columns).map(|index| {
-            let hash = reference::fingerprint([(index + 977 * shard) as u32])[0];
+            let hash = fingerprint([(0, (index + 977 * shard) as u32)])[0];
             let sign = if hash % 2 == 0 { 1.0 } else { -1.0 };
             let size = 0.5 + (hash >> 8) as f32 / (1 << 24) as f32;
             sign * size * (1.0 + 0.25 * step as f32)
@@ -297,8 +299,8 @@ fn weight(layer: &HdPissaLinear) -> Host {
             let word = words[row * pitch + column / 2] as u32;
             let low = (word >> (16 * (column % 2))) as u16;
             *value = match dtype {
-                DType::F16 => reference::join_f16(f16::from_f32(*value), low),
-                _ => reference::join_bf16(bf16::from_f32(*value), low),
+                DType::F16 => f16::from_f32(*value).join(low),
+                _ => bf16::from_f32(*value).join(low),
             };
         }
     }

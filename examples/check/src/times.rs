@@ -10,8 +10,8 @@ use burn::tensor::{DType, Device, Tensor};
 use hd_pissa::comm::Solo;
 use hd_pissa::ops::{adapter_linear, merge};
 use hd_pissa::{
-    FrameScale, HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaModule, HdPissaOptimizer,
-    ShardGradients, Windows,
+    FrameScale, HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaModule,
+    HdPissaOptimizerConfig, ShardGradients, Windows,
 };
 use hd_pissa_benches::{alternate_within, copy, count_launches, large_product, panic_message};
 
@@ -212,7 +212,9 @@ fn steps(
         .expect("the size allows the ranks")
         .into();
     let adam = AdamConfig::new().with_epsilon(1e-8).init();
-    let optimizer = HdPissaOptimizer::new(adam, Solo).expect("Adam is supported");
+    let optimizer = HdPissaOptimizerConfig::new()
+        .init(adam, Solo)
+        .expect("Adam is supported");
     let optimizer = RefCell::new(optimizer);
     let layer = Cell::new(Some(layer));
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
-use hd_pissa::{FrameScale, GradientMode, Windows, WireDtype};
+use hd_pissa::{CommunicationDtype, FrameScale, GradientMode, Windows};
 
 use crate::batch::FeedConfig;
 use crate::compare::Comparison;
@@ -152,7 +152,7 @@ struct Options {
     /// In what precision deltas of HD-PiSSA travel between workers; bf16 halves the traffic and
     /// rounds them, also where one worker has them all
     #[arg(long, requires = "model", default_value = "f32", value_parser = wire())]
-    wire: WireDtype,
+    wire: CommunicationDtype,
     /// Backend, such as flex, wgpu or cuda:0, as far as built in; with several workers and no index
     /// each takes a CUDA or ROCm device of its own
     #[arg(long)]
@@ -377,8 +377,8 @@ fn frame_scale() -> impl TypedValueParser<Value = FrameScale> {
     })
 }
 
-fn wire() -> impl TypedValueParser<Value = WireDtype> {
-    let all = [WireDtype::F32, WireDtype::Bf16];
+fn wire() -> impl TypedValueParser<Value = CommunicationDtype> {
+    let all = [CommunicationDtype::F32, CommunicationDtype::Bf16];
     PossibleValuesParser::new(["f32", "bf16"]).map(move |name| {
         let named = all.into_iter().find(|wire| wire.to_string() == name);
         named.expect("one of the possible values")
@@ -496,7 +496,7 @@ impl Options {
             ),
             (
                 "wire",
-                self.wire != WireDtype::F32,
+                self.wire != CommunicationDtype::F32,
                 "no deltas that workers exchange",
             ),
             (

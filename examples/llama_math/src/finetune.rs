@@ -187,7 +187,7 @@ impl FineTuning {
         communicator: C,
         train: impl FnOnce(&Training<'_>, Llama, C) -> Result<Outcome, Error>,
     ) -> Result<(), Error> {
-        let team = Team::new(&communicator, device);
+        let team = Team::new(&communicator);
         let is_first = team.is_first();
         let workers = communicator.num_workers();
         team.agree(self.run.check_workers("mpi", workers))?;

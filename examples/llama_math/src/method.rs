@@ -6,7 +6,7 @@ use std::ops::Range;
 use burn::module::{Lora, Module, ModuleVisitor, Param, ParamGroup};
 use burn::tensor::Tensor;
 use clap::ValueEnum;
-use hd_pissa::checkpoint::Checkpoint;
+use hd_pissa::checkpoint::{Checkpoint, CheckpointError};
 use hd_pissa::comm::{Communicator, Solo};
 use hd_pissa::{
     FrameScale, GradientMode, HdPissaConfig, HdPissaModule, PissaConfig, PissaModule, Windows,
@@ -244,7 +244,7 @@ impl Adaptation {
 /// The model with the values of the checkpoint, if there is one.
 fn restored(model: Llama, saved: Option<&Checkpoint>) -> Result<Llama, Error> {
     Ok(match saved {
-        Some(saved) => saved.restore(model)?,
+        Some(saved) => saved.restore(model).map_err(CheckpointError::from)?,
         None => model,
     })
 }

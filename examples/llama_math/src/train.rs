@@ -11,8 +11,9 @@ use burn::tensor::{Bytes, Device, Tensor};
 use hd_pissa::checkpoint::Checkpoint;
 use hd_pissa::comm::{Communicator, Solo};
 use hd_pissa::{
-    HdPissaModule, HdPissaOptimizer, OptimizerError, ShardGradients, SharedGradients,
-    StepGradients, WireDtype, side_by_side,
+    CommunicationDtype, HdPissaModule, HdPissaOptimizer, HdPissaOptimizerConfig,
+    HdPissaOptimizerRecord, OptimizerError, ShardGradients, SharedGradients, StepGradients,
+    side_by_side,
 };
 
 use crate::batch::MicroBatch;
@@ -31,7 +32,7 @@ pub struct OptimizerSettings {
     /// Decoupled weight decay; not with HD-PiSSA.
     pub weight_decay: f64,
     /// In what precision deltas travel between workers, with HD-PiSSA.
-    pub wire: WireDtype,
+    pub wire: CommunicationDtype,
 }
 
 /// A model in training.
@@ -151,17 +152,15 @@ impl Trainer {
         let optimizer = match adaptation.method {
             Method::HdPissa => {
                 let adam = AdamConfig::new().with_epsilon(EPSILON).init();
-                let optimizer = HdPissaOptimizer::new(adam, communicator)?
-                    .with_norms()
-                    .with_wire_dtype(settings.wire);
-                let optimizer = match settings.clip {
-                    Some(clip) => optimizer.with_max_grad_norm(clip)?,
-                    None => optimizer,
-                };
-                Optimizer::HdPissa(match state {
-                    Some(state) => optimizer.from_bytes(state)?,
-                    None => optimizer,
-                })
+                let config = HdPissaOptimizerConfig::new()
+                    .with_measure_norms(true)
+                    .with_communication_dtype(settings.wire)
+                    .with_max_grad_norm(settings.clip);
+                let mut optimizer = config.init(adam, communicator)?;
+                if let Some(state) = state {
+                    optimizer.load_record(HdPissaOptimizerRecord::from_bytes(state)?)?;
+                }
+                Optimizer::HdPissa(optimizer)
             }
             _ => {
                 // Without decay this is Adam.
@@ -193,7 +192,7 @@ impl Trainer {
     /// [`Error::Optimizer`] if it cannot be serialized.
     pub fn optimizer_state(&self) -> Result<Bytes, Error> {
         Ok(match &self.optimizer {
-            Optimizer::HdPissa(inner) => inner.to_bytes()?,
+            Optimizer::HdPissa(inner) => inner.to_record()?.into_bytes()?,
             Optimizer::Mean { inner, .. } => inner.into_bytes().map_err(OptimizerError::from)?,
         })
     }
@@ -482,7 +481,10 @@ fn each_gradient<B: Borrow<MicroBatch>>(
         model,
         micro_batches.collect(),
         |model, (group, count, micro_batch)| {
-            let selected = first_shard.map(|first| model.clone().select_shard(first + group));
+            let selected = first_shard.map(|first| {
+                let selected = model.clone().select_shard(first + group);
+                selected.expect("each group is that of a hosted shard")
+            });
             let model = selected.as_ref().unwrap_or(model);
             let targets = micro_batch.targets();
             let loss = model.target_loss(micro_batch.tokens(device), targets);

@@ -9,10 +9,10 @@ use hd_pissa_comm::Communicator;
 
 use super::joined::JoinedFrames;
 use super::module::{HdPissaAdapter, HdPissaShard};
-use super::path::{Side, companion_id, factor_id};
 use super::select::select_shard;
 use crate::frames::WeightFrames;
 use crate::parallel;
+use crate::path::{Side, companion_id, factor_id};
 use crate::plan::Target;
 use crate::{GradientMode, HdPissaConfig, HdPissaError, MergePrecision};
 
@@ -29,10 +29,10 @@ pub struct LayerProgress {
     pub shape: [usize; 2],
     /// Share of the weight's squared Frobenius norm in the window of each shard,
     /// `‖U_kᵀ W V_k‖² / ‖W‖²`: for components that of their squared singular values.
-    pub energy: Vec<f64>,
+    pub explained_variance: Vec<f64>,
     /// Largest absolute inner product of two directions of different shards, on either side of the
     /// weight; rounding error.
-    pub overlap: f64,
+    pub orthogonality_error: f64,
     /// Time it took to find the frames, most of it for the decomposition.
     pub elapsed: Duration,
 }
@@ -150,8 +150,8 @@ pub(super) fn frames(
         total: targets.len(),
         path: target.path.clone(),
         shape: target.weight.dims(),
-        energy: frames.energy.clone(),
-        overlap: frames.overlap(),
+        explained_variance: frames.explained_variance.clone(),
+        orthogonality_error: frames.orthogonality_error(),
         elapsed: start.elapsed(),
     };
     Ok((frames, layer))
@@ -302,11 +302,15 @@ pub trait HdPissaModule: Module {
 
     /// Directs the gradients of the following forward passes to shard `index`.
     ///
-    /// # Panics
+    /// Where it is forgotten, the step is refused: the gradients are then those of another shard
+    /// than the one they are pushed for.
     ///
-    /// If no adapter of the model hosts that shard, or with [`GradientMode::Shared`], where every
-    /// forward pass serves all shards.
-    fn select_shard(self, index: usize) -> Self {
+    /// # Errors
+    ///
+    /// - [`HdPissaError::NotHosted`] if no adapter of the model has that shard.
+    /// - [`HdPissaError::SharesGradients`] with [`GradientMode::Shared`], where every forward pass
+    ///   serves all shards.
+    fn select_shard(self, index: usize) -> Result<Self, HdPissaError> {
         select_shard(self, index)
     }
 }

@@ -7,9 +7,9 @@ use burn::module::{
 use burn::tensor::{Device, Int, Tensor};
 
 use super::joined::JoinedFrames;
-use super::path::{COMPANION, ShardName, stochastic_name};
 use crate::GradientMode;
 use crate::ops::adapter_weight;
+use crate::path::{ADAPTER, COMPANION, ShardName, stochastic_name};
 use crate::windows::FrameChoice;
 use crate::{FrameScale, Windows};
 
@@ -114,7 +114,7 @@ impl HdPissaAdapter {
 }
 
 impl Reparameterization for HdPissaAdapter {
-    const NAME: &'static str = "hd_pissa";
+    const NAME: &'static str = ADAPTER;
 
     fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
         match self.frames() {

@@ -10,8 +10,8 @@ use hd_pissa_comm::Communicator;
 
 use super::{CheckpointError, files};
 use crate::GradientMode;
-use crate::adapter::path::{PathTracker, Place, track_path};
 use crate::hosting::hosted_shards;
+use crate::path::{PathTracker, Place, track_path};
 use crate::windows::FrameChoice;
 
 /// A parameter as a traversal shows it.
@@ -179,7 +179,9 @@ pub(super) fn write(
     path: &Path,
 ) -> Result<(), CheckpointError> {
     let io = |error| match error {
-        burn_pack::Error::IoError(reason) => CheckpointError::io(path, reason),
+        burn_pack::Error::IoError(reason) => {
+            CheckpointError::io(path, std::io::Error::other(reason))
+        }
         other => CheckpointError::io(path, other),
     };
     writer
@@ -208,19 +210,20 @@ pub(super) fn write(
 /// that tensors do not overlap, is checked here.
 pub(super) fn open(path: &Path) -> Result<Reader, CheckpointError> {
     let damaged = |reason: String| CheckpointError::damaged(path, reason);
-    let io = |error: std::io::Error| damaged(error.to_string());
+    let io = |error: std::io::Error| CheckpointError::damaged_by(path, error);
     let size = std::fs::metadata(path).map_err(io)?.len();
     let mut prefix = [0; HEADER_SIZE];
     let mut file = std::fs::File::open(path).map_err(io)?;
     std::io::Read::read_exact(&mut file, &mut prefix).map_err(io)?;
-    let header = Header::from_bytes(&prefix).map_err(|error| damaged(error.to_string()))?;
+    let header =
+        Header::from_bytes(&prefix).map_err(|error| CheckpointError::damaged_by(path, error))?;
     if u64::from(header.metadata_size) > size {
         return Err(damaged(format!(
             "its header takes {} of {size} bytes",
             header.metadata_size
         )));
     }
-    Reader::from_file_exact(path).map_err(|error| damaged(error.to_string()))
+    Reader::from_file_exact(path).map_err(|error| CheckpointError::damaged_by(path, error))
 }
 
 /// The tensors of a pack, whose values are read when asked for.
@@ -228,11 +231,11 @@ pub(super) fn read(path: &Path) -> Result<Vec<burn_pack::Tensor>, CheckpointErro
     let damaged = |reason: String| CheckpointError::damaged(path, reason);
     let reader = open(path)?;
     let size = std::fs::metadata(path)
-        .map_err(|error| damaged(error.to_string()))?
+        .map_err(|error| CheckpointError::damaged_by(path, error))?
         .len();
     let tensors = reader
         .into_tensors()
-        .map_err(|error| damaged(error.to_string()))?;
+        .map_err(|error| CheckpointError::damaged_by(path, error))?;
     let total: u64 = tensors.iter().map(|t| t.byte_len() as u64).sum();
     if total > size {
         return Err(damaged(format!(

@@ -6,7 +6,7 @@ use burn::backend::{
     Backend, Dispatch, TensorMetadata, backend_extension,
     tensor::{Device, FloatTensor, IntTensor},
 };
-use burn::tensor::{DType, Shape};
+use burn::tensor::{DType, Shape, Slice};
 
 use super::Rounding;
 
@@ -143,6 +143,36 @@ pub trait HdPissaOps: Backend + ProductKernels {
     /// 1 and 2 have left the range of `f32`.
     #[fusion(meta = |x, _split| TensorSpec::new(Shape::new([x.shape[0], 4]), x.dtype))]
     fn hd_pissa_row_statistics(x: FloatTensor<Self>, split: usize) -> FloatTensor<Self>;
+
+    /// `target: [n]` with the elements of the first `count` of eight matrices from its element `start` on:
+    /// row by row, one matrix after the other. All are `f32`.
+    ///
+    /// Eight, because an operation of ours takes no list of tensors.
+    #[allow(clippy::too_many_arguments)]
+    #[fusion(meta = |target, _start, _count, _p0, _p1, _p2, _p3, _p4, _p5, _p6, _p7| target.clone())]
+    fn hd_pissa_join(
+        target: FloatTensor<Self>,
+        start: usize,
+        count: usize,
+        p0: FloatTensor<Self>,
+        p1: FloatTensor<Self>,
+        p2: FloatTensor<Self>,
+        p3: FloatTensor<Self>,
+        p4: FloatTensor<Self>,
+        p5: FloatTensor<Self>,
+        p6: FloatTensor<Self>,
+        p7: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let parts = [p0, p1, p2, p3, p4, p5, p6, p7];
+        let mut start = start;
+        parts.into_iter().take(count).fold(target, |target, part| {
+            let len = part.shape().num_elements();
+            let part = Self::float_reshape(part, Shape::new([len]));
+            let range = Slice::from(start..start + len);
+            start += len;
+            Self::float_slice_assign(target, &[range], part)
+        })
+    }
 
     /// The largest magnitude in `w`, a half-precision matrix: an `f32` tensor of shape `[1]`.
     #[fusion(default)]

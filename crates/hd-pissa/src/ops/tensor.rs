@@ -194,6 +194,34 @@ pub(crate) fn row_statistics(x: Tensor<2>, split: usize) -> Tensor<2> {
     Tensor::from_dispatch(Dispatch::hd_pissa_row_statistics(x.into_dispatch(), split))
 }
 
+/// The elements of `f32` matrices, row by row, one matrix after the other: `[n]`.
+///
+/// # Panics
+///
+/// Without a matrix.
+pub(crate) fn join(parts: Vec<Tensor<2>>) -> Tensor<1> {
+    let device = parts[0].device();
+    let len = |part: &Tensor<2>| part.shape().num_elements();
+    if is_cpu(&device) {
+        let flat = |part: Tensor<2>| part.flatten(0, 1);
+        return Tensor::cat(parts.into_iter().map(flat).collect(), 0);
+    }
+    let total: usize = parts.iter().map(len).sum();
+    let mut joined = Tensor::<1>::empty([total], (&device, DType::F32)).into_dispatch();
+    let mut start = 0;
+    for parts in parts.chunks(8) {
+        let part = |index: usize| {
+            let part = parts.get(index).unwrap_or(&parts[0]);
+            part.clone().into_dispatch()
+        };
+        let [p0, p1, p2, p3, p4, p5, p6, p7] = std::array::from_fn(part);
+        let count = parts.len();
+        joined = Dispatch::hd_pissa_join(joined, start, count, p0, p1, p2, p3, p4, p5, p6, p7);
+        start += parts.iter().map(len).sum::<usize>();
+    }
+    Tensor::from_dispatch(joined)
+}
+
 /// The largest magnitude in a half-precision weight, `[1]`, `f32`.
 pub(crate) fn max_abs(weight: Tensor<2>) -> Tensor<1> {
     Tensor::from_dispatch(Dispatch::hd_pissa_max_abs(weight.into_dispatch()))

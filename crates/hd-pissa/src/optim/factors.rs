@@ -8,12 +8,10 @@ use burn_autodiff::NodeId;
 use hd_pissa_comm::Communicator;
 
 use super::OptimizerError;
-use super::packed::pack;
 use crate::GradientMode;
-use crate::adapter::path::{PathTracker, Place, ShardName, Side, hash};
 use crate::hosting::hosted_shards;
 use crate::ops::{Rounding, StochasticKey, identity};
-use crate::windows::FrameChoice;
+use crate::path::{PathTracker, Place, ShardName, Side, hash};
 
 /// A factor as a traversal finds it.
 #[derive(Clone, Debug)]
@@ -32,7 +30,7 @@ pub(super) struct ShardFactors {
 }
 
 impl ShardFactors {
-    fn parts(&self) -> [(Side, &Factor); 2] {
+    pub(super) fn parts(&self) -> [(Side, &Factor); 2] {
         [(Side::A, &self.a), (Side::B, &self.b)]
     }
 }
@@ -74,16 +72,6 @@ impl WeightFactors {
         self.rank() * (self.d_input() + self.d_output())
     }
 
-    /// The factors of the hosted shards, packed: `[hosted shards, row_len]`, without autodiff.
-    pub(super) fn packed(&self) -> Tensor<2> {
-        packed(&self.shards)
-    }
-
-    /// The factors that the model has, packed: `[known shards, row_len]`, without autodiff.
-    pub(super) fn known_packed(&self) -> Tensor<2> {
-        packed(&self.known)
-    }
-
     /// Path of a factor.
     pub(super) fn factor_path(&self, shard: ShardName, side: Side) -> String {
         format!("{}.{}", shard.path(&self.path), side.name())
@@ -108,13 +96,6 @@ impl WeightFactors {
     fn name(&self) -> ShardName {
         self.known[0].name
     }
-}
-
-fn packed(shards: &[ShardFactors]) -> Tensor<2> {
-    pack(shards.iter().map(|shard| {
-        let value = |factor: &Factor| factor.value.clone().inner();
-        (value(&shard.a), value(&shard.b))
-    }))
 }
 
 /// All factors of a model, in traversal order of the weights.
@@ -189,25 +170,21 @@ impl Factors {
         })
     }
 
-    /// A hash of what is adapted and how: paths, shapes, dtypes, ranks, rounding, frames and
-    /// gradients. Equal on every worker of a run.
-    pub(super) fn structure(&self) -> u64 {
-        let weights = self.weights.iter().map(|w| {
-            let (path, dtype, rank, seed) = (&w.path, w.dtype, w.rank(), w.rounding_seed);
+    /// What is adapted and how, in lines. The same on every worker of a run.
+    pub(super) fn structure(&self) -> String {
+        let weights = self.weights.iter().map(|weight| {
+            let (path, dtype, rank) = (&weight.path, weight.dtype, weight.rank());
+            let shape = [weight.d_input(), weight.d_output()];
+            let name = weight.name();
+            let (windows, frame_scale) = (name.frames.windows, name.frames.scale);
+            let (gradients, seed) = (name.gradients, weight.rounding_seed);
             format!(
-                "{path} {}x{} {dtype:?} {rank} {seed:?} {} {:?}\n",
-                w.d_input(),
-                w.d_output(),
-                w.name().frames,
-                w.name().gradients
+                "`{path}` of shape {shape:?} and dtype {dtype:?} with rank {rank}\n\
+                 windows {windows:?} of `{path}`\nframe_scale {frame_scale:?} of `{path}`\n\
+                 {gradients:?} gradients of `{path}`\nrounding seed {seed:?} of `{path}`\n"
             )
         });
-        hash(&weights.collect::<String>())
-    }
-
-    /// The frames of the first weight.
-    pub(super) fn frames(&self) -> FrameChoice {
-        self.weights[0].name().frames
+        weights.collect()
     }
 
     /// Path of a shard of the weight at position `weight`, hosted here or elsewhere.
@@ -356,6 +333,7 @@ impl ModuleVisitor for Collector {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::windows::FrameChoice;
 
     #[test]
     fn groups_are_of_about_the_same_size() {

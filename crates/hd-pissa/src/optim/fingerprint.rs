@@ -6,8 +6,8 @@ use hd_pissa_comm::{Communicator, gather_integers};
 
 use super::OptimizerError;
 use super::factors::Factors;
-use crate::adapter::path::{PathTracker, Place, hash, track_path};
 use crate::ops;
+use crate::path::{PathTracker, Place, hash, track_path};
 
 /// Fingerprints by path, on their device until they are read.
 #[derive(Default)]

@@ -10,7 +10,7 @@ use burn_cubecl::{
     kernel::{into_contiguous, untile},
     tensor::CubeTensor,
 };
-use hd_pissa_kernels::{FloatType, Matrix, Merge, fingerprint, merge, row_statistics};
+use hd_pissa_kernels::{FloatType, Matrix, Merge, fingerprint, join, merge, row_statistics};
 
 use super::product;
 use super::view::{known, matrix, matrix_of, writable};
@@ -100,6 +100,31 @@ impl HdPissaOps for CubeBackend {
             Err(error) => panic!("statistics of rows on {:?}: {error}", x.device),
         };
         CubeTensor::new_contiguous(x.client, x.device, shape, statistics, DType::F32)
+    }
+
+    fn hd_pissa_join(
+        target: FloatTensor<Self>,
+        start: usize,
+        count: usize,
+        p0: FloatTensor<Self>,
+        p1: FloatTensor<Self>,
+        p2: FloatTensor<Self>,
+        p3: FloatTensor<Self>,
+        p4: FloatTensor<Self>,
+        p5: FloatTensor<Self>,
+        p6: FloatTensor<Self>,
+        p7: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let parts = [p0, p1, p2, p3, p4, p5, p6, p7].into_iter();
+        let parts: Vec<CubeTensor> = parts.take(count).map(untile).collect();
+        let target = writable(target);
+        let len = target.shape().num_elements();
+        let row = Matrix::row_major(target.handle.clone(), [1, len], FloatType::F32);
+        let matrices = parts.iter().map(matrix).collect();
+        if let Err(error) = join(&target.client, matrices, row, start) {
+            panic!("joining matrices on {:?}: {error}", target.device);
+        }
+        target
     }
 
     fn hd_pissa_fingerprint(x: FloatTensor<Self>) -> IntTensor<Self> {

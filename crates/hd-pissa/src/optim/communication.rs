@@ -1,14 +1,15 @@
-//! The precision in which deltas travel.
+//! The precision in which deltas travel between workers.
 
 use std::fmt::{self, Display, Formatter};
 
 use burn::tensor::{DType, Device, Tensor};
+use serde::{Deserialize, Serialize};
 
 use super::OptimizerError;
 
 /// In what precision deltas travel between workers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum WireDtype {
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CommunicationDtype {
     /// As the inner optimizer computes them.
     #[default]
     F32,
@@ -17,12 +18,7 @@ pub enum WireDtype {
     Bf16,
 }
 
-impl WireDtype {
-    /// Bits of a value.
-    pub(super) fn bits(self) -> u64 {
-        8 * self.dtype().size() as u64
-    }
-
+impl CommunicationDtype {
     fn dtype(self) -> DType {
         match self {
             Self::F32 => DType::F32,
@@ -33,8 +29,8 @@ impl WireDtype {
     pub(super) fn check(self, device: &Device) -> Result<(), OptimizerError> {
         match device.supports_dtype(self.dtype()) {
             true => Ok(()),
-            false => Err(OptimizerError::UnsupportedWireDtype {
-                wire: self,
+            false => Err(OptimizerError::UnsupportedCommunicationDtype {
+                dtype: self.dtype(),
                 device: format!("{device:?}"),
             }),
         }
@@ -83,7 +79,7 @@ impl WireDtype {
     }
 }
 
-impl Display for WireDtype {
+impl Display for CommunicationDtype {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::F32 => "f32",
@@ -97,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn counts_survive_the_wire() {
+    fn counts_survive_the_way() {
         let device = Device::flex();
         let counts = [
             0.0f32,
@@ -109,14 +105,14 @@ mod tests {
             8_388_609.0,
             16_777_215.0,
         ];
-        for wire in [WireDtype::F32, WireDtype::Bf16] {
-            let deltas = wire.round(Tensor::<1>::from_floats([0.1, -3e-7, 1e38], &device));
-            let sent = wire.encode(deltas.clone(), Tensor::from_floats(counts, &device));
-            assert_eq!(sent.dims(), [3 + counts.len() * wire.count_len()]);
-            assert_eq!(sent.dtype().size() as u64 * 8, wire.bits());
+        for dtype in [CommunicationDtype::F32, CommunicationDtype::Bf16] {
+            let deltas = dtype.round(Tensor::<1>::from_floats([0.1, -3e-7, 1e38], &device));
+            let sent = dtype.encode(deltas.clone(), Tensor::from_floats(counts, &device));
+            assert_eq!(sent.dims(), [3 + counts.len() * dtype.count_len()]);
+            assert_eq!(sent.dtype(), dtype.dtype());
             // As two workers would send it.
             let sent = Tensor::stack::<2>(vec![sent.clone(), sent], 0);
-            let (received, decoded) = wire.decode(sent, counts.len());
+            let (received, decoded) = dtype.decode(sent, counts.len());
             for worker in 0..2 {
                 let received = received.clone().narrow(0, worker, 1).flatten::<1>(0, 1);
                 received
@@ -127,11 +123,11 @@ mod tests {
             }
         }
         // What does not fit stays a count.
-        let sent = WireDtype::Bf16.encode(
+        let sent = CommunicationDtype::Bf16.encode(
             Tensor::zeros([1], &device),
             Tensor::<1>::from_floats([3e10], &device),
         );
-        let (_, decoded) = WireDtype::Bf16.decode(sent.unsqueeze(), 1);
+        let (_, decoded) = CommunicationDtype::Bf16.decode(sent.unsqueeze(), 1);
         assert!(decoded.into_scalar::<f32>() > 1e10);
     }
 }

@@ -2,14 +2,16 @@
 
 use std::fmt::{self, Display, Formatter};
 
-use burn::module::{ParamId, Reparameterization};
+use burn::module::ParamId;
 
-use super::HdPissaAdapter;
 use crate::GradientMode;
 use crate::windows::FrameChoice;
 
 /// Container type that Burn announces when a traversal enters an attached reparameterization.
 pub(crate) const REPARAMETERIZATION: &str = "Reparameterization";
+
+/// Name of the adapters in parameter paths.
+pub(crate) const ADAPTER: &str = "hd_pissa";
 
 /// The two factors of a shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -63,7 +65,7 @@ impl ShardName {
 
     /// Path of the shard, in the adapter of a weight.
     pub(crate) fn path(&self, weight: &str) -> String {
-        format!("{weight}.{}.{self}", HdPissaAdapter::NAME)
+        format!("{weight}.{}.{self}", ADAPTER)
     }
 }
 
@@ -139,7 +141,7 @@ pub(crate) struct PathTracker {
 
 impl PathTracker {
     pub(crate) fn enter(&mut self, name: &str, container: &str) {
-        if container == REPARAMETERIZATION && name == HdPissaAdapter::NAME {
+        if container == REPARAMETERIZATION && name == ADAPTER {
             self.adapter = Some(self.stack.len());
         }
         self.stack.push(name.to_string());

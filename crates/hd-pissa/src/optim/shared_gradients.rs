@@ -1,5 +1,7 @@
 //! The gradients of a step that all shards learn from.
 
+use std::fmt::{self, Debug, Formatter};
+
 use burn::module::Module;
 use burn::optim::GradientsParams;
 
@@ -111,5 +113,14 @@ impl SharedGradients {
         }
         let (_, sum) = self.sums.pop().expect("all runs are joined");
         Ok((sum, self.expected))
+    }
+}
+
+impl Debug for SharedGradients {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SharedGradients")
+            .field("expected", &self.expected)
+            .field("pushed", &self.pushed)
+            .finish_non_exhaustive()
     }
 }
