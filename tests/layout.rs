@@ -103,7 +103,7 @@ impl Tree {
             "self" => {}
             "super" => drop(at.pop()?),
             name => {
-                let child = [&at[..], &[first.clone()]].concat();
+                let child = [&at[..], std::slice::from_ref(first)].concat();
                 let module = &self.modules[&at];
                 if self.modules.contains_key(&child) {
                     at = child;
@@ -116,7 +116,7 @@ impl Tree {
             }
         }
         while let Some((name, after)) = rest.split_first() {
-            let child = [&at[..], &[name.clone()]].concat();
+            let child = [&at[..], std::slice::from_ref(name)].concat();
             if name == "super" {
                 at.pop()?;
             } else if self.modules.contains_key(&child) {

@@ -1,6 +1,6 @@
 //! The device, its data and its rates.
 
-use burn::tensor::{DType, Device, Distribution, Tensor, TensorData};
+use burn::tensor::{Device, Distribution, Tensor};
 use hd_pissa_benches::sample::Host;
 use hd_pissa_benches::{alternate_within, copy, device, hardware, large_product};
 

@@ -19,6 +19,7 @@ pub struct Product {
     pub a: Host,
 }
 
+#[cfg(feature = "cubecl-kernels")]
 /// The operands of `x · f`, or `xᵀ · f`. The factor is `f32` whatever the other is.
 pub struct Factor {
     pub x: Host,

@@ -200,7 +200,7 @@ impl Run {
         let split = RANK * self.weight.rows();
         let all = (0..self.frames.columns).map(|index| {
             let hash = fingerprint([(0, (index + 977 * shard) as u32)])[0];
-            let sign = if hash % 2 == 0 { 1.0 } else { -1.0 };
+            let sign = if hash.is_multiple_of(2) { 1.0 } else { -1.0 };
             let size = 0.5 + (hash >> 8) as f32 / (1 << 24) as f32;
             sign * size * (1.0 + 0.25 * step as f32)
         });

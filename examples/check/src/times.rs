@@ -108,7 +108,7 @@ fn products(
     let (thin, flops) = (4.0 * r * (t + i + o), 2.0 * t * i * o);
     let sizes = format!("{tokens}x{d_input}x{d_output} r {RANK}");
     let both = |operation: &str| format!("{operation}, both passes");
-    let works: [(String, Box<dyn Fn() + '_>, [f64; 2]); 4] = [
+    let works: [Work; 4] = [
         ("frozen".into(), Box::new(|| drop(frozen())), [bytes, flops]),
         (
             "adapter".into(),
@@ -132,6 +132,7 @@ fn products(
     timed(device, dtype, &sizes, seconds, rates, works)
 }
 
+/// A name, the work, and the bytes and flops that it takes at least.
 type Work<'a> = (String, Box<dyn Fn() + 'a>, [f64; 2]);
 
 /// Times pieces of work in turn, each with its wait for the device.
