@@ -103,6 +103,7 @@ pub(crate) struct FrameChoice {
 }
 
 impl FrameChoice {
+    #[cfg(any(feature = "checkpoint", test))]
     pub(crate) fn published() -> Self {
         Self {
             windows: Windows::Leading,

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
-use burn::module::{Module, ParamId};
+use burn::module::Module;
 use burn::optim::{GradientsParams, ModuleOptimizer, OptimizerRecord};
 use burn::tensor::{Bytes, Device, Tensor};
 
@@ -58,9 +58,13 @@ impl InnerOptimizer {
         factors: &Factors,
         lr: &ModuleLearningRate,
     ) -> Result<(), OptimizerError> {
-        let ids = factors.iter().map(|(_, _, _, factor)| factor.id);
-        let paths = factors.weights.iter().map(|weight| &weight.path);
-        if ids.eq(self.ids()) && paths.eq(self.weights.iter().map(|weight| &weight.path)) {
+        let arranged = self.weights.iter();
+        let now = factors.weights.iter().map(|weight| &weight.path);
+        if arranged.clone().map(|weight| &weight.path).eq(now)
+            && arranged
+                .zip(&factors.weights)
+                .all(|(of, weight)| of.rows.are_of(weight))
+        {
             // Rates may have come to differ.
             let fits = |weight: &Arranged| !weight.is_packed || weight.rows.have_one(lr);
             if self.weights.iter().all(fits) {
@@ -93,11 +97,6 @@ impl InnerOptimizer {
             }
         });
         self.rearrange(weights.collect())
-    }
-
-    fn ids(&self) -> impl Iterator<Item = ParamId> {
-        let factors = self.weights.iter().flat_map(|weight| &weight.rows.factors);
-        factors.map(|factor| factor.id)
     }
 
     fn rearrange(&mut self, mut weights: Vec<Arranged>) -> Result<(), OptimizerError> {

@@ -145,8 +145,7 @@ impl HdPissaOptimizer {
         self.steps
     }
 
-    /// The transport, for what workers agree on besides steps, as
-    /// [`Checkpoints::save`](crate::checkpoint::Checkpoints::save) does.
+    /// The transport, for what workers agree on besides steps, such as a checkpoint.
     pub fn communicator(&self) -> &dyn Communicator {
         &*self.communicator
     }

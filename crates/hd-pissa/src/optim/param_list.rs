@@ -1,5 +1,7 @@
 //! A module that is nothing but matrices at given paths, for an optimizer to step.
 
+use std::collections::HashMap;
+
 use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::tensor::{DType, Device, Tensor};
 
@@ -13,11 +15,16 @@ impl ParamList {
         device: &Device,
         params: impl IntoIterator<Item = (String, ParamId, [usize; 2])>,
     ) -> Self {
-        // Burn's optimizers take parameters with autodiff, and gradients without.
-        let device = device.clone().autodiff();
+        let device = device.clone().inner();
+        // Those of one shape share their memory.
+        let mut zeros: HashMap<[usize; 2], Tensor<2>> = HashMap::new();
         let params = params.into_iter().map(|(path, id, shape)| {
-            let zeros = Tensor::zeros(shape, (&device, DType::F32)).require_grad();
-            (path, Param::initialized(id, zeros))
+            let zeros = zeros
+                .entry(shape)
+                .or_insert_with(|| Tensor::zeros(shape, (&device, DType::F32)));
+            // Burn's optimizers take parameters with autodiff, and gradients without.
+            let param = Tensor::from_inner(zeros.clone()).require_grad();
+            (path, Param::initialized(id, param))
         });
         Self(params.collect())
     }

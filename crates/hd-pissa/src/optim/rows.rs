@@ -49,6 +49,13 @@ impl Rows {
         }
     }
 
+    /// Whether these are the factors of all hosted shards of `weight`, by ids and shapes.
+    pub(super) fn are_of(&self, weight: &WeightFactors) -> bool {
+        let factors = weight.shards.iter().flat_map(|shard| shard.parts());
+        let factors = factors.map(|(_, factor)| (factor.id, factor.value.dims()));
+        factors.eq(self.factors.iter().map(|factor| (factor.id, factor.shape)))
+    }
+
     /// The id of all rows together: that of the first factor.
     pub(super) fn id(&self) -> ParamId {
         self.factors[0].id
