@@ -10,6 +10,11 @@ use hd_pissa::{FrameScale, GradientMode, Windows, WireDtype};
 use crate::batch::FeedConfig;
 use crate::compare::Comparison;
 use crate::data::Fields;
+use crate::evidence::children::{self, Children};
+use crate::evidence::results;
+use crate::evidence::row::Row;
+use crate::evidence::sweep::Sweep;
+use crate::evidence::task::Task;
 use crate::export::{ExportConfig, OutputDtype, Rounding};
 use crate::finetune::{Change, FineTuning, Resume, SaveOptions};
 use crate::method::{Adaptation, Method, WindowsOption, gradients_name};
@@ -19,7 +24,7 @@ use crate::scaling::cost::{Layout, Work};
 use crate::scaling::{Question, Scaling};
 use crate::schedule::Decay;
 use crate::train::OptimizerSettings;
-use crate::{Error, compare, device, memory, mpi};
+use crate::{Error, device, memory, mpi};
 
 /// Where the comparison writes unless told otherwise; replaced by the next run.
 const COMPARISON_OUTPUT: &str = "target/llama_math";
@@ -37,13 +42,13 @@ const LLAMA_2_7B: &str = "4096x4096x128,4096x11008x64,11008x4096x32";
 #[command(name = "llama_math", version, args_conflicts_with_subcommands = true)]
 pub struct Cli {
     #[command(subcommand)]
-    command: Option<Task>,
+    command: Option<Command>,
     #[command(flatten)]
     options: Options,
 }
 
 #[derive(Subcommand, Debug)]
-enum Task {
+enum Command {
     /// Pre-trains the tiny model whose weights are part of this example.
     Pretrain(PretrainOptions),
     /// Shows what more shards do to loss, rank and time, and predicts a run on many devices.
@@ -52,9 +57,14 @@ enum Task {
     /// fits the constants of a cost model to the times, and predicts the time of a step on many
     /// such devices.
     Scaling(ScalingOptions),
-    /// One method of the comparison, in a process of its own.
+    /// Searches the learning rate of every method on the tiny model's tasks, and repeats the best.
+    ///
+    /// Every training is a process of its own with one compute thread, and leaves a file in the
+    /// output: a sweep that is started again goes on where it stopped.
+    Sweep(SweepOptions),
+    /// One training of a sweep or of the comparison, in a process of its own.
     #[command(hide = true)]
-    CompareMethod(MethodOptions),
+    Trial(TrialOptions),
 }
 
 #[derive(Args, Debug)]
@@ -269,6 +279,78 @@ struct ScalingOptions {
     quick: bool,
 }
 
+#[derive(Args, Debug)]
+struct SweepOptions {
+    /// Tasks
+    #[arg(long, value_delimiter = ',', default_values_t = Task::ALL)]
+    tasks: Vec<Task>,
+    /// Methods
+    #[arg(long, value_delimiter = ',', default_values_t = Row::ALL)]
+    rows: Vec<Row>,
+    /// Seed by which learning rates are chosen
+    #[arg(long, default_value_t = 1)]
+    tuning_seed: u64,
+    /// Seeds of the results
+    #[arg(long, value_delimiter = ',', default_values_t = [2, 3, 4])]
+    seeds: Vec<u64>,
+    /// Trainings at a time [default: as many as cores]
+    #[arg(long, value_name = "N", value_parser = at_least(1))]
+    threads: Option<usize>,
+    /// Backend
+    #[arg(long)]
+    device: Option<String>,
+    /// Folder of the results
+    #[arg(long, value_name = "DIR")]
+    output: PathBuf,
+    /// Few steps and few test problems or facts
+    #[arg(long)]
+    quick: bool,
+}
+
+impl SweepOptions {
+    fn run(self) -> Result<(), Error> {
+        let device = device::parse(self.device.as_deref())?;
+        let children = Children {
+            folder: self.output,
+            processes: self.threads.unwrap_or_else(cores),
+            device: self.device,
+        };
+        let sweep = Sweep {
+            tasks: self.tasks,
+            rows: self.rows,
+            tuning_seed: self.tuning_seed,
+            seeds: self.seeds,
+            rank: 4,
+            shards: 8,
+            length: self.quick.then_some((4, 8)),
+        };
+        let findings = sweep.run(&children)?;
+        let mut base = Vec::new();
+        for &task in &sweep.tasks {
+            base.push((task, sweep.base(task, &device)?));
+        }
+        results::write(&children.folder, &sweep, &findings, &base)
+    }
+}
+
+#[derive(Args, Debug)]
+struct TrialOptions {
+    /// The trial, as JSON
+    #[arg(long)]
+    settings: String,
+    /// File of the result
+    #[arg(long)]
+    result: PathBuf,
+    /// Backend
+    #[arg(long)]
+    device: Option<String>,
+}
+
+/// Number of cores.
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
 impl ScalingOptions {
     fn run(self) -> Result<(), Error> {
         let device = device::parse(self.device.as_deref())?;
@@ -301,28 +383,6 @@ impl ScalingOptions {
         };
         report.map(drop)
     }
-}
-
-#[derive(Args, Debug)]
-struct MethodOptions {
-    #[arg(long)]
-    method: Method,
-    #[arg(long)]
-    result: PathBuf,
-    #[arg(long)]
-    seed: u64,
-    #[arg(long)]
-    steps: usize,
-    #[arg(long)]
-    rank: usize,
-    #[arg(long)]
-    shards: usize,
-    #[arg(long)]
-    test_problems: usize,
-    #[arg(long)]
-    lr: Option<f64>,
-    #[arg(long)]
-    device: Option<String>,
 }
 
 /// A number that an option does not take.
@@ -393,7 +453,6 @@ impl Cli {
     /// Whatever goes wrong; [`Error::exit_code`] tells usage errors from others.
     pub fn run(self) -> Result<(), Error> {
         let threads = self.options.threads;
-        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
         let limit = |reason| Error::Environment {
             variable: "memory",
             reason,
@@ -408,7 +467,7 @@ impl Cli {
         }
         device::check_variable()?;
         match self.command {
-            Some(Task::Pretrain(options)) => {
+            Some(Command::Pretrain(options)) => {
                 let device = device::parse(options.device.as_deref())?;
                 let pretraining = Pretraining {
                     seed: options.seed,
@@ -418,20 +477,12 @@ impl Cli {
                 };
                 pretraining.run(&device, &options.output, options.overwrite)
             }
-            Some(Task::Scaling(options)) => options.run(),
-            Some(Task::CompareMethod(options)) => {
-                compare::end_with_parent();
+            Some(Command::Scaling(options)) => options.run(),
+            Some(Command::Sweep(options)) => options.run(),
+            Some(Command::Trial(options)) => {
+                children::end_with_parent();
                 let device = device::parse(options.device.as_deref())?;
-                let comparison = Comparison {
-                    seed: options.seed,
-                    steps: options.steps,
-                    rank: options.rank,
-                    shards: options.shards,
-                    lr: options.lr,
-                    test_problems: options.test_problems,
-                    device: options.device,
-                };
-                comparison.run_method(options.method, &device, &options.result)
+                children::run_trial(&options.settings, &device, &options.result)
             }
             None => match (
                 &self.options.model,
@@ -457,13 +508,14 @@ impl Cli {
 impl Options {
     fn compare(self) -> Result<(), Error> {
         let device = device::parse(self.device.as_deref())?;
-        let defaults = Comparison::new(self.quick);
+        let defaults = Comparison::new(self.threads.unwrap_or_else(cores));
         let comparison = Comparison {
             seed: self.seed,
-            steps: self.steps.unwrap_or(defaults.steps),
+            steps: self.steps,
             rank: self.rank.unwrap_or(defaults.rank),
             shards: self.shards,
             lr: self.lr,
+            quick: self.quick,
             device: self.device,
             ..defaults
         };

@@ -1,0 +1,171 @@
+//! A sweep: the best learning rate of every row on every task by one seed, then other seeds at that
+//! rate.
+
+use burn::tensor::Device;
+
+use super::children::Children;
+use super::rates;
+use super::row::Row;
+use super::task::{Exam, Task};
+use super::trial::{Trial, TrialResult};
+use crate::console::say;
+use crate::{Error, tiny};
+
+/// Settings of a sweep.
+#[derive(Clone, Debug)]
+pub struct Sweep {
+    /// Tasks.
+    pub tasks: Vec<Task>,
+    /// Rows.
+    pub rows: Vec<Row>,
+    /// Seed by which rates are chosen.
+    pub tuning_seed: u64,
+    /// Seeds of the results.
+    pub seeds: Vec<u64>,
+    /// Rank of a shard.
+    pub rank: usize,
+    /// Number of shards.
+    pub shards: usize,
+    /// Steps and test problems or facts of a trial; those of the task where `None`.
+    pub length: Option<(usize, usize)>,
+}
+
+/// What a sweep found about a row on a task.
+#[derive(Clone, Debug)]
+pub struct Finding {
+    /// The task.
+    pub task: Task,
+    /// The row.
+    pub row: Row,
+    /// The results of the tuning seed, by rate.
+    pub tried: Vec<TrialResult>,
+    /// The results of the other seeds at the best rate.
+    pub fresh: Vec<TrialResult>,
+}
+
+impl Finding {
+    /// The best rate.
+    pub fn lr(&self) -> f64 {
+        rates::best(&self.tried).trial.lr
+    }
+
+    /// The shares of right answers, by seed.
+    pub fn scores(&self) -> Vec<f64> {
+        self.fresh.iter().map(TrialResult::score).collect()
+    }
+}
+
+impl Sweep {
+    /// Runs what has no result yet.
+    ///
+    /// # Errors
+    ///
+    /// Those of the trials.
+    pub fn run(&self, children: &Children) -> Result<Vec<Finding>, Error> {
+        let mut findings: Vec<Finding> = Vec::new();
+        for &task in &self.tasks {
+            for &row in &self.rows {
+                findings.push(Finding {
+                    task,
+                    row,
+                    tried: Vec::new(),
+                    fresh: Vec::new(),
+                });
+            }
+        }
+        let mut trials = Vec::new();
+        for finding in &findings {
+            let rates = rates::first(finding.task, finding.row).into_iter();
+            trials.extend(rates.map(|rate| self.trial(finding, rate.value(), self.tuning_seed)));
+        }
+        while !trials.is_empty() {
+            for result in children.run(&trials, "rates")? {
+                let is_of = |finding: &&mut Finding| finding.has(&result.trial);
+                let finding = findings.iter_mut().find(is_of).expect("a trial of ours");
+                finding.tried.push(result);
+            }
+            let more = findings.iter().filter_map(|finding| {
+                let rate = rates::next(&finding.tried)?;
+                Some(self.trial(finding, rate.value(), self.tuning_seed))
+            });
+            trials = more.collect();
+        }
+        for finding in &mut findings {
+            let tried = &mut finding.tried;
+            tried.sort_by(|a, b| a.trial.lr.total_cmp(&b.trial.lr));
+        }
+        let fresh = |finding: &Finding| {
+            let lr = finding.lr();
+            let seeds = self.seeds.iter();
+            seeds
+                .map(|&seed| self.trial(finding, lr, seed))
+                .collect::<Vec<_>>()
+        };
+        let trials: Vec<Trial> = findings.iter().flat_map(fresh).collect();
+        for result in children.run(&trials, "seeds")? {
+            let is_of = |finding: &&mut Finding| finding.has(&result.trial);
+            let finding = findings.iter_mut().find(is_of).expect("a trial of ours");
+            finding.fresh.push(result);
+        }
+        for finding in &findings {
+            say!("{}", line(finding));
+        }
+        Ok(findings)
+    }
+
+    /// Steps and test problems or facts of a trial.
+    pub fn length(&self, task: Task) -> (usize, usize) {
+        self.length.unwrap_or((task.steps(), task.items()))
+    }
+
+    /// The share of right answers of the model before any training, with the first of the seeds.
+    ///
+    /// # Errors
+    ///
+    /// None for the embedded model.
+    pub fn base(&self, task: Task, device: &Device) -> Result<f64, Error> {
+        let (_, items) = self.length(task);
+        let seed = self.seeds.first().copied().unwrap_or(self.tuning_seed);
+        let model = tiny::checkpoint()?.load(device)?;
+        let grade = Exam::new(task, seed, items)?.grade(&model)?;
+        Ok(grade.correct as f64 / items as f64)
+    }
+
+    fn trial(&self, finding: &Finding, lr: f64, seed: u64) -> Trial {
+        let Finding { task, row, .. } = *finding;
+        let (steps, items) = self.length(task);
+        Trial {
+            task,
+            row,
+            lr,
+            seed,
+            steps,
+            items,
+            rank: self.rank,
+            shards: self.shards,
+        }
+    }
+}
+
+impl Finding {
+    fn has(&self, trial: &Trial) -> bool {
+        (self.task, self.row) == (trial.task, trial.row)
+    }
+}
+
+fn line(finding: &Finding) -> String {
+    let shown = |results: &[TrialResult]| {
+        let each = results.iter().map(|result| {
+            let (lr, score, loss) = (result.trial.lr, 100.0 * result.score(), result.loss());
+            format!("{lr:e}: {score:.1} % ({loss:.3})")
+        });
+        each.collect::<Vec<_>>().join(", ")
+    };
+    let Finding {
+        task,
+        row,
+        tried,
+        fresh,
+    } = finding;
+    format!("{task} {row}: {} | {}", shown(tried), shown(fresh))
+}
