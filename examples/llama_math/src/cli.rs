@@ -314,6 +314,7 @@ impl SweepOptions {
             folder: self.output,
             processes: self.threads.unwrap_or_else(cores),
             device: self.device,
+            program: children::this_program,
         };
         let sweep = Sweep {
             tasks: self.tasks,
@@ -322,7 +323,7 @@ impl SweepOptions {
             seeds: self.seeds,
             rank: 4,
             shards: 8,
-            length: self.quick.then_some((4, 8)),
+            quick: self.quick,
         };
         let findings = sweep.run(&children)?;
         let mut base = Vec::new();

@@ -7,7 +7,7 @@ use burn::tensor::Device;
 
 use crate::chart::{self, Curve, Panel, Scale, Stroke};
 use crate::console::say;
-use crate::evidence::children::Children;
+use crate::evidence::children::{self, Children};
 use crate::evidence::learning_rates::{self, LearningRates};
 use crate::evidence::row::Row;
 use crate::evidence::statistics::Estimate;
@@ -31,8 +31,6 @@ const ROWS: [Row; 6] = [
 ];
 /// Test problems shown with their answers.
 const SHOWN: usize = 3;
-/// Steps, and test problems or facts, of a short run.
-const QUICK: (usize, usize) = (6, 10);
 
 /// Settings of the comparison.
 #[derive(Clone, Debug)]
@@ -96,10 +94,7 @@ impl Comparison {
         }
         let recorded = LearningRates::recorded();
         let trial = |task: Task, row| {
-            let (steps, items) = match self.quick {
-                true => QUICK,
-                false => (task.steps(), task.items()),
-            };
+            let (steps, items) = task.length(self.quick);
             let lr = self.lr.or_else(|| recorded.of(task, row));
             Trial {
                 task,
@@ -130,6 +125,7 @@ impl Comparison {
             folder: staged.path().join("trials"),
             processes: self.processes,
             device: self.device.clone(),
+            program: children::this_program,
         };
         let results = children.run(&trials, "trainings")?;
 

@@ -4,6 +4,7 @@
 //! trials that were interrupted go on where they stopped.
 
 use std::collections::VecDeque;
+use std::ffi::OsString;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -24,6 +25,19 @@ pub struct Children {
     pub processes: usize,
     /// Name of their device.
     pub device: Option<String>,
+    /// Starts this program with other arguments.
+    pub program: fn(&[OsString]) -> std::io::Result<Command>,
+}
+
+/// This program with these arguments.
+///
+/// # Errors
+///
+/// Where the system does not say which file it is.
+pub fn this_program(arguments: &[OsString]) -> std::io::Result<Command> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(arguments);
+    Ok(command)
 }
 
 impl Children {
@@ -92,17 +106,15 @@ impl Children {
             trial: trial.name(),
             reason,
         };
-        let program = std::env::current_exe().map_err(|error| failed(error.to_string()))?;
         let settings = serde_json::to_string(trial).expect("a trial has a JSON form");
         let path = self.path(trial);
-        let mut command = Command::new(program);
-        command
-            .args(["trial", "--settings", &settings, "--result"])
-            .arg(&path)
-            .env("RAYON_NUM_THREADS", "1");
+        let mut arguments: Vec<OsString> = vec!["trial".into(), "--settings".into()];
+        arguments.extend([settings.into(), "--result".into(), path.clone().into()]);
         if let Some(device) = &self.device {
-            command.args(["--device", device]);
+            arguments.extend(["--device".into(), device.into()]);
         }
+        let mut command = (self.program)(&arguments).map_err(|error| failed(error.to_string()))?;
+        command.env("RAYON_NUM_THREADS", "1");
         // It ends when its input does, which is when this process ends, however it ends.
         let mut child = command
             .stdin(Stdio::piped())

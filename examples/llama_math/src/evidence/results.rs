@@ -98,7 +98,7 @@ fn table(sweep: &Sweep, findings: &[Finding], base: &[(Task, f64)]) -> String {
         let of_task: Vec<&Finding> = of_task.collect();
         let base = base.iter().find(|(of, _)| *of == task);
         let base = base.map_or(0.0, |(_, share)| *share);
-        let (steps, items) = sweep.length(task);
+        let (steps, items) = task.length(sweep.quick);
         let what = match task {
             Task::Problems => {
                 format!("Problems of two steps: {steps} steps, {items} test problems")

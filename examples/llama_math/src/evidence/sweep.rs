@@ -26,8 +26,8 @@ pub struct Sweep {
     pub rank: usize,
     /// Number of shards.
     pub shards: usize,
-    /// Steps and test problems or facts of a trial; those of the task where `None`.
-    pub length: Option<(usize, usize)>,
+    /// Few steps, and few test problems or facts.
+    pub quick: bool,
 }
 
 /// What a sweep found about a row on a task.
@@ -113,18 +113,13 @@ impl Sweep {
         Ok(findings)
     }
 
-    /// Steps and test problems or facts of a trial.
-    pub fn length(&self, task: Task) -> (usize, usize) {
-        self.length.unwrap_or((task.steps(), task.items()))
-    }
-
     /// The share of right answers of the model before any training, with the first of the seeds.
     ///
     /// # Errors
     ///
     /// None for the embedded model.
     pub fn base(&self, task: Task, device: &Device) -> Result<f64, Error> {
-        let (_, items) = self.length(task);
+        let (_, items) = task.length(self.quick);
         let seed = self.seeds.first().copied().unwrap_or(self.tuning_seed);
         let model = tiny::checkpoint()?.load(device)?;
         let grade = Exam::new(task, seed, items)?.grade(&model)?;
@@ -133,7 +128,7 @@ impl Sweep {
 
     fn trial(&self, finding: &Finding, lr: f64, seed: u64) -> Trial {
         let Finding { task, row, .. } = *finding;
-        let (steps, items) = self.length(task);
+        let (steps, items) = task.length(self.quick);
         Trial {
             task,
             row,

@@ -38,19 +38,14 @@ impl Task {
     /// Both.
     pub const ALL: [Self; 2] = [Self::Problems, Self::Facts];
 
-    /// Steps of a full run.
-    pub fn steps(self) -> usize {
-        match self {
-            Self::Problems => 250,
-            Self::Facts => 400,
-        }
-    }
-
-    /// Test problems, or facts, of a full run.
-    pub fn items(self) -> usize {
-        match self {
-            Self::Problems => 200,
-            Self::Facts => 256,
+    /// Steps, and test problems or facts, of a run, or of a quick one.
+    pub fn length(self, quick: bool) -> (usize, usize) {
+        match (self, quick) {
+            (Self::Problems, false) => (250, 200),
+            (Self::Facts, false) => (400, 256),
+            (Self::Problems, true) => (8, 10),
+            // A step takes no fact twice.
+            (Self::Facts, true) => (20, SEQUENCES_PER_STEP),
         }
     }
 
