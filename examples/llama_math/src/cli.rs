@@ -37,7 +37,9 @@ const LLAMA_2_7B: &str = "4096x4096x128,4096x11008x64,11008x4096x32";
 /// Fine-tunes Llama-family models on word problems with HD-PiSSA and its baselines.
 ///
 /// Without arguments it compares LoRA, PiSSA, HD-PiSSA and full fine-tuning on a tiny model and
-/// generated problems. With --model and --data it fine-tunes a Hugging Face checkpoint.
+/// generated data, each at the learning rate that a sweep has found. With --model and --data it
+/// fine-tunes a Hugging Face checkpoint, by default with HD-PiSSA whose shards share gradients and
+/// hold random directions; --published has everything as in the paper.
 #[derive(Parser, Debug)]
 #[command(name = "llama_math", version, args_conflicts_with_subcommands = true)]
 pub struct Cli {
@@ -94,16 +96,21 @@ struct Options {
     /// Shards of HD-PiSSA; the other methods average the gradients of as many micro-batches
     #[arg(long, default_value_t = 8, value_parser = at_least(1))]
     shards: usize,
-    /// Which gradients a shard of HD-PiSSA learns from: those of its own micro-batches, as published,
-    /// or the mean over all micro-batches of a step
-    #[arg(long, requires = "model", default_value = "per-shard", value_parser = gradients())]
-    gradients: GradientMode,
-    /// Which directions of a weight the shards of HD-PiSSA hold
-    #[arg(long, requires = "model", default_value = "leading")]
-    windows: WindowsOption,
-    /// How long the frames of HD-PiSSA are: roots of singular values, or all the same
-    #[arg(long, requires = "model", default_value = "balanced", value_parser = frame_scale())]
-    frame_scale: FrameScale,
+    /// HD-PiSSA as published: --gradients per-shard --windows leading --frame-scale balanced
+    #[arg(long, requires = "model", conflicts_with_all = ["gradients", "windows", "frame_scale"])]
+    published: bool,
+    /// Which gradients a shard of HD-PiSSA learns from: those of its own micro-batches, or the mean
+    /// over all micro-batches of a step [default: shared]
+    #[arg(long, requires = "model", value_parser = gradients())]
+    gradients: Option<GradientMode>,
+    /// Which directions of a weight the shards of HD-PiSSA hold [default: random; with --frame-scale
+    /// balanced leading]
+    #[arg(long, requires = "model")]
+    windows: Option<WindowsOption>,
+    /// How long the frames of HD-PiSSA are: roots of singular values, or all the same [default: unit;
+    /// with --windows leading balanced]
+    #[arg(long, requires = "model", value_parser = frame_scale())]
+    frame_scale: Option<FrameScale>,
     /// Numerator of the adapters' scale alpha / rank [default: the rank]
     #[arg(long, requires = "model", value_parser = positive)]
     alpha: Option<f64>,
@@ -129,9 +136,9 @@ struct Options {
     #[arg(long, requires = "model", default_value_t = 1, value_parser = at_least(1))]
     batch_size: usize,
     /// Micro-batches per step; with --gradients per-shard, and other methods than hd-pissa, times
-    /// --shards
-    #[arg(long, requires = "model", default_value_t = 1, value_parser = at_least(1))]
-    accumulation: usize,
+    /// --shards [default: 1; with shared gradients as many as --shards]
+    #[arg(long, requires = "model", value_parser = at_least(1))]
+    accumulation: Option<usize>,
     /// Largest global gradient norm; of each shard where it has gradients of its own
     #[arg(long, requires = "model", value_parser = positive)]
     clip: Option<f64>,
@@ -147,8 +154,8 @@ struct Options {
     /// Threads that share the shards of HD-PiSSA; must divide their number. The result is the same
     #[arg(long, value_name = "N", requires = "model", default_value_t = 1, value_parser = at_least(1))]
     workers: usize,
-    /// Compute threads of this process, shared out among its workers; the result is the same
-    /// [default: as many as cores]
+    /// Compute threads of this process, shared out among its workers; without --model trainings at a
+    /// time. The result is the same [default: as many as cores]
     #[arg(long, value_name = "N", value_parser = at_least(1))]
     threads: Option<usize>,
     /// One worker in each of the processes that an MPI launcher starts, as in `mpirun -np 4
@@ -299,9 +306,12 @@ struct SweepOptions {
     /// Backend
     #[arg(long)]
     device: Option<String>,
-    /// Folder of the results
+    /// Folder with a file for each training
     #[arg(long, value_name = "DIR")]
     output: PathBuf,
+    /// Folder of table, picture and best learning rates [default: that of --output]
+    #[arg(long, value_name = "DIR")]
+    results: Option<PathBuf>,
     /// Few steps and few test problems or facts
     #[arg(long)]
     quick: bool,
@@ -330,7 +340,8 @@ impl SweepOptions {
         for &task in &sweep.tasks {
             base.push((task, sweep.base(task, &device)?));
         }
-        results::write(&children.folder, &sweep, &findings, &base)
+        let folder = self.results.unwrap_or(children.folder);
+        results::write(&folder, &sweep, &findings, &base)
     }
 }
 
@@ -526,6 +537,25 @@ impl Options {
         }
     }
 
+    /// Gradients, windows and scale of the frames: as given, and for the rest what the sweep in the
+    /// book found best. Other methods than HD-PiSSA do not read them.
+    fn form(&self) -> (GradientMode, Windows, FrameScale) {
+        if self.published || self.method != Method::HdPissa {
+            let leading = Windows::Leading;
+            return (GradientMode::PerShard, leading, FrameScale::Balanced);
+        }
+        let windows = self.windows.unwrap_or(match self.frame_scale {
+            Some(FrameScale::Balanced) => WindowsOption::Leading,
+            _ => WindowsOption::Random,
+        });
+        let frame_scale = self.frame_scale.unwrap_or(match windows {
+            WindowsOption::Leading => FrameScale::Balanced,
+            _ => FrameScale::Unit,
+        });
+        let gradients = self.gradients.unwrap_or(GradientMode::Shared);
+        (gradients, windows.with_seed(self.seed), frame_scale)
+    }
+
     fn fine_tuning(
         &self,
         model: &std::path::Path,
@@ -540,11 +570,11 @@ impl Options {
                     .into(),
             });
         }
-        let windows = self.windows.with_seed(self.seed);
         let of_hd_pissa = [
+            ("published", self.published, "no form of its own"),
             (
                 "gradients",
-                self.gradients != GradientMode::PerShard,
+                self.gradients.is_some(),
                 "no shards that could share gradients",
             ),
             (
@@ -554,14 +584,10 @@ impl Options {
             ),
             (
                 "windows",
-                windows != Windows::Leading,
+                self.windows.is_some(),
                 "no shards that hold directions",
             ),
-            (
-                "frame-scale",
-                self.frame_scale != FrameScale::Balanced,
-                "no frames",
-            ),
+            ("frame-scale", self.frame_scale.is_some(), "no frames"),
         ];
         for (option, is_given, lacks) in of_hd_pissa {
             if self.method != Method::HdPissa && is_given {
@@ -571,11 +597,16 @@ impl Options {
                 });
             }
         }
-        if let (Windows::Random { .. }, FrameScale::Balanced) = (windows, self.frame_scale) {
+        let (gradients, windows, frame_scale) = self.form();
+        let groups = match gradients {
+            GradientMode::PerShard => self.shards,
+            GradientMode::Shared => 1,
+        };
+        if let (Windows::Random { .. }, FrameScale::Balanced) = (windows, frame_scale) {
             return Err(Error::Usage {
                 option: "windows",
-                reason: "random directions have no singular values to balance: add --frame-scale \
-                         unit"
+                reason: "random directions have no singular values to balance: leave out \
+                         --frame-scale, or choose unit"
                     .into(),
             });
         }
@@ -603,10 +634,10 @@ impl Options {
                     rank: self.rank.unwrap_or(16),
                     shards: self.shards,
                     windows,
-                    frame_scale: self.frame_scale,
+                    frame_scale,
                     alpha: self.alpha,
                     targets: self.targets.clone(),
-                    gradients: self.gradients,
+                    gradients,
                 },
                 optimizer: OptimizerSettings {
                     clip: self.clip,
@@ -614,11 +645,8 @@ impl Options {
                     wire: self.wire,
                 },
                 feed: FeedConfig {
-                    shards: match self.gradients {
-                        GradientMode::PerShard => self.shards,
-                        GradientMode::Shared => 1,
-                    },
-                    accumulation: self.accumulation,
+                    shards: groups,
+                    accumulation: self.accumulation.unwrap_or(self.shards / groups),
                     batch_size: self.batch_size,
                     shuffle: (!self.no_shuffle).then_some(self.seed),
                 },

@@ -6,7 +6,7 @@ use super::row::Row;
 use super::task::Task;
 
 /// Where they stand in the repository.
-pub const PATH: &str = "examples/llama_math/assets/learning_rates.json";
+pub const PATH: &str = "book/src/results/learning_rates.json";
 
 /// The output of a sweep that says which rates are the best.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -39,7 +39,7 @@ impl LearningRates {
     ///
     /// Not with the file as committed.
     pub fn recorded() -> Self {
-        let json = include_str!("../../assets/learning_rates.json");
+        let json = include_str!("../../../../book/src/results/learning_rates.json");
         serde_json::from_str(json).expect("the file is a sweep's output")
     }
 

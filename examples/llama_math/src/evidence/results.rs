@@ -13,9 +13,11 @@ use super::verdict::{Rival, against, why_unfit};
 use crate::Error;
 use crate::chart::{self, Curve, Panel, Scale, Stroke};
 
-/// Names of the files.
+/// The tables, for the book.
 pub const TABLE: &str = "sweep.md";
+/// The best rates, which the run without arguments reads.
 pub const RATES: &str = "learning_rates.json";
+/// Right answers by learning rate.
 pub const PICTURE: &str = "sweep.svg";
 
 /// Writes them.
@@ -29,6 +31,7 @@ pub fn write(
     findings: &[Finding],
     base: &[(Task, f64)],
 ) -> Result<(), Error> {
+    std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
     let write = |name: &str, content: &str| {
         let path = folder.join(name);
         std::fs::write(&path, content).map_err(Error::io(path))
@@ -83,7 +86,7 @@ pub fn verdicts(task: Task, findings: &[Finding], base: f64, sweep: &Sweep) -> V
 fn table(sweep: &Sweep, findings: &[Finding], base: &[(Task, f64)]) -> String {
     let seeds: Vec<String> = sweep.seeds.iter().map(u64::to_string).collect();
     let mut text = format!(
-        "<!-- Written by `llama_math sweep`. Do not edit. -->\n\nHD-PiSSA has {} shards of rank {}; \
+        "<!-- Written by `llama_math sweep`. -->\n\nHD-PiSSA has {} shards of rank {}; \
          every method sees the same {SEQUENCES_PER_STEP} sequences in each step. Learning rates were \
          chosen by seed {}, results are of seeds {}. Intervals are 95 % ones of the mean over seeds \
          (Student's t); differences are paired by seed. {}\n",
