@@ -294,9 +294,9 @@ struct SweepOptions {
     /// Methods
     #[arg(long, value_delimiter = ',', default_values_t = Row::ALL)]
     rows: Vec<Row>,
-    /// Seed by which learning rates are chosen
-    #[arg(long, default_value_t = 1)]
-    tuning_seed: u64,
+    /// Seeds by which learning rates are chosen
+    #[arg(long, value_delimiter = ',', default_values_t = [1])]
+    tuning_seeds: Vec<u64>,
     /// Seeds of the results
     #[arg(long, value_delimiter = ',', default_values_t = [2, 3, 4])]
     seeds: Vec<u64>,
@@ -329,7 +329,7 @@ impl SweepOptions {
         let sweep = Sweep {
             tasks: self.tasks,
             rows: self.rows,
-            tuning_seed: self.tuning_seed,
+            tuning_seeds: self.tuning_seeds,
             seeds: self.seeds,
             rank: 4,
             shards: 8,

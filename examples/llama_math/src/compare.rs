@@ -165,7 +165,7 @@ impl Comparison {
     fn introduction(&self) -> String {
         let recorded = LearningRates::recorded();
         let rates = match self.lr {
-            Some(lr) => format!("learning rate {lr:e} for all, which favours none fairly"),
+            Some(lr) => format!("learning rate {lr:e} for all, though the best differ by method"),
             None => format!("learning rates from {}", learning_rates::PATH),
         };
         let swept = (recorded.rank, recorded.shards);
@@ -176,8 +176,12 @@ impl Comparison {
             ),
             _ => String::new(),
         };
+        let short = match self.quick {
+            true => "a run too short to compare methods: ",
+            false => "",
+        };
         format!(
-            "tiny Llama, {SEQUENCES_PER_STEP} sequences in each step, {} shards of rank {}, seed \
+            "{short}tiny Llama, {SEQUENCES_PER_STEP} sequences in each step, {} shards of rank {}, seed \
              {}; {rates}{doubt}",
             self.shards, self.rank, self.seed
         )
@@ -245,7 +249,7 @@ impl Part {
         };
         let task = self.task;
         if let Some(reason) = why_unfit(self.base_share(), of(Row::Full).score()) {
-            return format!("{task} say nothing about the methods here: {reason}\n");
+            return format!("{task}: nothing can be said about the methods, because {reason}\n");
         }
         let subject = of(BEST);
         let others = self.results.iter().filter(|other| other.trial.row != BEST);

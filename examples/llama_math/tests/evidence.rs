@@ -48,7 +48,7 @@ fn sweep() -> Sweep {
     Sweep {
         tasks: vec![Task::Facts],
         rows: vec![Row::Lora, Row::Published],
-        tuning_seed: 1,
+        tuning_seeds: vec![1],
         seeds: vec![2, 3],
         rank: 2,
         shards: 4,

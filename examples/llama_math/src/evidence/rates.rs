@@ -1,5 +1,7 @@
 //! The learning rates that are tried, and the choice of the best.
 
+use std::collections::BTreeMap;
+
 use super::row::Row;
 use super::task::Task;
 use super::trial::TrialResult;
@@ -44,28 +46,59 @@ pub fn first(task: Task, row: Row) -> Vec<Rate> {
     (place..).take(AT_LEAST).map(Rate).collect()
 }
 
-/// The best result: most right answers, and among equals the smallest loss.
+/// A rate with the means of its results.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Tried {
+    /// The rate.
+    pub rate: Rate,
+    /// Mean share of right answers.
+    pub score: f64,
+    /// Mean loss per target token.
+    pub loss: f64,
+}
+
+/// The means of the results of each rate, by rate.
+pub fn tried(results: &[TrialResult]) -> Vec<Tried> {
+    let mut by_rate: BTreeMap<Rate, Vec<&TrialResult>> = BTreeMap::new();
+    for result in results {
+        let rate = Rate::nearest(result.trial.lr);
+        by_rate.entry(rate).or_default().push(result);
+    }
+    let means = by_rate.into_iter().map(|(rate, results)| {
+        let mean = |of: fn(&TrialResult) -> f64| {
+            results.iter().map(|result| of(result)).sum::<f64>() / results.len() as f64
+        };
+        Tried {
+            rate,
+            score: mean(TrialResult::score),
+            loss: mean(TrialResult::loss),
+        }
+    });
+    means.collect()
+}
+
+/// The best rate: most right answers, and among equals the smallest loss.
 ///
 /// # Panics
 ///
-/// If there is none.
-pub fn best(results: &[TrialResult]) -> &TrialResult {
-    let order = |a: &&TrialResult, b: &&TrialResult| {
-        let score = a.score().total_cmp(&b.score());
-        score.then(b.loss().total_cmp(&a.loss()))
+/// If there is no result.
+pub fn best(results: &[TrialResult]) -> Rate {
+    let order = |a: &Tried, b: &Tried| {
+        let score = a.score.total_cmp(&b.score);
+        score.then(b.loss.total_cmp(&a.loss))
     };
-    results.iter().max_by(order).expect("a row has results")
+    let best = tried(results).into_iter().max_by(order);
+    best.expect("a row has results").rate
 }
 
 /// The rate to try next: one step beyond the best while that is the smallest or the largest.
 pub fn next(results: &[TrialResult]) -> Option<Rate> {
-    let rates = results.iter().map(|result| Rate::nearest(result.trial.lr));
-    let (least, most) = (rates.clone().min()?, rates.max()?);
-    let best = Rate::nearest(best(results).trial.lr);
-    match best {
-        _ if results.len() >= AT_MOST => None,
-        Rate(place) if best == most => Some(Rate(place + 1)),
-        Rate(place) if best == least => Some(Rate(place - 1)),
+    let tried = tried(results);
+    let (least, most) = (tried.first()?.rate, tried.last()?.rate);
+    match best(results) {
+        _ if tried.len() >= AT_MOST => None,
+        Rate(place) if Rate(place) == most => Some(Rate(place + 1)),
+        Rate(place) if Rate(place) == least => Some(Rate(place - 1)),
         _ => None,
     }
 }
@@ -122,7 +155,7 @@ mod tests {
             result(2e-2, 10, 0.2),
             result(5e-3, 9, 0.1),
         ];
-        assert_eq!(best(&results).trial.lr, 2e-2);
+        assert_eq!(best(&results).value(), 2e-2);
         assert_eq!(next(&results).unwrap().value(), 5e-2);
         results.push(result(5e-2, 3, 1.0));
         assert_eq!(next(&results), None);
@@ -135,6 +168,21 @@ mod tests {
         let mut diverged = result(1e-1, 0, 0.0);
         diverged.outcome = Outcome::Diverged("step 3".into());
         let results = [diverged, result(1e-2, 0, 9.0)];
-        assert_eq!(best(&results).trial.lr, 1e-2);
+        assert_eq!(best(&results).value(), 1e-2);
+    }
+
+    #[test]
+    fn a_rate_that_does_well_with_one_seed_alone_is_not_the_best() {
+        let mut results = [(1e-2, 60, 1), (1e-2, 0, 5), (5e-3, 40, 1), (5e-3, 40, 5)].map(
+            |(lr, correct, seed)| {
+                let mut result = result(lr, correct, 1.0);
+                result.trial.seed = seed;
+                result
+            },
+        );
+        assert_eq!(best(&results).value(), 5e-3);
+        assert_eq!(tried(&results).len(), 2);
+        results.reverse();
+        assert_eq!(best(&results).value(), 5e-3);
     }
 }

@@ -4,6 +4,7 @@ use std::fmt::Write;
 use std::path::Path;
 
 use super::learning_rates::{Best, LearningRates};
+use super::rates;
 use super::row::Row;
 use super::statistics::Estimate;
 use super::sweep::{Finding, Sweep};
@@ -49,7 +50,7 @@ fn learning_rates(sweep: &Sweep, findings: &[Finding]) -> LearningRates {
         lr: finding.lr(),
     });
     LearningRates {
-        tuning_seed: sweep.tuning_seed,
+        tuning_seeds: sweep.tuning_seeds.clone(),
         rank: sweep.rank,
         shards: sweep.shards,
         best: best.collect(),
@@ -84,16 +85,20 @@ pub fn verdicts(task: Task, findings: &[Finding], base: f64, sweep: &Sweep) -> V
 }
 
 fn table(sweep: &Sweep, findings: &[Finding], base: &[(Task, f64)]) -> String {
-    let seeds: Vec<String> = sweep.seeds.iter().map(u64::to_string).collect();
+    let listed = |seeds: &[u64]| {
+        let all: Vec<String> = seeds.iter().map(u64::to_string).collect();
+        all.join(", ")
+    };
+    let tuning = listed(&sweep.tuning_seeds);
     let mut text = format!(
         "<!-- Written by `llama_math sweep`. -->\n\nHD-PiSSA has {} shards of rank {}; \
          every method sees the same {SEQUENCES_PER_STEP} sequences in each step. Learning rates were \
-         chosen by seed {}, results are of seeds {}. Intervals are 95 % ones of the mean over seeds \
+         chosen by the tuning seeds {}, results are of the seeds {}. Intervals are 95 % ones of the mean over seeds \
          (Student's t); differences are paired by seed. {}\n",
         sweep.shards,
         sweep.rank,
-        sweep.tuning_seed,
-        seeds.join(", "),
+        tuning,
+        listed(&sweep.seeds),
         machine()
     );
     for &task in &sweep.tasks {
@@ -114,9 +119,8 @@ fn table(sweep: &Sweep, findings: &[Finding], base: &[(Task, f64)]) -> String {
         }
         let _ = writeln!(
             text,
-            "\n| method | learning rate | of (seed {}: {}) | {} of each seed | mean | loss | \
+            "\n| method | learning rate | of ({} of tuning) | {} of each seed | mean | loss | \
              trainable | effective rank |\n|---|---|---|---|---|---|---|---|",
-            sweep.tuning_seed,
             task.measure(),
             task.measure()
         );
@@ -129,11 +133,11 @@ fn table(sweep: &Sweep, findings: &[Finding], base: &[(Task, f64)]) -> String {
 }
 
 fn line(sweep: &Sweep, finding: &Finding) -> String {
-    let tried = finding.tried.iter().map(|result| {
-        let rate = result.trial.lr;
-        match result.outcome {
-            Outcome::Trained(_) => format!("{rate:e}: {}", percent(result.score())),
-            Outcome::Diverged(_) => format!("{rate:e}: diverged"),
+    let tried = rates::tried(&finding.tried).into_iter().map(|tried| {
+        let rate = tried.rate.value();
+        match tried.loss.is_finite() {
+            true => format!("{rate:e}: {}", percent(tried.score)),
+            false => format!("{rate:e}: diverged"),
         }
     });
     let tried = tried.collect::<Vec<_>>().join(", ");
@@ -183,8 +187,8 @@ fn picture(sweep: &Sweep, findings: &[Finding]) -> String {
     let panel = |&task: &Task| {
         let of_task = findings.iter().filter(|finding| finding.task == task);
         let curves = of_task.map(|finding| {
-            let tried = finding.tried.iter();
-            let points = tried.map(|result| (result.trial.lr, 100.0 * result.score()));
+            let tried = rates::tried(&finding.tried).into_iter();
+            let points = tried.map(|tried| (tried.rate.value(), 100.0 * tried.score));
             Curve {
                 name: finding.row.short(sweep.rank, sweep.shards),
                 color: finding.row.color(),

@@ -1,10 +1,10 @@
-//! A sweep: the best learning rate of every row on every task by one seed, then other seeds at that
-//! rate.
+//! A sweep: the best learning rate of every row on every task by its tuning seeds, then other
+//! seeds at that rate.
 
 use burn::tensor::Device;
 
 use super::children::Children;
-use super::rates;
+use super::rates::{self, Rate};
 use super::row::Row;
 use super::task::{Exam, Task};
 use super::trial::{Trial, TrialResult};
@@ -18,8 +18,8 @@ pub struct Sweep {
     pub tasks: Vec<Task>,
     /// Rows.
     pub rows: Vec<Row>,
-    /// Seed by which rates are chosen.
-    pub tuning_seed: u64,
+    /// Seeds by which rates are chosen.
+    pub tuning_seeds: Vec<u64>,
     /// Seeds of the results.
     pub seeds: Vec<u64>,
     /// Rank of a shard.
@@ -37,7 +37,7 @@ pub struct Finding {
     pub task: Task,
     /// The row.
     pub row: Row,
-    /// The results of the tuning seed, by rate.
+    /// The results of the tuning seeds, by rate.
     pub tried: Vec<TrialResult>,
     /// The results of the other seeds at the best rate.
     pub fresh: Vec<TrialResult>,
@@ -46,7 +46,7 @@ pub struct Finding {
 impl Finding {
     /// The best rate.
     pub fn lr(&self) -> f64 {
-        rates::best(&self.tried).trial.lr
+        rates::best(&self.tried).value()
     }
 
     /// The shares of right answers, by seed.
@@ -76,7 +76,7 @@ impl Sweep {
         let mut trials = Vec::new();
         for finding in &findings {
             let rates = rates::first(finding.task, finding.row).into_iter();
-            trials.extend(rates.map(|rate| self.trial(finding, rate.value(), self.tuning_seed)));
+            trials.extend(rates.flat_map(|rate| self.tuning(finding, rate)));
         }
         while !trials.is_empty() {
             for result in children.run(&trials, "rates")? {
@@ -84,11 +84,11 @@ impl Sweep {
                 let finding = findings.iter_mut().find(is_of).expect("a trial of ours");
                 finding.tried.push(result);
             }
-            let more = findings.iter().filter_map(|finding| {
-                let rate = rates::next(&finding.tried)?;
-                Some(self.trial(finding, rate.value(), self.tuning_seed))
-            });
-            trials = more.collect();
+            trials.clear();
+            for finding in &findings {
+                let rate = rates::next(&finding.tried);
+                trials.extend(rate.into_iter().flat_map(|rate| self.tuning(finding, rate)));
+            }
         }
         for finding in &mut findings {
             let tried = &mut finding.tried;
@@ -120,10 +120,19 @@ impl Sweep {
     /// None for the embedded model.
     pub fn base(&self, task: Task, device: &Device) -> Result<f64, Error> {
         let (_, items) = task.length(self.quick);
-        let seed = self.seeds.first().copied().unwrap_or(self.tuning_seed);
+        let mut seeds = self.seeds.iter().chain(&self.tuning_seeds);
+        let seed = seeds.next().copied().unwrap_or_default();
         let model = tiny::checkpoint()?.load(device)?;
         let grade = Exam::new(task, seed, items)?.grade(&model)?;
         Ok(grade.correct as f64 / items as f64)
+    }
+
+    /// The trials of a rate that decide whether it is the best.
+    fn tuning(&self, finding: &Finding, rate: Rate) -> Vec<Trial> {
+        let seeds = self.tuning_seeds.iter();
+        seeds
+            .map(|&seed| self.trial(finding, rate.value(), seed))
+            .collect()
     }
 
     fn trial(&self, finding: &Finding, lr: f64, seed: u64) -> Trial {
