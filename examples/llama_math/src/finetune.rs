@@ -584,11 +584,11 @@ impl FineTuning {
                 }
             );
         }
-        let losses = trained.metrics.iter().map(|metrics| metrics.loss).collect();
+        let losses: Vec<f64> = trained.metrics.iter().map(|metrics| metrics.loss).collect();
         let method = self.run.adaptation.method.to_string();
         let title = format!("{method} on {}", file_name(&self.data));
         let picture = self.output.join("loss.svg");
-        if let Err(error) = picture::losses(&picture, &title, &[(method, losses)]) {
+        if let Err(error) = picture::losses(&picture, &title, &losses) {
             complain!("without a picture: {error}");
         }
         remove_checkpoints(checkpoints);

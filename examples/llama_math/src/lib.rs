@@ -6,6 +6,7 @@
 //! what the command line offers: [`finetune`], [`compare`], [`scaling`] and [`pretrain`].
 
 pub mod batch;
+pub mod chart;
 pub mod checkpoint;
 pub mod cli;
 pub mod compare;
@@ -15,7 +16,9 @@ pub mod data;
 pub mod device;
 mod error;
 pub mod evaluate;
+pub mod evidence;
 pub mod export;
+pub mod facts;
 mod files;
 pub mod finetune;
 mod heartbeat;
