@@ -46,6 +46,6 @@ pub use error::KernelError;
 pub use fingerprint::fingerprint;
 pub use float::FloatType;
 pub use matrix::Matrix;
-pub use merge::{Merge, companion_shape, merge};
+pub use merge::{Merge, merge, residual_shape};
 pub use product::{DenseProduct, LowRankProduct, low_rank_product};
 pub use row_statistics::row_statistics;

@@ -6,7 +6,7 @@ use burn::module::{
 };
 use burn::tensor::{Device, Int, Tensor};
 
-use super::path::{COMPANION, ShardName, stochastic_name};
+use super::path::{RESIDUAL, ShardName, stochastic_name};
 use crate::GradientMode;
 use crate::ops::adapter_weight;
 use crate::windows::FrameChoice;
@@ -54,9 +54,9 @@ pub struct HdPissaAdapter {
     /// Gradient scale `s = alpha / rank`.
     pub scale: f64,
     /// 16 more bits of every element of a half-precision weight, with
-    /// [`MergePrecision::Split`](crate::MergePrecision::Split): `i32`,
+    /// [`MergePrecision::Compensated`](crate::MergePrecision::Compensated): `i32`,
     /// `[d_input, ceil(d_output / 2)]`, each word for two neighbours in a row.
-    pub companion: Option<Param<Tensor<2, Int>>>,
+    pub residual: Option<Param<Tensor<2, Int>>>,
     /// Seed of stochastic rounding, with
     /// [`MergePrecision::Stochastic`](crate::MergePrecision::Stochastic).
     pub rounding_seed: Option<u64>,
@@ -100,11 +100,11 @@ impl HdPissaAdapter {
     fn map_parts(
         self,
         shard: impl FnMut(HdPissaShard) -> HdPissaShard,
-        companion: impl FnOnce(Param<Tensor<2, Int>>) -> Param<Tensor<2, Int>>,
+        residual: impl FnOnce(Param<Tensor<2, Int>>) -> Param<Tensor<2, Int>>,
     ) -> Self {
         Self {
             shards: self.shards.into_iter().map(shard).collect(),
-            companion: self.companion.map(companion),
+            residual: self.residual.map(residual),
             ..self
         }
     }
@@ -139,10 +139,10 @@ impl Module for HdPissaAdapter {
             shard.visit(visitor);
             visitor.exit_module(&name, CONTAINER);
         }
-        if let Some(companion) = &self.companion {
-            visitor.enter_module(COMPANION, CONTAINER);
-            companion.visit(visitor);
-            visitor.exit_module(COMPANION, CONTAINER);
+        if let Some(residual) = &self.residual {
+            visitor.enter_module(RESIDUAL, CONTAINER);
+            residual.visit(visitor);
+            visitor.exit_module(RESIDUAL, CONTAINER);
         }
         if let Some(seed) = self.rounding_seed {
             let name = stochastic_name(seed);
@@ -162,15 +162,15 @@ impl Module for HdPissaAdapter {
                 shard
             })
             .collect();
-        let companion = self.companion.map(|companion| {
-            mapper.enter_module(COMPANION, CONTAINER);
-            let companion = Module::map(companion, mapper);
-            mapper.exit_module(COMPANION, CONTAINER);
-            companion
+        let residual = self.residual.map(|residual| {
+            mapper.enter_module(RESIDUAL, CONTAINER);
+            let residual = Module::map(residual, mapper);
+            mapper.exit_module(RESIDUAL, CONTAINER);
+            residual
         });
         Self {
             shards,
-            companion,
+            residual,
             ..self
         }
     }
@@ -194,7 +194,7 @@ impl Module for HdPissaAdapter {
     fn valid(&self) -> Self {
         Self {
             shards: self.shards.valid(),
-            companion: self.companion.valid(),
+            residual: self.residual.valid(),
             ..*self
         }
     }
@@ -212,7 +212,7 @@ impl ModuleDisplayDefault for HdPissaAdapter {
             .add_formatted(&format!("windows: {:?}", self.windows))
             .add_formatted(&format!("frame_scale: {:?}", self.frame_scale))
             .add("scale", &self.scale)
-            .add("companion", &self.companion.is_some())
+            .add("residual", &self.residual.is_some())
             .add("shards", &self.shards)
             .optional()
     }

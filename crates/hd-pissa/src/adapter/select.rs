@@ -27,7 +27,7 @@ impl ModuleMapper for SelectShard {
                 self.found |= name.index == self.index;
                 flag.with_value(name.index == self.index)
             }
-            Place::Companion { .. } | Place::Other(_) => flag,
+            Place::Residual { .. } | Place::Other(_) => flag,
         }
     }
 }

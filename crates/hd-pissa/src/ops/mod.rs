@@ -15,6 +15,6 @@ pub use contract::{HdPissaOps, ProductKernels};
 pub use hd_pissa_bits::{Rounding, StochasticKey};
 pub(crate) use tensor::{
     MergeInputs, fingerprint, fingerprint_int, identity, is_cpu, is_supported, max_abs,
-    merge_rounded, merge_split, row_statistics,
+    merge_compensated, merge_rounded, row_statistics,
 };
 pub use tensor::{adapter_linear, adapter_weight, merge};

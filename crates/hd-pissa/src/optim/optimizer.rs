@@ -11,7 +11,7 @@ use hd_pissa_comm::{Communicator, Traffic};
 
 use super::checks::{Checks, DenseCounts, Verdict};
 use super::clip::clip;
-use super::commit::{Commit, Companions, ZeroFactors};
+use super::commit::{Commit, Residuals, ZeroFactors};
 use super::dense::{DenseBefore, mean_gradients, non_finite_values};
 use super::exchange::{Deltas, OwnDeltas, PendingDeltas};
 use super::factors::{Factors, WeightFactors};
@@ -235,7 +235,7 @@ impl HdPissaOptimizer {
     fn commit<M: Module>(&mut self, prepared: Prepared<M>) -> Result<M, StepError<M>> {
         let Prepared {
             mut stepped,
-            mut companions,
+            mut residuals,
             dense_before,
             inner,
             factors,
@@ -260,7 +260,7 @@ impl HdPissaOptimizer {
             );
             let gate = checks.gate();
             let (merged, squares) =
-                Commit::apply(stepped, &factors, companions, self.steps, |weight| {
+                Commit::apply(stepped, &factors, residuals, self.steps, |weight| {
                     MergeInputs {
                         frames: frames.of(weight),
                         deltas: deltas.packed[weight].clone(),
@@ -288,7 +288,7 @@ impl HdPissaOptimizer {
                         Err(cause) => return refuse(merged, cause),
                     };
                     deltas.stale_is_settled();
-                    (stepped, companions) = ZeroFactors::apply(merged, &factors.hosted);
+                    (stepped, residuals) = ZeroFactors::apply(merged, &factors.hosted);
                 }
                 // The gate has kept the weights, and the frames are back.
                 Err(cause) => return refuse(merged, cause),
@@ -338,7 +338,7 @@ impl HdPissaOptimizer {
         }
 
         let mut inner = self.inner.clone();
-        let (mut stepped, companions) = ZeroFactors::apply(model.clone(), &factors.hosted);
+        let (mut stepped, residuals) = ZeroFactors::apply(model.clone(), &factors.hosted);
         let mut gradients = dense.gradients;
         let mut gathers = Vec::new();
         let groups = match workers {
@@ -371,7 +371,7 @@ impl HdPissaOptimizer {
                 .measure
                 .then(|| sum_of(&statistics, RowStatistics::squares)),
             stepped,
-            companions,
+            residuals,
             dense_before: DenseBefore::of(model),
             inner,
             factors,
@@ -453,7 +453,7 @@ impl HdPissaOptimizer {
 struct Prepared<M> {
     /// The model after the inner step: deltas in the place of factors, dense parameters updated.
     stepped: M,
-    companions: Companions,
+    residuals: Residuals,
     dense_before: DenseBefore,
     inner: ModuleOptimizer,
     /// The factors of the model before the step.
