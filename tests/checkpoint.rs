@@ -209,9 +209,9 @@ fn every_parameter_comes_back_in_its_dtype() {
         assert_eq!(loaded, parameters(&model));
         let dtypes = loaded.iter().filter(|(_, data)| data.dtype() == dtype);
         // Both weights and a bias; the factors of four shards are always f32.
-        // A half-precision weight has a companion.
-        let (factors, companions) = if dtype == DType::F32 { (16, 0) } else { (0, 2) };
-        let expected = (3 + factors, 19 + companions);
+        // A half-precision weight has residual bits.
+        let (factors, residuals) = if dtype == DType::F32 { (16, 0) } else { (0, 2) };
+        let expected = (3 + factors, 19 + residuals);
         assert_eq!((dtypes.count(), loaded.len()), expected);
     }
 }

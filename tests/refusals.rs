@@ -306,11 +306,11 @@ fn an_update_beyond_the_range_of_the_weight_is_refused() {
     use hd_pissa::MergePrecision;
     let device = Device::flex().autodiff();
     for (dtype, precision, size) in [
-        (DType::F16, MergePrecision::Split, 6e4),
-        (DType::F16, MergePrecision::Plain, 6e4),
+        (DType::F16, MergePrecision::Compensated, 6e4),
+        (DType::F16, MergePrecision::Nearest, 6e4),
         (DType::F16, MergePrecision::Stochastic { seed: 1 }, 6e4),
-        (DType::BF16, MergePrecision::Split, 1e30),
-        (DType::F32, MergePrecision::Split, 1e30),
+        (DType::BF16, MergePrecision::Compensated, 1e30),
+        (DType::F32, MergePrecision::Compensated, 1e30),
     ] {
         let mut layer = HdPissaLinearConfig::new(13, 17)
             .with_bias(false)

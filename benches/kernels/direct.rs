@@ -7,7 +7,7 @@ use cubecl::server::Handle;
 use half::{bf16, f16};
 use hd_pissa_bits::{Half, Rounding};
 use hd_pissa_kernels::{
-    DenseProduct, FloatType, LowRankProduct, Matrix, companion_shape, low_rank_product,
+    DenseProduct, FloatType, LowRankProduct, Matrix, low_rank_product, residual_shape,
 };
 
 use crate::float::Float;
@@ -98,8 +98,8 @@ fn merge<'a>(
 ) -> Variant<'a, Merged> {
     let handle = upload(client, &case.weight.values, dtype);
     let weight = Matrix::row_major(handle, case.size, dtype.kernel_type());
-    let words: usize = companion_shape(&weight).iter().product();
-    let companion = (dtype != Float::F32).then(|| client.create_from_slice(&vec![0; 4 * words]));
+    let words: usize = residual_shape(&weight).iter().product();
+    let residual = (dtype != Float::F32).then(|| client.create_from_slice(&vec![0; 4 * words]));
     let gate = word(client);
     let arguments = hd_pissa_kernels::Merge {
         weight: weight.clone(),
@@ -108,7 +108,7 @@ fn merge<'a>(
         rank: case.rank,
         shards: case.shards,
         rounding: Rounding::Nearest,
-        companion: companion.clone(),
+        residual: residual.clone(),
         gate: gate.clone(),
     };
     let count = std::rc::Rc::new(Cell::new(0));
@@ -122,8 +122,8 @@ fn merge<'a>(
         }),
         result: Box::new(move || {
             let mut values = download(client, &weight);
-            if let Some(companion) = &companion {
-                join(&mut values, &words_of(client, companion), dtype);
+            if let Some(residual) = &residual {
+                join(&mut values, &words_of(client, residual), dtype);
             }
             (values, count.get())
         }),
@@ -132,11 +132,11 @@ fn merge<'a>(
 }
 
 /// Completes the high halves of a row-major weight.
-fn join(values: &mut Host, companion: &[u32], dtype: Float) {
+fn join(values: &mut Host, residual: &[u32], dtype: Float) {
     let pitch = values.columns.div_ceil(2);
     for (place, value) in values.values.iter_mut().enumerate() {
         let (row, column) = (place / values.columns, place % values.columns);
-        let low = (companion[row * pitch + column / 2] >> (16 * (column % 2))) as u16;
+        let low = (residual[row * pitch + column / 2] >> (16 * (column % 2))) as u16;
         *value = match dtype {
             Float::F32 => *value,
             Float::F16 => f16::from_f32(*value).join(low),

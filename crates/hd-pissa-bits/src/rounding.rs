@@ -17,7 +17,7 @@ pub enum Rounding {
 /// A 16-bit float as an element of a weight.
 ///
 /// Split in two halves, a value is held more closely than by the element alone: the high half is the
-/// nearest value, the low half, 16 bits of a companion, is what it misses.
+/// nearest value, the low half, 16 residual bits, is what it misses.
 pub trait Half: Copy + Send + Sync {
     /// The value, exactly.
     fn widen(self) -> f32;
@@ -119,7 +119,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn bf16_and_companion_make_every_finite_value(bits: u32) {
+        fn bf16_and_residual_bits_make_every_finite_value(bits: u32) {
             let value = f32::from_bits(bits);
             prop_assume!(value.is_finite() && value.abs() < bf16::MAX.to_f32());
             let (high, low) = bf16::split(value);
@@ -130,7 +130,7 @@ mod tests {
         }
 
         #[test]
-        fn f16_and_companion_make_every_value_in_range(value in -65504f32..65504.0, small: bool) {
+        fn f16_and_residual_bits_make_every_value_in_range(value in -65504f32..65504.0, small: bool) {
             let value = if small { value * 1e-7 } else { value };
             let (high, low) = f16::split(value);
             let joined = high.join(low);

@@ -50,6 +50,6 @@ pub use fingerprint::fingerprint;
 pub use float::FloatType;
 pub use join::join;
 pub use matrix::Matrix;
-pub use merge::{Merge, companion_shape, merge};
+pub use merge::{Merge, merge, residual_shape};
 pub use product::{DenseProduct, LowRankProduct, low_rank_product};
 pub use row_statistics::row_statistics;

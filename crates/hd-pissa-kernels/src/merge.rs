@@ -28,13 +28,13 @@ pub struct Merge {
     pub rank: usize,
     /// Number of shards.
     pub shards: usize,
-    /// How the sum is rounded to a half-precision weight. Not looked at where `companion` keeps the
+    /// How the sum is rounded to a half-precision weight. Not looked at where `residual` keeps the
     /// rest of the sum.
     pub rounding: Rounding,
     /// The 16 bits that each element of a half-precision weight misses, `u32` of
-    /// [`companion_shape`]; see [`hd_pissa_bits::Half`]. All zero stands for the weight alone. Not
+    /// [`residual_shape`]; see [`hd_pissa_bits::Half`]. All zero stands for the weight alone. Not
     /// looked at for an `f32` weight.
-    pub companion: Option<Handle>,
+    pub residual: Option<Handle>,
     /// One `u32`: the weight stays as it is unless this is zero when the merge runs.
     pub gate: Handle,
 }
@@ -71,10 +71,10 @@ impl Sizes {
     }
 }
 
-/// Shape of the companion of a half-precision weight, as `u32` words: `[n, ceil(m / 2)]` for `n` runs
+/// Shape of the residual bits of a half-precision weight, as `u32` words: `[n, ceil(m / 2)]` for `n` runs
 /// of `m` elements along the axis with the smaller stride. The low half of word `[i, j]` belongs to
 /// element `2j` of run `i`, the high half to element `2j + 1`.
-pub fn companion_shape(weight: &Matrix) -> [usize; 2] {
+pub fn residual_shape(weight: &Matrix) -> [usize; 2] {
     let minor = weight.minor_axis();
     [weight.shape[1 - minor], weight.shape[minor].div_ceil(2)]
 }
@@ -101,7 +101,7 @@ pub fn merge(client: &Client, merge: Merge) -> Result<Handle, KernelError> {
         rank,
         shards,
         rounding,
-        companion,
+        residual,
         gate,
     } = merge;
     let [d_input, d_output] = weight.shape;
@@ -118,14 +118,14 @@ pub fn merge(client: &Client, merge: Merge) -> Result<Handle, KernelError> {
     in_buffer("frames", &frames, 4, factors as u64)?;
     in_buffer("deltas", &deltas, 4, factors as u64)?;
     in_buffer("gate", &gate, 4, 1)?;
-    let companion = companion.filter(|_| dtype != FloatType::F32);
-    let words = companion_shape(&weight).iter().product();
-    if let Some(companion) = &companion {
-        in_buffer("companion", companion, 4, words as u64)?;
+    let residual = residual.filter(|_| dtype != FloatType::F32);
+    let words = residual_shape(&weight).iter().product();
+    if let Some(residual) = &residual {
+        in_buffer("residual", residual, 4, words as u64)?;
     }
     let (store, key) = match (dtype, rounding) {
         (FloatType::F32, _) => (Store::Nearest, [0; 2]),
-        _ if companion.is_some() => (Store::Compensated(dtype), [0; 2]),
+        _ if residual.is_some() => (Store::Compensated(dtype), [0; 2]),
         (_, Rounding::Nearest) => (Store::Nearest, [0; 2]),
         (_, Rounding::Stochastic(key)) => (Store::Stochastic(dtype), key.words()),
     };
@@ -157,8 +157,8 @@ pub fn merge(client: &Client, merge: Merge) -> Result<Handle, KernelError> {
             vector_size,
             weight_vector_size,
             weight.arg(client, weight_vector_size),
-            companion
-                .map(|companion| BufferArg::from_raw_parts(companion, words))
+            residual
+                .map(|residual| BufferArg::from_raw_parts(residual, words))
                 .into(),
             factors(frames),
             factors(deltas),

@@ -121,7 +121,7 @@ pub struct Target {
 #[cube(launch_unchecked, create_dummy_kernel)]
 pub fn kernel<F: Float, N: Size, M: Size>(
     weight: &mut [Vector<F, M>],
-    companion: &mut ComptimeOption<Box<[u32]>>,
+    residual: &mut ComptimeOption<Box<[u32]>>,
     frames: &[Vector<f32, N>],
     deltas: &[Vector<f32, N>],
     gate: &[u32],
@@ -213,7 +213,7 @@ pub fn kernel<F: Float, N: Size, M: Size>(
                         squares += sum_of_squares(update);
                         write::<F, M>(
                             weight,
-                            companion,
+                            residual,
                             update,
                             major,
                             minor,
@@ -248,7 +248,7 @@ fn sum_of_squares(update: Four) -> f32 {
 #[cube]
 fn write<F: Float, M: Size>(
     weight: &mut [Vector<F, M>],
-    companion: &mut ComptimeOption<Box<[u32]>>,
+    residual: &mut ComptimeOption<Box<[u32]>>,
     update: Four,
     major: usize,
     minor: usize,
@@ -302,7 +302,7 @@ fn write<F: Float, M: Size>(
                 if minor + pair * 2 < minor_extent {
                     let place = major * words_per_run + minor / 2 + pair;
                     #[comptime]
-                    match companion {
+                    match residual {
                         ComptimeOption::Some(words) => {
                             let word = words[place];
                             let even = rounding::join(old.extract(pair * 2), word, dtype);

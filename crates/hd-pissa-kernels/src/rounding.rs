@@ -13,7 +13,7 @@ pub enum Store {
     Nearest,
     /// Up or down at random, with the value as the mean.
     Stochastic(FloatType),
-    /// The nearest value, and what it misses in the companion.
+    /// The nearest value, and what it misses in the residual bits.
     Compensated(FloatType),
 }
 

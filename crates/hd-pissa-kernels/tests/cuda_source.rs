@@ -181,7 +181,7 @@ fn merges(kernels: &mut Vec<Kernel>) {
                     .join(", ")
                 );
                 let build = move |version| {
-                    let companion = matches!(store, Store::Compensated(_)).then(buffer);
+                    let residual = matches!(store, Store::Compensated(_)).then(buffer);
                     let kernel = merge::create_dummy_kernel(
                         properties(version),
                         Arc::new(TargetProperties::default()),
@@ -190,7 +190,7 @@ fn merges(kernels: &mut Vec<Kernel>) {
                         size(factor_vectors),
                         size(weight_vectors),
                         buffer(),
-                        companion.into(),
+                        residual.into(),
                         buffer(),
                         buffer(),
                         buffer(),

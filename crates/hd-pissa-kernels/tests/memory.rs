@@ -58,7 +58,7 @@ fn a_merge_beside_the_weight(client: &Client) {
                 rank,
                 shards: count,
                 rounding: Rounding::Nearest,
-                companion: None,
+                residual: None,
                 gate: gate.clone(),
             },
         )

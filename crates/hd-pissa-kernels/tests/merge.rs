@@ -8,7 +8,7 @@ use cubecl::server::Handle;
 use half::f16;
 use hd_pissa_bits::{Half, Rounding, StochasticKey};
 use hd_pissa_kernels::reference::{self, Shard};
-use hd_pissa_kernels::{FloatType, KernelError, Matrix, Merge, companion_shape, merge};
+use hd_pissa_kernels::{FloatType, KernelError, Matrix, Merge, merge, residual_shape};
 
 struct Run {
     weight: Matrix,
@@ -23,7 +23,7 @@ impl Run {
         &self,
         client: &Client,
         rounding: Rounding,
-        companion: Option<Handle>,
+        residual: Option<Handle>,
         gate: u32,
     ) -> Result<Handle, KernelError> {
         merge(
@@ -35,7 +35,7 @@ impl Run {
                 rank: self.rank,
                 shards: self.shards.len(),
                 rounding,
-                companion,
+                residual,
                 gate: upload_words(client, &[gate]),
             },
         )
@@ -166,8 +166,8 @@ fn f16_merges_round_the_f32_merge() {
     }
 }
 
-/// The companion's half of every element, row by row.
-fn companion_of(weight: &Matrix, words: &[u32]) -> Vec<u16> {
+/// The residual half of every element, row by row.
+fn residual_of(weight: &Matrix, words: &[u32]) -> Vec<u16> {
     let [rows, columns] = weight.shape;
     let column_major = weight.strides[0] < weight.strides[1] && rows > 1 && columns > 1;
     let mut halves = Vec::new();
@@ -187,7 +187,7 @@ fn companion_of(weight: &Matrix, words: &[u32]) -> Vec<u16> {
 }
 
 #[test]
-fn split_f16_follows_the_f32_trajectory_bit_for_bit() {
+fn compensated_f16_follows_the_f32_trajectory_bit_for_bit() {
     let Some(client) = client() else { return };
     if !FloatType::F16.is_supported(&client) {
         return eprintln!("skipped: the device has no f16");
@@ -208,21 +208,21 @@ fn split_f16_follows_the_f32_trajectory_bit_for_bit() {
         let before = rounded(&before, FloatType::F16);
         let wide = matrix(&client, &before, shape, layout, FloatType::F32);
         let high = matrix(&client, &before, shape, layout, FloatType::F16);
-        let words = companion_shape(&high).iter().product();
-        let companion = upload_words(&client, &vec![0; words]);
+        let words = residual_shape(&high).iter().product();
+        let residual = upload_words(&client, &vec![0; words]);
         let mut changed = false;
         for _ in 0..6 {
             let shards = shards(random, count, [d_input, rank, d_output], 2e-5);
-            for (weight, companion) in [(&wide, None), (&high, Some(companion.clone()))] {
+            for (weight, residual) in [(&wide, None), (&high, Some(residual.clone()))] {
                 let run = Run {
                     weight: weight.clone(),
                     shards: shards.clone(),
                     rank,
                 };
-                run.gated(&client, Rounding::Nearest, companion, 0).unwrap();
+                run.gated(&client, Rounding::Nearest, residual, 0).unwrap();
             }
             let expected = read(&client, &wide);
-            let halves = companion_of(&high, &download_words(&client, &companion));
+            let halves = residual_of(&high, &download_words(&client, &residual));
             let pairs: Vec<f32> = read(&client, &high)
                 .iter()
                 .zip(&halves)
@@ -312,13 +312,13 @@ fn unfit_operands_are_refused() {
         Layout::RowMajor,
         FloatType::F32,
     );
-    let run = |weight: Matrix, rank, companion| {
+    let run = |weight: Matrix, rank, residual| {
         let run = Run {
             weight,
             shards: shards.clone(),
             rank,
         };
-        run.gated(&client, Rounding::Nearest, companion, 0)
+        run.gated(&client, Rounding::Nearest, residual, 0)
             .map(|_| ())
     };
     assert_eq!(run(weight.clone(), 2, None), Ok(()));
@@ -364,7 +364,7 @@ fn unfit_operands_are_refused() {
         assert_eq!(
             run(half, 2, Some(short)),
             Err(KernelError::OutOfBounds {
-                operand: "companion",
+                operand: "residual",
                 needed: 24,
                 available: 23
             })

@@ -96,8 +96,8 @@ fn key(seed: u64, step: usize) -> StochasticKey {
 /// Final weights of every way.
 struct Outcome {
     wide: Vec<f32>,
-    split: Vec<f32>,
-    plain: Vec<f32>,
+    compensated: Vec<f32>,
+    nearest: Vec<f32>,
     stochastic: Vec<Vec<f32>>,
 }
 
@@ -138,7 +138,7 @@ fn dot(left: &[f64], right: &[f64]) -> f64 {
     left.iter().zip(right).map(|(l, r)| l * r).sum()
 }
 
-/// Prints the table and checks its claims; the share of the update that plain merges lose.
+/// Prints the table and checks its claims; the share of the update that merges to the nearest value lose.
 fn judge(name: &str, start: &[f32], outcome: &Outcome) -> f64 {
     let update = difference(&outcome.wide, start);
     let signal = dot(&update, &update).sqrt();
@@ -159,8 +159,8 @@ fn judge(name: &str, start: &[f32], outcome: &Outcome) -> f64 {
         (start.iter().map(|w| f64::from(w * w)).sum::<f64>() / start.len() as f64).sqrt(),
     );
     row("f32", &outcome.wide, "|");
-    row("split", &outcome.split, "|");
-    row("plain", &outcome.plain, "|");
+    row("compensated", &outcome.compensated, "|");
+    row("nearest", &outcome.nearest, "|");
 
     let errors: Vec<Vec<f64>> = outcome
         .stochastic
@@ -188,12 +188,12 @@ fn judge(name: &str, start: &[f32], outcome: &Outcome) -> f64 {
     row("stochastic, mean of the seeds", &mean_weight, "|");
 
     assert_eq!(
-        outcome.split, outcome.wide,
+        outcome.compensated, outcome.wide,
         "the pair left the f32 trajectory"
     );
     along.assert_zero("bias along the update");
     overall.assert_zero("mean of all errors");
-    let lost = difference(&outcome.plain, &outcome.wide);
+    let lost = difference(&outcome.nearest, &outcome.wide);
     dot(&lost, &lost).sqrt() / signal
 }
 
@@ -220,12 +220,12 @@ fn bf16_by_the_references() {
     let mut pairs: Vec<(bf16, u16)> = start.iter().map(|v| (bf16::from_f32(*v), 0)).collect();
     let outcome = Outcome {
         wide: run(&mut |_, _, old, update| old + update),
-        split: run(&mut |_, place, _, update| {
+        compensated: run(&mut |_, place, _, update| {
             let (high, low) = pairs[place];
             pairs[place] = bf16::split(high.join(low) + update);
             pairs[place].0.join(pairs[place].1)
         }),
-        plain: run(&mut |_, _, old, update| bf16::from_f32(old + update).to_f32()),
+        nearest: run(&mut |_, _, old, update| bf16::from_f32(old + update).to_f32()),
         stochastic: (0..SEEDS)
             .map(|seed| {
                 run(&mut |step, place, old, update| {
@@ -239,7 +239,7 @@ fn bf16_by_the_references() {
     let lost = judge("bf16 by the references", &start, &outcome);
     assert!(
         lost > 0.5,
-        "plain merges keep more than the documentation says"
+        "merges to the nearest value keep more than the documentation says"
     );
 }
 
@@ -254,31 +254,30 @@ fn on_the_device(dtype: FloatType) {
         .map(|shards| (frames(&client, shards), deltas(&client, shards)))
         .collect();
     let gate = upload_words(&client, &[0]);
-    let run =
-        |dtype: FloatType, companion: Option<Handle>, rounding: &dyn Fn(usize) -> Rounding| {
-            let weight = matrix(&client, &start, SHAPE, Layout::RowMajor, dtype);
-            for (step, (frames, deltas)) in steps.iter().enumerate() {
-                let arguments = Merge {
-                    weight: weight.clone(),
-                    frames: frames.clone(),
-                    deltas: deltas.clone(),
-                    rank: RANK,
-                    shards: SHARDS,
-                    rounding: rounding(step),
-                    companion: companion.clone(),
-                    gate: gate.clone(),
-                };
-                merge(&client, arguments).unwrap();
-            }
-            read(&client, &weight)
-        };
-    let nearest = |_| Rounding::Nearest;
+    let run = |dtype: FloatType, residual: Option<Handle>, rounding: &dyn Fn(usize) -> Rounding| {
+        let weight = matrix(&client, &start, SHAPE, Layout::RowMajor, dtype);
+        for (step, (frames, deltas)) in steps.iter().enumerate() {
+            let arguments = Merge {
+                weight: weight.clone(),
+                frames: frames.clone(),
+                deltas: deltas.clone(),
+                rank: RANK,
+                shards: SHARDS,
+                rounding: rounding(step),
+                residual: residual.clone(),
+                gate: gate.clone(),
+            };
+            merge(&client, arguments).unwrap();
+        }
+        read(&client, &weight)
+    };
+    let to_nearest = |_| Rounding::Nearest;
     // Row by row, two elements to a word.
     let words = SHAPE[0] * SHAPE[1].div_ceil(2);
-    let companion = upload_words(&client, &vec![0; words]);
-    let high = run(dtype, Some(companion.clone()), &nearest);
-    let words = download_words(&client, &companion);
-    let split = high.iter().enumerate().map(|(place, high)| {
+    let residual = upload_words(&client, &vec![0; words]);
+    let high = run(dtype, Some(residual.clone()), &to_nearest);
+    let words = download_words(&client, &residual);
+    let compensated = high.iter().enumerate().map(|(place, high)| {
         let (row, column) = (place / SHAPE[1], place % SHAPE[1]);
         let word = words[row * SHAPE[1].div_ceil(2) + column / 2];
         let low = (word >> (16 * (column % 2))) as u16;
@@ -288,9 +287,9 @@ fn on_the_device(dtype: FloatType) {
         }
     });
     let outcome = Outcome {
-        split: split.collect(),
-        wide: run(FloatType::F32, None, &nearest),
-        plain: run(dtype, None, &nearest),
+        compensated: compensated.collect(),
+        wide: run(FloatType::F32, None, &to_nearest),
+        nearest: run(dtype, None, &to_nearest),
         stochastic: (0..SEEDS)
             .map(|seed| run(dtype, None, &|step| Rounding::Stochastic(key(seed, step))))
             .collect(),

@@ -85,8 +85,8 @@ impl Display for ShardName {
     }
 }
 
-/// Name of a half-precision weight's companion in parameter paths.
-pub(crate) const COMPANION: &str = "companion";
+/// Name of a half-precision weight's residual bits in parameter paths.
+pub(crate) const RESIDUAL: &str = "companion";
 
 /// Name under which an adapter announces stochastic rounding to traversals: `stochastic_42`.
 pub(crate) fn stochastic_name(seed: u64) -> String {
@@ -103,9 +103,9 @@ pub(crate) fn factor_id(weight_path: &str, shard: usize, side: Side) -> ParamId 
     )))
 }
 
-/// Id of a companion: the same in every process, as a factor's.
-pub(crate) fn companion_id(weight_path: &str) -> ParamId {
-    ParamId::from(hash(&format!("hd_pissa/{weight_path}/{COMPANION}")))
+/// Id of residual bits: the same in every process, as a factor's.
+pub(crate) fn residual_id(weight_path: &str) -> ParamId {
+    ParamId::from(hash(&format!("hd_pissa/{weight_path}/{RESIDUAL}")))
 }
 
 /// FNV-1a, 64 bits.
@@ -125,8 +125,8 @@ pub(crate) enum Place {
         /// `None` at the shard's flag.
         side: Option<Side>,
     },
-    /// At the companion of a half-precision weight.
-    Companion { weight: String },
+    /// At the residual bits of a half-precision weight.
+    Residual { weight: String },
     /// Anywhere else.
     Other(String),
 }
@@ -164,8 +164,8 @@ impl PathTracker {
         };
         let weight = self.stack[..depth].join(".");
         let part = self.stack.get(depth + 1).map(String::as_str);
-        if part == Some(COMPANION) {
-            return Place::Companion { weight };
+        if part == Some(RESIDUAL) {
+            return Place::Residual { weight };
         }
         match part.and_then(ShardName::parse) {
             Some(name) => Place::Shard {

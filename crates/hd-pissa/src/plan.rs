@@ -371,8 +371,8 @@ impl HdPissaPlan {
             frames: of_shards(self.shards),
             gradients: of_shards(known),
             moments: 2 * of_shards(hosted),
-            companions: match self.precision {
-                MergePrecision::Split => 4 * words.sum::<usize>(),
+            residuals: match self.precision {
+                MergePrecision::Compensated => 4 * words.sum::<usize>(),
                 _ => 0,
             },
         }
@@ -393,8 +393,8 @@ pub struct PlannedMemory {
     /// Two moments for each factor of the hosted shards, as Adam keeps them. Twice as much during a
     /// step, which keeps those from before it until it succeeds.
     pub moments: usize,
-    /// The companions of half-precision weights.
-    pub companions: usize,
+    /// The residual bits of half-precision weights.
+    pub residuals: usize,
 }
 
 impl PlannedMemory {
@@ -405,9 +405,9 @@ impl PlannedMemory {
             frames,
             gradients,
             moments,
-            companions,
+            residuals,
         } = self;
-        factors + frames + gradients + moments + companions
+        factors + frames + gradients + moments + residuals
     }
 }
 
@@ -422,8 +422,8 @@ impl Display for PlannedMemory {
             megabytes(self.gradients),
             megabytes(self.moments)
         )?;
-        if self.companions > 0 {
-            write!(f, ", companions {}", megabytes(self.companions))?;
+        if self.residuals > 0 {
+            write!(f, ", residual bits {}", megabytes(self.residuals))?;
         }
         write!(f, ": {} in all", megabytes(self.total()))
     }

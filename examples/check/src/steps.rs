@@ -34,10 +34,10 @@ pub fn check(device: &Device, dtypes: &[DType], arithmetic: Arithmetic, report: 
     for &dtype in dtypes {
         let precisions = match dtype {
             // All are the same to it.
-            DType::F32 => vec![MergePrecision::Split],
+            DType::F32 => vec![MergePrecision::Compensated],
             _ => vec![
-                MergePrecision::Split,
-                MergePrecision::Plain,
+                MergePrecision::Compensated,
+                MergePrecision::Nearest,
                 MergePrecision::Stochastic { seed: SEED },
             ],
         };
@@ -65,7 +65,7 @@ fn step(
     arithmetic: Arithmetic,
 ) -> Vec<Compared> {
     let start = start(size, dtype);
-    let keeps_all = dtype == DType::F32 || precision == MergePrecision::Split;
+    let keeps_all = dtype == DType::F32 || precision == MergePrecision::Compensated;
     let steps = if keeps_all { STEPS } else { 1 };
     let run = Run::new(device, &start, dtype, precision).train(steps);
     let method = run.method(&start, steps, arithmetic, error_of_adam);
@@ -291,8 +291,8 @@ fn weight(layer: &HdPissaLinear) -> Host {
     let base = layer.weight.base().inner();
     let dtype = base.dtype();
     let mut weight = Host::read(base);
-    if let Some(companion) = &adapter(layer).companion {
-        let words: Vec<i32> = companion.val().into_data().iter().collect();
+    if let Some(residual) = &adapter(layer).residual {
+        let words: Vec<i32> = residual.val().into_data().iter().collect();
         let pitch = weight.columns.div_ceil(2);
         for (index, value) in weight.values.iter_mut().enumerate() {
             let (row, column) = (index / weight.columns, index % weight.columns);
@@ -316,8 +316,8 @@ mod tests {
         let (device, arithmetic) = (Device::flex(), Arithmetic::of("flex"));
         for dtype in [DType::F32, DType::F16, DType::BF16] {
             for precision in [
-                MergePrecision::Split,
-                MergePrecision::Plain,
+                MergePrecision::Compensated,
+                MergePrecision::Nearest,
                 MergePrecision::Stochastic { seed: SEED },
             ] {
                 let before = start(SIZES[0], dtype);

@@ -12,7 +12,7 @@ use super::module::{HdPissaAdapter, HdPissaShard};
 use super::select::select_shard;
 use crate::frames::WeightFrames;
 use crate::parallel;
-use crate::path::{Side, companion_id, factor_id};
+use crate::path::{Side, factor_id, residual_id};
 use crate::plan::Target;
 use crate::{GradientMode, HdPissaConfig, HdPissaError, MergePrecision};
 
@@ -121,11 +121,11 @@ impl Selected {
     ) -> Result<Self, HdPissaError> {
         let hosted = check_hosted(hosted_shards.into_iter().collect(), config)?;
         let targets = config.choose(model)?.targets;
-        if config.precision == MergePrecision::Plain {
+        if config.precision == MergePrecision::Nearest {
             let half = targets.iter().filter(|target| is_half(&target.weight));
             if let Some(target) = half.clone().next() {
                 log::warn!(
-                    "MergePrecision::Plain: {} half-precision weights, the first `{}`, lose \
+                    "MergePrecision::Nearest: {} half-precision weights, the first `{}`, lose \
                      updates below their rounding step",
                     half.count(),
                     target.path
@@ -211,13 +211,13 @@ pub(super) fn adapter(
             .collect()
     });
     let half = is_half(&target.weight);
-    let companion = match config.precision {
-        MergePrecision::Split if half => {
+    let residual = match config.precision {
+        MergePrecision::Compensated if half => {
             let shape = [d_input, d_output.div_ceil(2)];
             let options = (&device, DType::I32);
             Some(device.memory_persistent_allocations((), |_| {
                 let zeros = Tensor::<2, Int>::zeros(shape, options);
-                Param::initialized(companion_id(&target.path), zeros)
+                Param::initialized(residual_id(&target.path), zeros)
             }))
         }
         _ => None,
@@ -229,7 +229,7 @@ pub(super) fn adapter(
         windows: config.windows,
         frame_scale: config.frame_scale,
         scale: config.alpha.map_or(1.0, |alpha| alpha / rank as f64),
-        companion,
+        residual,
         rounding_seed: match config.precision {
             MergePrecision::Stochastic { seed } if half => Some(seed),
             _ => None,

@@ -9,7 +9,7 @@ use burn::tensor::{Device, Int, Tensor};
 use super::joined::JoinedFrames;
 use crate::GradientMode;
 use crate::ops::adapter_weight;
-use crate::path::{ADAPTER, COMPANION, ShardName, stochastic_name};
+use crate::path::{ADAPTER, RESIDUAL, ShardName, stochastic_name};
 use crate::windows::FrameChoice;
 use crate::{FrameScale, Windows};
 
@@ -55,9 +55,9 @@ pub struct HdPissaAdapter {
     /// Gradient scale `s = alpha / rank`.
     pub scale: f64,
     /// 16 more bits of every element of a half-precision weight, with
-    /// [`MergePrecision::Split`](crate::MergePrecision::Split): `i32`,
+    /// [`MergePrecision::Compensated`](crate::MergePrecision::Compensated): `i32`,
     /// `[d_input, ceil(d_output / 2)]`, each word for two neighbours in a row.
-    pub companion: Option<Param<Tensor<2, Int>>>,
+    pub residual: Option<Param<Tensor<2, Int>>>,
     /// Seed of stochastic rounding, with
     /// [`MergePrecision::Stochastic`](crate::MergePrecision::Stochastic).
     pub rounding_seed: Option<u64>,
@@ -103,11 +103,11 @@ impl HdPissaAdapter {
     fn map_parts(
         self,
         shard: impl FnMut(HdPissaShard) -> HdPissaShard,
-        companion: impl FnOnce(Param<Tensor<2, Int>>) -> Param<Tensor<2, Int>>,
+        residual: impl FnOnce(Param<Tensor<2, Int>>) -> Param<Tensor<2, Int>>,
     ) -> Self {
         Self {
             shards: self.shards.into_iter().map(shard).collect(),
-            companion: self.companion.map(companion),
+            residual: self.residual.map(residual),
             ..self
         }
     }
@@ -142,10 +142,10 @@ impl Module for HdPissaAdapter {
             shard.visit(visitor);
             visitor.exit_module(&name, CONTAINER);
         }
-        if let Some(companion) = &self.companion {
-            visitor.enter_module(COMPANION, CONTAINER);
-            companion.visit(visitor);
-            visitor.exit_module(COMPANION, CONTAINER);
+        if let Some(residual) = &self.residual {
+            visitor.enter_module(RESIDUAL, CONTAINER);
+            residual.visit(visitor);
+            visitor.exit_module(RESIDUAL, CONTAINER);
         }
         if let Some(seed) = self.rounding_seed {
             let name = stochastic_name(seed);
@@ -165,15 +165,15 @@ impl Module for HdPissaAdapter {
                 shard
             })
             .collect();
-        let companion = self.companion.map(|companion| {
-            mapper.enter_module(COMPANION, CONTAINER);
-            let companion = Module::map(companion, mapper);
-            mapper.exit_module(COMPANION, CONTAINER);
-            companion
+        let residual = self.residual.map(|residual| {
+            mapper.enter_module(RESIDUAL, CONTAINER);
+            let residual = Module::map(residual, mapper);
+            mapper.exit_module(RESIDUAL, CONTAINER);
+            residual
         });
         Self {
             shards,
-            companion,
+            residual,
             ..self
         }
     }
@@ -197,7 +197,7 @@ impl Module for HdPissaAdapter {
     fn valid(&self) -> Self {
         Self {
             shards: self.shards.valid(),
-            companion: self.companion.valid(),
+            residual: self.residual.valid(),
             joined: self.joined.clone(),
             ..*self
         }
@@ -216,7 +216,7 @@ impl ModuleDisplayDefault for HdPissaAdapter {
             .add_formatted(&format!("windows: {:?}", self.windows))
             .add_formatted(&format!("frame_scale: {:?}", self.frame_scale))
             .add("scale", &self.scale)
-            .add("companion", &self.companion.is_some())
+            .add("residual", &self.residual.is_some())
             .add("shards", &self.shards)
             .optional()
     }

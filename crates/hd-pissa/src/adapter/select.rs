@@ -39,7 +39,7 @@ impl ModuleMapper for SelectShard {
     fn map_flag(&mut self, flag: Param<Flag>) -> Param<Flag> {
         match self.path.place() {
             Place::Shard { name, .. } => flag.with_value(name.index == self.index),
-            Place::Companion { .. } | Place::Other(_) => flag,
+            Place::Residual { .. } | Place::Other(_) => flag,
         }
     }
 }

@@ -132,7 +132,7 @@ impl Collector {
                 self.parameters.gradients = name.gradients;
                 Some(name.index)
             }
-            Place::Companion { .. } | Place::Other(_) => None,
+            Place::Residual { .. } | Place::Other(_) => None,
         };
         let (name, len) = (self.path.path(), shape.num_elements() * dtype.size());
         let bytes = move || data().into_parts().0;

@@ -256,25 +256,25 @@ impl<B: HdPissaOps, C: CheckpointStrategy> HdPissaOps for Autodiff<B, C> {
         (Self::from_inner(w), Self::from_inner(squares))
     }
 
-    fn hd_pissa_merge_split(
+    fn hd_pissa_merge_compensated(
         w: FloatTensor<Self>,
-        companion: IntTensor<Self>,
+        residual: IntTensor<Self>,
         frames: FloatTensor<Self>,
         deltas: FloatTensor<Self>,
         gate: FloatTensor<Self>,
         rank: usize,
         measure: bool,
     ) -> (FloatTensor<Self>, IntTensor<Self>, FloatTensor<Self>) {
-        let (w, companion, squares) = B::hd_pissa_merge_split(
+        let (w, residual, squares) = B::hd_pissa_merge_compensated(
             w.into_primitive(),
-            companion,
+            residual,
             frames.into_primitive(),
             deltas.into_primitive(),
             gate.into_primitive(),
             rank,
             measure,
         );
-        (Self::from_inner(w), companion, Self::from_inner(squares))
+        (Self::from_inner(w), residual, Self::from_inner(squares))
     }
 
     fn hd_pissa_row_statistics(x: FloatTensor<Self>, split: usize) -> FloatTensor<Self> {

@@ -113,17 +113,17 @@ pub trait HdPissaOps: Backend + ProductKernels {
         measure: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
-    /// [`hd_pissa_merge`](Self::hd_pissa_merge) for a half-precision `w` with a companion, an
+    /// [`hd_pissa_merge`](Self::hd_pissa_merge) for a half-precision `w` with residual bits, an
     /// `i32` tensor of shape `[d_input, ceil(d_output / 2)]`, whose words hold 16 more bits of two
     /// neighbouring elements of a row, the first in the low half.
-    #[fusion(meta = |w, companion, frames, _deltas, _gate, _rank, _measure| (
+    #[fusion(meta = |w, residual, frames, _deltas, _gate, _rank, _measure| (
         w.clone(),
-        companion.clone(),
+        residual.clone(),
         scalar(frames),
     ))]
-    fn hd_pissa_merge_split(
+    fn hd_pissa_merge_compensated(
         w: FloatTensor<Self>,
-        companion: IntTensor<Self>,
+        residual: IntTensor<Self>,
         frames: FloatTensor<Self>,
         deltas: FloatTensor<Self>,
         gate: FloatTensor<Self>,

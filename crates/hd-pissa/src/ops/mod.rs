@@ -15,6 +15,6 @@ pub use contract::{HdPissaOps, ProductKernels};
 pub use hd_pissa_bits::{Rounding, StochasticKey};
 pub(crate) use tensor::{
     MergeInputs, Origin, fingerprint, fingerprint_int, identity, is_cpu, is_supported, join,
-    max_abs, merge_rounded, merge_split, part_of, row_statistics,
+    max_abs, merge_compensated, merge_rounded, part_of, row_statistics,
 };
 pub use tensor::{adapter_linear, adapter_weight, merge};

@@ -164,17 +164,17 @@ pub(crate) fn merge_rounded(
     )
 }
 
-/// The merged weight, `[d_input, d_output]`, `f16` or `bf16`; its companion,
+/// The merged weight, `[d_input, d_output]`, `f16` or `bf16`; its residual bits,
 /// `[d_input, ceil(d_output / 2)]`, `i32`; and `[1]`, `f32`, with the sum of the squares of the update.
-pub(crate) fn merge_split(
+pub(crate) fn merge_compensated(
     weight: Tensor<2>,
-    companion: Tensor<2, Int>,
+    residual: Tensor<2, Int>,
     inputs: MergeInputs,
 ) -> (Tensor<2>, Tensor<2, Int>, Tensor<1>) {
     inputs.check(&weight);
-    let (weight, companion, squares) = Dispatch::hd_pissa_merge_split(
+    let (weight, residual, squares) = Dispatch::hd_pissa_merge_compensated(
         weight.into_dispatch(),
-        companion.into_dispatch(),
+        residual.into_dispatch(),
         inputs.frames.into_dispatch(),
         inputs.deltas.into_dispatch(),
         inputs.gate.into_dispatch(),
@@ -183,7 +183,7 @@ pub(crate) fn merge_split(
     );
     (
         Tensor::from_dispatch(weight),
-        Tensor::from_dispatch(companion),
+        Tensor::from_dispatch(residual),
         Tensor::from_dispatch(squares),
     )
 }

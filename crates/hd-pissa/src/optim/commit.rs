@@ -10,16 +10,16 @@ use crate::ops::{self, MergeInputs};
 use crate::path::{PathTracker, Place, track_path};
 use crate::settings::Settings;
 
-/// The companions of half-precision weights, by the weight's path.
-pub(super) type Companions = HashMap<String, Tensor<2, Int>>;
+/// The residual bits of half-precision weights, by the weight's path.
+pub(super) type Residuals = HashMap<String, Tensor<2, Int>>;
 
-/// Takes the companions out of a model: a traversal comes to a weight before its companion, and the
+/// Takes the residual bits out of a model: a traversal comes to a weight before its residual bits, and the
 /// merge writes both in place.
-pub(super) fn take_companions<M: Module>(model: M) -> (M, Companions) {
+pub(super) fn take_residuals<M: Module>(model: M) -> (M, Residuals) {
     #[derive(Default)]
     struct Take {
         path: PathTracker,
-        companions: Companions,
+        residuals: Residuals,
     }
 
     impl ModuleMapper for Take {
@@ -30,12 +30,12 @@ pub(super) fn take_companions<M: Module>(model: M) -> (M, Companions) {
             param: Param<Tensor<D, Int>>,
         ) -> Param<Tensor<D, Int>> {
             match self.path.place() {
-                Place::Companion { weight } => {
+                Place::Residual { weight } => {
                     let (id, value, mapper) = param.consume();
                     // In its place something that holds no memory of the weight's size.
                     let placeholder = Tensor::zeros([1; D], (&value.device(), value.dtype()));
                     let value = Tensor::from_dispatch(value.into_dispatch());
-                    self.companions.insert(weight, value);
+                    self.residuals.insert(weight, value);
                     Param::from_mapped_value(id, placeholder, mapper)
                 }
                 _ => param,
@@ -45,15 +45,15 @@ pub(super) fn take_companions<M: Module>(model: M) -> (M, Companions) {
 
     let mut take = Take::default();
     let model = model.map(&mut take);
-    (model, take.companions)
+    (model, take.residuals)
 }
 
-/// Merges the updates into the weights and their companions.
+/// Merges the updates into the weights and their residual bits.
 pub(super) struct Commit<'a, F> {
     path: PathTracker,
     /// The adapted weights with their positions.
     weights: HashMap<&'a str, (usize, &'a WeightFactors)>,
-    companions: Companions,
+    residuals: Residuals,
     step: u64,
     inputs: F,
     squares: Vec<Tensor<1>>,
@@ -68,7 +68,7 @@ impl<'a, F: Fn(usize) -> MergeInputs> Commit<'a, F> {
     pub(super) fn apply<M: Module>(
         model: M,
         factors: &'a Factors,
-        companions: Companions,
+        residuals: Residuals,
         step: u64,
         inputs: F,
     ) -> (M, Vec<Tensor<1>>) {
@@ -78,7 +78,7 @@ impl<'a, F: Fn(usize) -> MergeInputs> Commit<'a, F> {
             weights: weights
                 .map(|(position, weight)| (weight.path.as_str(), (position, weight)))
                 .collect(),
-            companions,
+            residuals,
             step,
             inputs,
             squares: Vec::with_capacity(factors.weights.len()),
@@ -100,12 +100,12 @@ impl<F: Fn(usize) -> MergeInputs> ModuleMapper for Commit<'_, F> {
                     let settings = Settings::of(id, &value);
                     let value = Tensor::<2>::from_dispatch(value.inner().into_dispatch());
                     let inputs = (self.inputs)(position);
-                    let (merged, squares) = match self.companions.remove(&path) {
-                        Some(companion) => {
-                            let (merged, companion, squares) =
-                                ops::merge_split(value, companion, inputs);
-                            // A traversal comes to the companion after the weight.
-                            self.companions.insert(path, companion);
+                    let (merged, squares) = match self.residuals.remove(&path) {
+                        Some(residual) => {
+                            let (merged, residual, squares) =
+                                ops::merge_compensated(value, residual, inputs);
+                            // A traversal comes to the residual bits after the weight.
+                            self.residuals.insert(path, residual);
                             (merged, squares)
                         }
                         None => ops::merge_rounded(value, inputs, weight.rounding(self.step)),
@@ -121,15 +121,15 @@ impl<F: Fn(usize) -> MergeInputs> ModuleMapper for Commit<'_, F> {
     }
 
     fn map_int<const D: usize>(&mut self, param: Param<Tensor<D, Int>>) -> Param<Tensor<D, Int>> {
-        let companion = match self.path.place() {
-            Place::Companion { weight } => self.companions.remove(&weight),
+        let residual = match self.path.place() {
+            Place::Residual { weight } => self.residuals.remove(&weight),
             _ => None,
         };
-        match companion {
-            Some(companion) => {
+        match residual {
+            Some(residual) => {
                 let (id, _, mapper) = param.consume();
-                let companion = Tensor::from_dispatch(companion.into_dispatch());
-                Param::from_mapped_value(id, companion, mapper)
+                let residual = Tensor::from_dispatch(residual.into_dispatch());
+                Param::from_mapped_value(id, residual, mapper)
             }
             None => param,
         }

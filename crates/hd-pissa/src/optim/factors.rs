@@ -77,7 +77,7 @@ impl WeightFactors {
         format!("{}.{}", shard.path(&self.path), side.name())
     }
 
-    /// How optimizer step `step` is rounded to the weight, where no companion takes the rest.
+    /// How optimizer step `step` is rounded to the weight, where no residual bits take the rest.
     pub(super) fn rounding(&self, step: u64) -> Rounding {
         match self.rounding_seed {
             None => Rounding::Nearest,

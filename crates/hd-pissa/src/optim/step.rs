@@ -6,7 +6,7 @@ use burn::tensor::Tensor;
 
 use super::checks::{Checks, DenseCounts, Verdict};
 use super::clip::clip;
-use super::commit::{Commit, Companions, take_companions};
+use super::commit::{Commit, Residuals, take_residuals};
 use super::dense::{DenseBefore, mean_gradients, non_finite_values};
 use super::exchange::{Deltas, OwnDeltas, PendingDeltas};
 use super::factors::Factors;
@@ -59,7 +59,7 @@ impl HdPissaOptimizer {
     fn commit<M: Module>(&mut self, prepared: Prepared<M>) -> Result<M, StepError<M>> {
         let Prepared {
             mut stepped,
-            mut companions,
+            mut residuals,
             dense_before,
             inner,
             factors,
@@ -84,7 +84,7 @@ impl HdPissaOptimizer {
             );
             let gate = checks.gate();
             let (merged, squares) =
-                Commit::apply(stepped, &factors, companions, self.steps, |weight| {
+                Commit::apply(stepped, &factors, residuals, self.steps, |weight| {
                     MergeInputs {
                         frames: frames.of(weight),
                         deltas: deltas.packed[weight].clone(),
@@ -112,7 +112,7 @@ impl HdPissaOptimizer {
                         Err(cause) => return refuse(merged, cause),
                     };
                     deltas.stale_is_settled();
-                    (stepped, companions) = take_companions(merged);
+                    (stepped, residuals) = take_residuals(merged);
                 }
                 // The gate has kept the weights.
                 Err(cause) => return refuse(merged, cause),
@@ -159,7 +159,7 @@ impl HdPissaOptimizer {
         }
 
         let mut inner = self.inner.clone();
-        let (stepped, companions) = take_companions(model.clone());
+        let (stepped, residuals) = take_residuals(model.clone());
         let stepped = inner.step_dense(lr.clone(), stepped, dense.gradients);
         let mut gathers = Vec::new();
         let groups = match workers {
@@ -197,7 +197,7 @@ impl HdPissaOptimizer {
             ranges: Ranges::of_weights(model, &factors),
             squared_gradients: self.config.measure_norms.then(|| statistics.squares()),
             stepped,
-            companions,
+            residuals,
             dense_before: DenseBefore::of(model),
             inner,
             factors,
@@ -239,9 +239,9 @@ impl HdPissaOptimizer {
 
 /// A step that only remains to be committed.
 struct Prepared<M> {
-    /// The model with dense parameters updated, and without companions.
+    /// The model with dense parameters updated, and without residual bits.
     stepped: M,
-    companions: Companions,
+    residuals: Residuals,
     dense_before: DenseBefore,
     inner: InnerOptimizer,
     /// The factors of the model before the step.

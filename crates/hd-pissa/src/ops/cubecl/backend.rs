@@ -69,9 +69,9 @@ impl HdPissaOps for CubeBackend {
         (w, squares)
     }
 
-    fn hd_pissa_merge_split(
+    fn hd_pissa_merge_compensated(
         w: FloatTensor<Self>,
-        companion: IntTensor<Self>,
+        residual: IntTensor<Self>,
         frames: FloatTensor<Self>,
         deltas: FloatTensor<Self>,
         gate: FloatTensor<Self>,
@@ -85,11 +85,11 @@ impl HdPissaOps for CubeBackend {
             rank,
             rounding: Rounding::Nearest,
         };
-        // The kernel's companion follows the memory of the weight, ours its rows.
+        // The kernel's residual bits follow the memory of the weight, ours its rows.
         let w = writable(into_contiguous(untile(w)));
-        let companion = writable(into_contiguous(companion));
-        let squares = update.add_to(&w, Some(&companion));
-        (w, companion, squares)
+        let residual = writable(into_contiguous(residual));
+        let squares = update.add_to(&w, Some(&residual));
+        (w, residual, squares)
     }
 
     fn hd_pissa_row_statistics(x: FloatTensor<Self>, split: usize) -> FloatTensor<Self> {
@@ -164,7 +164,7 @@ struct Update {
 
 impl Update {
     /// Merges in place; the sum of the squares of the update, `[1]`.
-    fn add_to(self, w: &CubeTensor, companion: Option<&CubeTensor>) -> CubeTensor {
+    fn add_to(self, w: &CubeTensor, residual: Option<&CubeTensor>) -> CubeTensor {
         let client = w.client.clone();
         let arguments = Merge {
             weight: matrix(w),
@@ -173,7 +173,7 @@ impl Update {
             deltas: into_contiguous(self.deltas).handle,
             rank: self.rank,
             rounding: self.rounding,
-            companion: companion.map(|companion| companion.handle.clone()),
+            residual: residual.map(|residual| residual.handle.clone()),
             // Of all floats only +0 has the bits of the integer zero, and a count is never -0.
             gate: into_contiguous(self.gate).handle,
         };
