@@ -537,8 +537,9 @@ impl Options {
         }
     }
 
-    /// Gradients, windows and scale of the frames: as given, and for the rest what the sweep in the
-    /// book found best. Other methods than HD-PiSSA do not read them.
+    /// Gradients, windows and scale of the frames: as given, and for the rest shared gradients and
+    /// random directions, which recall more facts than the published form in the sweep of the book.
+    /// Other methods than HD-PiSSA do not read them.
     fn form(&self) -> (GradientMode, Windows, FrameScale) {
         if self.published || self.method != Method::HdPissa {
             let leading = Windows::Leading;

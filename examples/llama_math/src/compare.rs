@@ -18,7 +18,7 @@ use crate::output::Staged;
 use crate::picture::{smooth, window};
 use crate::{Error, tiny};
 
-/// HD-PiSSA with shared gradients and the frames that did best in the sweep.
+/// HD-PiSSA with shared gradients, in the form that `llama_math` takes by default.
 const BEST: Row = Row::SharedRandom;
 /// What is compared.
 const ROWS: [Row; 6] = [

@@ -21,11 +21,11 @@ use crate::GradientMode;
 /// # use burn::nn::{Linear, LinearConfig};
 /// # use burn::optim::{AdamConfig, GradientsParams};
 /// # use burn::tensor::{Device, Distribution, Tensor};
-/// # use hd_pissa::{HdPissaConfig, HdPissaModule, HdPissaOptimizer, ShardGradients, comm::Solo};
+/// # use hd_pissa::{HdPissaConfig, HdPissaModule, HdPissaOptimizerConfig, ShardGradients, comm::Solo};
 /// # let device = Device::flex().autodiff();
 /// # let config = HdPissaConfig::new().with_rank(2).with_shards(2);
 /// # let mut model = LinearConfig::new(8, 8).init(&device).apply_hd_pissa(&config, 0..2).unwrap();
-/// # let mut optim = HdPissaOptimizer::new(AdamConfig::new().init(), Solo).unwrap();
+/// # let mut optim = HdPissaOptimizerConfig::new().init(AdamConfig::new().init(), Solo).unwrap();
 /// # let batch = |_shard: usize, _micro_batch: usize| {
 /// #     Tensor::<2>::random([4, 8], Distribution::Default, &device)
 /// # };

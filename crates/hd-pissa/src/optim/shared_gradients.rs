@@ -20,7 +20,7 @@ use super::slots::Slots;
 /// # use burn::nn::{Linear, LinearConfig};
 /// # use burn::optim::{AdamConfig, GradientsParams};
 /// # use burn::tensor::{Device, Distribution, Tensor};
-/// # use hd_pissa::{GradientMode, HdPissaConfig, HdPissaModule, HdPissaOptimizer, SharedGradients};
+/// # use hd_pissa::{GradientMode, HdPissaConfig, HdPissaModule, HdPissaOptimizerConfig, SharedGradients};
 /// # use hd_pissa::comm::Solo;
 /// # let device = Device::flex().autodiff();
 /// let config = HdPissaConfig::new()
@@ -28,7 +28,7 @@ use super::slots::Slots;
 ///     .with_shards(2)
 ///     .with_gradients(GradientMode::Shared);
 /// let mut model = LinearConfig::new(8, 8).init(&device).apply_hd_pissa(&config, 0..2).unwrap();
-/// let mut optim = HdPissaOptimizer::new(AdamConfig::new().init(), Solo).unwrap();
+/// let mut optim = HdPissaOptimizerConfig::new().init(AdamConfig::new().init(), Solo).unwrap();
 ///
 /// # let batch = || Tensor::<2>::random([4, 8], Distribution::Default, &device);
 /// let mut gradients = SharedGradients::new(&model, 4);
