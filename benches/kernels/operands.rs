@@ -21,6 +21,7 @@ pub struct Product {
 
 #[cfg(feature = "cubecl-kernels")]
 /// The operands of `x · f`, or `xᵀ · f`. The factor is `f32` whatever the other is.
+#[cfg(feature = "cubecl-kernels")]
 pub struct Factor {
     pub x: Host,
     pub f: Host,

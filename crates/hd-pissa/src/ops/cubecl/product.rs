@@ -126,7 +126,7 @@ impl Operands {
         let client = self.x.client.clone();
         let device = CubeTuneId::new(&client, &self.x.device);
         let variants = TUNER.init(&device, || {
-            TunableSet::new_cloning_inputs(Key::new)
+            TunableSet::<Key, Operands, ()>::new_cloning_inputs(Key::new)
                 .with(Tunable::new("two_launches", Operands::two_launches))
                 .with(Tunable::new("one_launch", |operands: Operands| {
                     // A key stands for many numbers of rows: some of these may be too large for
