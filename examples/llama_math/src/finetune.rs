@@ -10,7 +10,7 @@ use burn::tensor::Device;
 use clap::ValueEnum;
 use clap::builder::PossibleValue;
 use hd_pissa::Windows;
-use hd_pissa::checkpoint::{Checkpoint as Saved, CheckpointError, Checkpoints};
+use hd_pissa::checkpoint::{Checkpoint, CheckpointError, Checkpoints};
 use hd_pissa::comm::{Communicator, Solo};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -30,7 +30,7 @@ use crate::team::Team;
 use crate::token_cache::TokenCache;
 use crate::tokenize::{PromptTemplate, Tokens};
 use crate::weights::hexadecimal;
-use crate::{Checkpoint, Error, Llama, files, picture};
+use crate::{Error, Llama, Pretrained, files, picture};
 
 const GRADIENTS: &str = "--gradients";
 const WINDOWS: &str = "--windows";
@@ -127,7 +127,7 @@ struct HeldOut {
 struct Places {
     _lock: Option<Lock>,
     /// The checkpoint to go on from.
-    saved: Option<Saved>,
+    saved: Option<Checkpoint>,
     /// The settings of the output that is there already, for a run that resumes.
     finished: Option<Value>,
 }
@@ -135,7 +135,7 @@ struct Places {
 /// What a run reads before it trains.
 struct Inputs {
     template: PromptTemplate,
-    checkpoint: Checkpoint,
+    pretrained: Pretrained,
     tokens: Tokens,
     max_length: usize,
     /// What became of the records.
@@ -143,7 +143,7 @@ struct Inputs {
     sequences: Arc<[Sequence]>,
     held_out: Option<HeldOut>,
     /// The checkpoint to go on from.
-    saved: Option<Saved>,
+    saved: Option<Checkpoint>,
     settings: BTreeMap<String, String>,
 }
 
@@ -250,7 +250,7 @@ impl FineTuning {
             if discards {
                 own.discard_all()?;
             }
-            let model = inputs.checkpoint.load(&autodiff)?;
+            let model = inputs.pretrained.load(&autodiff)?;
             if let Some(held_out) = inputs.held_out.as_ref().filter(|_| inputs.saved.is_none())
                 && is_first
             {
@@ -380,7 +380,7 @@ impl FineTuning {
     /// Compares the settings with those of the checkpoint to go on from, but for what may change.
     fn check_settings(
         &self,
-        saved: &Saved,
+        saved: &Checkpoint,
         settings: &BTreeMap<String, String>,
         total: usize,
     ) -> Result<(), Error> {
@@ -427,11 +427,11 @@ impl FineTuning {
         Ok(())
     }
 
-    fn read(&self, saved: Option<Saved>) -> Result<Inputs, Error> {
+    fn read(&self, saved: Option<Checkpoint>) -> Result<Inputs, Error> {
         let template = read_template(self.template.as_deref())?;
-        let checkpoint = Checkpoint::open(&self.model)?;
-        let tokens = Tokens::of(&checkpoint)?;
-        let max_length = self.max_length(&checkpoint)?;
+        let pretrained = Pretrained::open(&self.model)?;
+        let tokens = Tokens::of(&pretrained)?;
+        let max_length = self.max_length(&pretrained)?;
         let records = read_records(&self.data, self.fields.as_ref())?;
         let cache = TokenCache::of_user();
         let data = cache.sequences(&tokens, &records, &template, max_length)?;
@@ -457,15 +457,15 @@ impl FineTuning {
         let digest = digest_of(&data.usable);
         let sequences: Arc<[Sequence]> = data.usable.into();
         let total = Training::new(&self.run, sequences.clone(), "")?.total();
-        let settings = self.settings(&checkpoint, max_length, digest, total)?;
+        let settings = self.settings(&pretrained, max_length, digest, total)?;
         if let Some(saved) = &saved {
             self.check_settings(saved, &settings, total)?;
         }
-        let size = checkpoint.export_size(&self.export);
+        let size = pretrained.export_size(&self.export);
         Staged::check_room(&self.output, size)?;
         Ok(Inputs {
             template,
-            checkpoint,
+            pretrained,
             tokens,
             max_length,
             summary,
@@ -483,16 +483,16 @@ impl FineTuning {
             inputs.summary,
             inputs.max_length
         );
-        let checkpoint = &inputs.checkpoint;
-        if checkpoint.is_untied {
+        let pretrained = &inputs.pretrained;
+        if pretrained.is_untied {
             say!(
                 "{}: lm_head.weight differs from the embedding that tie_word_embeddings names; it is \
                  used, as transformers does, and the output says that nothing is tied",
-                checkpoint.folder.display()
+                pretrained.folder.display()
             );
         }
-        if !checkpoint.left_out.is_empty() {
-            let names = checkpoint.left_out.join(", ");
+        if !pretrained.left_out.is_empty() {
+            let names = pretrained.left_out.join(", ");
             say!("not carried over to the output: {names}");
         }
         if workers > 1 {
@@ -536,7 +536,7 @@ impl FineTuning {
         let settings = serde_json::to_value(self.of_output(&inputs.settings));
         let settings = settings.expect("a map of texts has a JSON form");
         let write = |folder: &Path| {
-            let exported = inputs.checkpoint.export(&model, folder, &self.export)?;
+            let exported = inputs.pretrained.export(&model, folder, &self.export)?;
             let path = folder.join(METRICS);
             std::fs::write(&path, &trained.lines).map_err(Error::io(path))?;
             Ok(exported)
@@ -601,7 +601,7 @@ impl FineTuning {
             return Ok(());
         }
         // What is measured is what lies on the disk.
-        let model = Checkpoint::open(&self.output)?.load(&device)?;
+        let model = Pretrained::open(&self.output)?.load(&device)?;
         let loss = held_out_loss(&model, held_out);
         say!("held-out loss after: {loss:.4}, of the weights as they are written");
         match self.max_new_tokens {
@@ -620,12 +620,12 @@ impl FineTuning {
 
     /// The checkpoint to go on from. The first worker reports damaged ones and sets them aside; the
     /// others look after it has.
-    fn find(&self, own: &Checkpoints, is_first: bool) -> Result<Option<Saved>, Error> {
+    fn find(&self, own: &Checkpoints, is_first: bool) -> Result<Option<Checkpoint>, Error> {
         let (found, checkpoints, required) = match &self.saving.resume {
             None => return Ok(None),
             Some(Resume::Latest) => (own.latest()?, own.clone(), false),
             Some(Resume::At(path)) if path.join("manifest.json").exists() => {
-                return Ok(Some(Saved::open(path)?));
+                return Ok(Some(Checkpoint::open(path)?));
             }
             Some(Resume::At(path)) => {
                 let checkpoints = Checkpoints::new(path);
@@ -660,7 +660,7 @@ impl FineTuning {
     /// compares exactly.
     fn settings(
         &self,
-        checkpoint: &Checkpoint,
+        pretrained: &Pretrained,
         max_length: usize,
         tokens: String,
         total: usize,
@@ -668,7 +668,7 @@ impl FineTuning {
         let RunConfig {
             adaptation,
             optimizer,
-            feed,
+            batcher,
             lr,
             decay,
             warmup_ratio,
@@ -676,7 +676,7 @@ impl FineTuning {
         } = &self.run;
         let optional = |value: Option<f64>| value.map_or("none".into(), |value| value.to_string());
         let targets = adaptation.targets.as_deref().unwrap_or("the default ones");
-        let order = feed
+        let order = batcher
             .shuffle
             .map_or("of the file".into(), |_| "shuffled".into());
         let windows = match adaptation.windows {
@@ -686,7 +686,7 @@ impl FineTuning {
         };
         let frame_scale = format!("{:?}", adaptation.frame_scale).to_lowercase();
         let settings: [(&str, String); 21] = [
-            ("--model (SHA-256)", checkpoint.digest()?),
+            ("--model (SHA-256)", pretrained.digest()?),
             ("--data, as tokens (SHA-256)", tokens),
             ("--max-length", max_length.to_string()),
             ("--method", adaptation.method.to_string()),
@@ -700,8 +700,8 @@ impl FineTuning {
             ("--clip", optional(optimizer.clip)),
             ("--weight-decay", optimizer.weight_decay.to_string()),
             ("--wire", optimizer.wire.to_string()),
-            ("--accumulation", feed.accumulation.to_string()),
-            ("--batch-size", feed.batch_size.to_string()),
+            ("--accumulation", batcher.accumulation.to_string()),
+            ("--batch-size", batcher.batch_size.to_string()),
             ("order of the data", order),
             ("--seed", self.seed.to_string()),
             ("--steps", total.to_string()),
@@ -715,11 +715,11 @@ impl FineTuning {
         Ok(settings.into_iter().map(named).collect())
     }
 
-    fn max_length(&self, checkpoint: &Checkpoint) -> Result<usize, Error> {
-        let largest = checkpoint.config.max_positions;
+    fn max_length(&self, pretrained: &Pretrained) -> Result<usize, Error> {
+        let largest = pretrained.config.max_positions;
         match self.max_length {
             Some(length) if length > largest => {
-                let path = checkpoint.path("config.json");
+                let path = pretrained.path("config.json");
                 let reason = format!("is {largest}, less than the --max-length {length}");
                 Err(Error::field(path, "max_position_embeddings", reason))
             }
@@ -802,7 +802,7 @@ fn record_of(output: &Path) -> Option<Value> {
 /// Whether this worker has read the same as worker 0.
 fn compare_with_first(team: &Team<'_>, inputs: &Inputs) -> Result<(), Error> {
     let mut ours = inputs.settings.clone();
-    let step = inputs.saved.as_ref().map_or(0, Saved::step);
+    let step = inputs.saved.as_ref().map_or(0, Checkpoint::step);
     ours.insert("the step to go on from".into(), step.to_string());
     let text = serde_json::to_string(&ours).expect("a map of texts has a JSON form");
     let theirs = team.text_of_first(&text)?;
