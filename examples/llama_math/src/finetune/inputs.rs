@@ -47,9 +47,7 @@ impl FineTuning {
             Some((path, samples)) => {
                 let mut records = read_records(path, self.fields.as_ref())?;
                 records.truncate(*samples);
-                Some(HeldOut::new(
-                    path, records, &tokens, &template, max_length,
-                )?)
+                Some(HeldOut::new(path, records, &tokens, &template, max_length)?)
             }
             None => None,
         };
