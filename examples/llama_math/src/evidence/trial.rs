@@ -57,7 +57,7 @@ pub struct TrialResult {
 pub enum Outcome {
     /// After its last step.
     Trained(Box<Measured>),
-    /// With loss, gradients or weights that are no numbers; the message says where.
+    /// With a loss, gradients or weights that are not numbers; the message says where.
     Diverged(String),
 }
 

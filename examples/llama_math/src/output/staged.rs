@@ -87,7 +87,7 @@ impl Staged {
         })
     }
 
-    /// With the settings that made it, for whoever looks at it later.
+    /// With the settings that made it, for a later reader.
     pub fn with_settings(mut self, settings: Value) -> Self {
         self.settings = settings;
         self
