@@ -35,7 +35,7 @@ pub fn unit(dtype: DType) -> f64 {
 ///
 /// # Panics
 ///
-/// As [`unit`].
+/// As [`unit()`].
 pub fn smallest(dtype: DType) -> f64 {
     match dtype {
         DType::F16 => 2f64.powi(-14),

@@ -50,8 +50,8 @@ pub fn read(folder: &Path) -> Result<Vec<RecordedRun>, CheckError> {
 ///
 /// Adam's first step is close to a sign function of the gradient, so that small differences grow. How
 /// far is measured on Flex, with inputs and targets off by what a product of this device is typically
-/// off, `√n·u`, in random directions; the bound is [`MARGIN`] times the largest difference that
-/// [`DISTURBED`] such runs show, at the same step. The recording differs by as much again: another program made it in
+/// off, `√n·u`, in random directions; the bound is `MARGIN` times the largest difference that
+/// `DISTURBED` such runs show, at the same step. The recording differs by as much again: another program made it in
 /// `f32`.
 pub fn check(device: &Device, runs: &[RecordedRun], arithmetic: Arithmetic, report: &mut Report) {
     for run in runs {
