@@ -20,9 +20,11 @@ fn config() -> HdPissaConfig {
     HdPissaConfig::new().with_rank(2).with_shards(SHARDS)
 }
 
-/// Trains the shards `hosted` of `start`, one of whose biases trains too; the final parameters.
+/// Trains the shards `hosted` of `start`, one of whose biases trains too; the final parameters. The
+/// model has the factors of the shards `known`.
 fn train(
     start: Lean,
+    known: Vec<usize>,
     hosted: Vec<usize>,
     data: &[Vec<Tensor<2>>],
     communicator: impl Communicator + 'static,
@@ -30,7 +32,7 @@ fn train(
     gathers: usize,
 ) -> Vec<TensorData> {
     let mut model = start
-        .apply_hd_pissa(&config(), hosted.clone())
+        .apply_hd_pissa(&config(), known)
         .unwrap()
         .set_require_grad_group(ParamGroup::from_path("first.bias"), true);
     let adam = AdamConfig::new().with_epsilon(1e-8).init();
@@ -62,17 +64,18 @@ fn every_layout_of_shards_on_workers_gives_the_same_bits() {
         .map(|_| (0..SHARDS).map(|_| normal([5, 13], &device)).collect())
         .collect();
     let alone = |wire| {
-        let all = (0..SHARDS).collect();
-        train(start.clone(), all, &data, Solo, wire, 1)
+        let all: Vec<usize> = (0..SHARDS).collect();
+        train(start.clone(), all.clone(), all, &data, Solo, wire, 1)
     };
     let solo = [WireDtype::F32, WireDtype::Bf16].map(|wire| (wire, alone(wire)));
     assert_ne!(solo[0].1, solo[1].1);
     // Contiguous blocks, and shards dealt out in another order; one gather per step, as many as
-    // there are weights, and more.
-    for (gathers, layout) in [
-        (1, vec![vec![0, 1], vec![2, 3]]),
-        (2, vec![vec![3, 0], vec![1, 2]]),
-        (1 << 40, vec![vec![2], vec![0], vec![3], vec![1]]),
+    // there are weights, and more. Workers that have the factors of all shards host blocks.
+    for (gathers, layout, knows_all) in [
+        (1, vec![vec![0, 1], vec![2, 3]], false),
+        (2, vec![vec![3, 0], vec![1, 2]], false),
+        (1 << 40, vec![vec![2], vec![0], vec![3], vec![1]], false),
+        (2, vec![vec![0, 1], vec![2, 3]], true),
     ] {
         for (wire, solo) in &solo {
             let group = thread_group(layout.len(), Duration::from_secs(60));
@@ -82,8 +85,13 @@ fn every_layout_of_shards_on_workers_gives_the_same_bits() {
                     .zip(group)
                     .map(|(hosted, communicator)| {
                         let (start, hosted, data) = (start.clone(), hosted.clone(), &data);
-                        scope
-                            .spawn(move || train(start, hosted, data, communicator, *wire, gathers))
+                        let known = match knows_all {
+                            true => (0..SHARDS).collect(),
+                            false => hosted.clone(),
+                        };
+                        scope.spawn(move || {
+                            train(start, known, hosted, data, communicator, *wire, gathers)
+                        })
                     })
                     .collect();
                 for worker in workers {

@@ -15,7 +15,7 @@ use crate::hosting::hosted_shards;
 use crate::windows::FrameChoice;
 
 /// A parameter as a traversal shows it.
-pub(super) struct Parameter {
+pub(crate) struct Parameter {
     pub(super) id: ParamId,
     /// Index of the shard it belongs to, if any.
     pub(super) shard: Option<usize>,
@@ -23,18 +23,18 @@ pub(super) struct Parameter {
 }
 
 /// All parameters of a model, and the number of shards of its adapters.
-pub(super) struct Parameters {
+pub(crate) struct Parameters {
     pub(super) all: Vec<Parameter>,
     /// 0 without HD-PiSSA adapters.
-    pub(super) shards: usize,
-    pub(super) gradients: GradientMode,
+    pub(crate) shards: usize,
+    pub(crate) gradients: GradientMode,
     /// The frames of its first adapter.
     pub(super) frames: FrameChoice,
 }
 
 impl Parameters {
     /// Reads no values; a device is read from when an entry's bytes are asked for.
-    pub(super) fn of<M: Module>(model: &M) -> Self {
+    pub(crate) fn of<M: Module>(model: &M) -> Self {
         let mut collector = Collector {
             path: PathTracker::default(),
             parameters: Self {
@@ -49,7 +49,7 @@ impl Parameters {
     }
 
     /// The shards whose factors the model has, by ascending index.
-    pub(super) fn known(&self) -> Vec<usize> {
+    pub(crate) fn known(&self) -> Vec<usize> {
         let mut known: Vec<usize> = self.all.iter().filter_map(|p| p.shard).collect();
         known.sort_unstable();
         known.dedup();
@@ -58,10 +58,10 @@ impl Parameters {
 
     /// Those that the worker of `communicator` hosts.
     pub(super) fn hosted(&self, communicator: &dyn Communicator) -> Vec<usize> {
-        hosted_shards(&self.known(), self.gradients, communicator)
+        hosted_shards(&self.known(), self.shards, communicator)
     }
 
-    pub(super) fn shard_of(&self) -> HashMap<u64, usize> {
+    pub(crate) fn shard_of(&self) -> HashMap<u64, usize> {
         let shard = |parameter: &Parameter| Some((parameter.id.val(), parameter.shard?));
         self.all.iter().filter_map(shard).collect()
     }

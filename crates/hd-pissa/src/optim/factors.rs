@@ -45,7 +45,7 @@ pub(super) struct WeightFactors {
     pub(super) dtype: DType,
     /// Those that this worker hosts.
     pub(super) shards: Vec<ShardFactors>,
-    /// Those whose factors the model has: all of them where they share gradients.
+    /// Those whose factors the model has: those that this worker hosts, or all of them.
     pub(super) known: Vec<ShardFactors>,
     /// Seed of stochastic rounding, if the adapter asks for it.
     pub(super) rounding_seed: Option<u64>,
@@ -175,7 +175,7 @@ impl Factors {
                 });
             }
         }
-        let hosted = hosted_shards(&known, gradients, communicator);
+        let hosted = hosted_shards(&known, num_shards, communicator);
         for weight in &mut weights {
             let known = weight.known.iter();
             let is_hosted = |shard: &&ShardFactors| hosted.contains(&shard.name.index);
@@ -226,6 +226,11 @@ impl Factors {
         factors
             .map(|(_, _, _, factor)| identity(&factor.value))
             .collect()
+    }
+
+    /// Whether the model has the factors of every shard, as it does where they share gradients.
+    pub(super) fn knows_all(&self) -> bool {
+        self.weights[0].known.len() == self.num_shards
     }
 
     /// The device of the factors, without autodiff.

@@ -9,7 +9,6 @@ use super::factors::Factors;
 use super::fingerprint::Fingerprints;
 use super::layout::ShardLayout;
 use super::packed::RowStatistics;
-use crate::GradientMode;
 
 /// The frames of every weight, as its merges read them.
 pub(super) struct Frames {
@@ -38,11 +37,11 @@ impl Frames {
         let workers = communicator.num_workers();
         let fingerprints = (workers > 1).then(|| Fingerprints::of_frames(factors, &own));
         let words = fingerprints.as_ref().map(Fingerprints::words);
-        let is_shared = factors.gradients == GradientMode::Shared;
-        if let (true, Some(fingerprints)) = (is_shared, fingerprints) {
+        let knows_all = factors.knows_all();
+        if let (true, Some(fingerprints)) = (knows_all, fingerprints) {
             fingerprints.compare(communicator)?;
         }
-        let packed = if workers == 1 || is_shared {
+        let packed = if workers == 1 || knows_all {
             own
         } else {
             let own = own.into_iter().map(|packed| packed.flatten(0, 1)).collect();

@@ -44,6 +44,10 @@ impl ShardLayout {
                 ("the number of shards", factors.num_shards as u64),
                 ("the number of hosted shards", factors.hosted.len() as u64),
                 (
+                    "factors of all shards, 0 no, 1 yes:",
+                    u64::from(factors.knows_all()),
+                ),
+                (
                     "the number of adapted weights",
                     factors.weights.len() as u64,
                 ),

@@ -24,7 +24,6 @@ use super::probe::Probe;
 use super::range::Range;
 use super::reduce::reduce_shared;
 use super::{OptimizerError, StepError, WireDtype};
-use crate::GradientMode;
 use crate::ops::MergeInputs;
 
 /// Most of what more gathers gain (the book's chapter on workers); each is one more pass of the inner
@@ -395,7 +394,7 @@ impl HdPissaOptimizer {
             }
             _ => {
                 let (shards, workers) = (factors.num_shards, communicator.num_workers());
-                if factors.gradients == GradientMode::Shared && !shards.is_multiple_of(workers) {
+                if factors.knows_all() && !shards.is_multiple_of(workers) {
                     return Err(OptimizerError::UnevenWorkers { shards, workers });
                 }
                 self.refuse_groups_that_read(factors)?;
