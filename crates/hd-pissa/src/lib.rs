@@ -40,7 +40,7 @@
 //!
 //! No backend by default. `flex` (CPU), `wgpu`, `vulkan`, `metal`, `cuda`, `rocm` and `cpu` enable
 //! Burn's feature of the same name and this crate's operations on it; `fusion` adds kernel fusion
-//! on the GPU backends.
+//! on the GPU backends. `learner` adds the module of that name, HD-PiSSA in Burn's own training loop.
 
 #![warn(missing_docs)]
 #![forbid(unsafe_code)]
@@ -53,6 +53,8 @@ mod error;
 mod frames;
 mod host;
 mod hosting;
+#[cfg(feature = "learner")]
+pub mod learner;
 mod linear;
 pub mod ops;
 mod optim;

@@ -73,5 +73,7 @@ mod states;
 
 pub use error::CheckpointError;
 pub use folder::{Checkpoints, Found, Snapshot};
+#[cfg(feature = "learner")]
+pub(crate) use parameters::Parameters;
 pub use saved::Checkpoint;
 pub(crate) use states::check_record;

@@ -44,7 +44,7 @@ impl HdPissaOptimizer {
     /// [`OptimizerError::InvalidRecord`] or [`OptimizerError::UnsupportedVersion`]; `self` is then
     /// lost, the record unread. The next step refuses a record of other shards or frames,
     /// [`OptimizerError::RecordOfOthers`].
-    pub fn from_bytes(mut self, bytes: Bytes) -> Result<Self, OptimizerError> {
+    pub fn from_bytes(self, bytes: Bytes) -> Result<Self, OptimizerError> {
         let reader = Reader::from_bytes(bytes.clone()).map_err(invalid_record)?;
         let scalar = |key: &str| {
             let value = reader.scalars().get(key).copied();
@@ -60,7 +60,14 @@ impl HdPissaOptimizer {
                 supported: FORMAT_VERSION,
             });
         }
-        self.steps = scalar(STEPS_KEY)?;
+        let steps = scalar(STEPS_KEY)?;
+        self.resume(bytes, steps)
+    }
+
+    /// Goes on after `steps` steps, with the state of the inner optimizer in Burn's format.
+    pub(crate) fn resume(mut self, bytes: Bytes, steps: u64) -> Result<Self, OptimizerError> {
+        let reader = Reader::from_bytes(bytes.clone()).map_err(invalid_record)?;
+        self.steps = steps;
         let paths = reader.metadata().iter();
         self.recorded = paths
             .filter_map(|(id, path)| Some((id.parse().ok()?, path.clone())))
