@@ -12,9 +12,9 @@ pub const CLASSES: usize = 10;
 /// How a digit is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Task {
-    /// Upright, bright on dark.
+    /// Upright.
     Upright,
-    /// On its side, dark on bright.
+    /// On its side.
     Turned,
 }
 
@@ -74,7 +74,7 @@ fn picture(digit: usize, task: Task, random: &mut StdRng) -> Picture {
         let upright = pixels.clone();
         for row in 0..SIDE {
             for column in 0..SIDE {
-                pixels[row * SIDE + column] = 1.0 - upright[(SIDE - 1 - column) * SIDE + row];
+                pixels[row * SIDE + column] = upright[(SIDE - 1 - column) * SIDE + row];
             }
         }
     }

@@ -1,9 +1,8 @@
 //! Fine-tunes a small classifier with HD-PiSSA in Burn's own training loop.
 //!
 //! `cargo run --release --example learner --features learner` generates pictures of digits, trains a
-//! classifier on them with Burn alone, then fine-tunes it with HD-PiSSA on the same digits lying on
-//! their side, dark on bright. On a terminal Burn's dashboard shows both; elsewhere each epoch is a
-//! line.
+//! classifier on them with Burn alone, then fine-tunes it with HD-PiSSA on digits that lie on their
+//! side. On a terminal Burn's dashboard shows both; elsewhere each epoch is a line.
 
 mod data;
 mod lines;
@@ -43,7 +42,7 @@ struct Options {
     #[arg(long, default_value_t = 8)]
     epochs: usize,
     /// Highest learning rate of fine-tuning
-    #[arg(long, default_value_t = 1e-3)]
+    #[arg(long, default_value_t = 3e-3)]
     rate: f64,
     /// Goes on after this epoch of an earlier run with the same options
     #[arg(long)]
