@@ -2,6 +2,9 @@
 //! then the merge), against one plain product of the merge's size accumulated in the weight.
 //!
 //! `cargo bench -p hd-pissa-benches --bench step`
+//!
+//! With `--launches`, in a build for a GPU, the kernels that a step launches instead:
+//! `cargo bench --workspace --features wgpu --bench step -- --launches`
 
 use burn::nn::LinearConfig;
 use burn::optim::{AdamConfig, GradientsParams};
@@ -11,10 +14,14 @@ use faer::{Accum, MatMut, MatRef, Par};
 use hd_pissa::comm::Solo;
 use hd_pissa::ops::merge;
 use hd_pissa::{
-    HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaModule, HdPissaOptimizer, ShardGradients,
+    HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaModule, HdPissaOptimizerConfig,
+    ShardGradients,
 };
 use hd_pissa_benches::{alternate, device, median, median_ratio, write_rows};
 use serde::Serialize;
+
+#[cfg(feature = "cubecl-kernels")]
+mod launches;
 
 const RANK: usize = 16;
 
@@ -35,6 +42,12 @@ struct Row {
 
 fn main() {
     let (name, plain) = device();
+    if std::env::args().any(|argument| argument == "--launches") {
+        #[cfg(feature = "cubecl-kernels")]
+        return launches::print(name, &plain);
+        #[cfg(not(feature = "cubecl-kernels"))]
+        panic!("--launches needs the feature of a GPU backend, such as wgpu");
+    }
     let device = plain.clone().autodiff();
     println!(
         "{:>11} {:>4} {:>3}  {:>10} {:>10} {:>6} {:>10} {:>6}",
@@ -58,7 +71,9 @@ fn main() {
             .expect("the shape fits the rank")
             .into();
         let adam = AdamConfig::new().with_epsilon(1e-8).init();
-        let mut optim = HdPissaOptimizer::new(adam, Solo).expect("Adam is supported");
+        let mut optim = HdPissaOptimizerConfig::new()
+            .init(adam, Solo)
+            .expect("Adam is supported");
 
         let inner = 2 * shards * RANK;
         let host = |rows: usize, cols: usize| -> Vec<f32> {

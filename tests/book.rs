@@ -10,8 +10,8 @@ use burn::tensor::activation::softmax;
 use hd_pissa::comm::{Communicator, Solo, thread_group};
 use hd_pissa::ops::adapter_linear;
 use hd_pissa::{
-    GradientMode, HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaModule, HdPissaOptimizer,
-    ShardGradients, SharedGradients,
+    GradientMode, HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaModule,
+    HdPissaOptimizerConfig, HdPissaOptimizerRecord, ShardGradients, SharedGradients,
 };
 use hd_pissa_tests::{assert_close, base, bits, normal};
 
@@ -56,7 +56,7 @@ fn quick_start() -> Result {
     // ANCHOR: apply
     let mut model = model.apply_hd_pissa(&config, 0..4)?; // this worker hosts shards 0 to 3
     let adam = AdamConfig::new().with_epsilon(1e-8).init();
-    let mut optim = HdPissaOptimizer::new(adam, Solo)?;
+    let mut optim = HdPissaOptimizerConfig::new().init(adam, Solo)?;
     // ANCHOR_END: apply
     assert_eq!(bits(&base(&model.up.weight)), before);
 
@@ -64,7 +64,7 @@ fn quick_start() -> Result {
     for _step in 0..10 {
         let mut gradients = ShardGradients::new(&model);
         for shard in 0..4 {
-            model = model.select_shard(shard);
+            model = model.select_shard(shard).unwrap();
             for _micro_batch in 0..2 {
                 let x = batch(&device); // the shard's own data
                 let loss = (model.forward(x.clone()) - x).square().mean();
@@ -94,7 +94,7 @@ fn shared_gradients() -> Result {
     let device = Device::flex().autodiff();
     let model = Mlp::new(&device);
     let adam = AdamConfig::new().with_epsilon(1e-8).init();
-    let mut optim = HdPissaOptimizer::new(adam, Solo)?;
+    let mut optim = HdPissaOptimizerConfig::new().init(adam, Solo)?;
 
     // ANCHOR: shared
     let config = HdPissaConfig::new()
@@ -216,7 +216,9 @@ fn step() -> Result {
     let grad_a = grads.get::<2>(shard.a.id).unwrap();
     let grad_b = grads.get::<2>(shard.b.id).unwrap();
     let adam = AdamConfig::new().with_epsilon(1e-8).init();
-    let updated = HdPissaOptimizer::new(adam, Solo)?.step(lr, layer, grads)?;
+    let updated = HdPissaOptimizerConfig::new()
+        .init(adam, Solo)?
+        .step(lr, layer, grads)?;
 
     // ANCHOR: step
     // Adam's first step: the bias-corrected moments are the gradient and its square.
@@ -253,10 +255,12 @@ fn workers() -> Result {
                     .apply_hd_pissa_shared(&config, hosted, &communicator)
                     .unwrap();
                 let adam = AdamConfig::new().with_epsilon(1e-8).init();
-                let mut optim = HdPissaOptimizer::new(adam, communicator).unwrap();
+                let mut optim = HdPissaOptimizerConfig::new()
+                    .init(adam, communicator)
+                    .unwrap();
                 let mut gradients = ShardGradients::new(&model);
                 for shard in hosted {
-                    model = model.select_shard(shard);
+                    model = model.select_shard(shard).unwrap();
                     let loss = model.forward(batch(&device)).square().mean();
                     gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
                 }
@@ -280,7 +284,7 @@ fn refused_and_records() -> Result {
     let config = HdPissaConfig::new().with_rank(2).with_shards(1);
     let mut model = Mlp::new(&device).apply_hd_pissa(&config, 0..1)?;
     let adam = || AdamConfig::new().with_epsilon(1e-8).init();
-    let mut optim = HdPissaOptimizer::new(adam(), Solo)?;
+    let mut optim = HdPissaOptimizerConfig::new().init(adam(), Solo)?;
     let loss = (model.forward(batch(&device)) * f32::NAN).sum();
     let gradients = GradientsParams::from_grads(loss.backward(), &model);
 
@@ -305,12 +309,13 @@ fn refused_and_records() -> Result {
         ["model.bpk", "optimizer.bpk"].map(|f| folder.path().join(f));
     // ANCHOR: records
     model.clone().save_file(&model_file)?;
-    optim.save(&optimizer_file)?;
+    optim.to_record()?.save(&optimizer_file)?;
 
     let restored = Mlp::new(&device)
         .apply_hd_pissa(&config, 0..1)?
         .try_load_file(&model_file)?;
-    let optim = HdPissaOptimizer::new(adam(), Solo)?.load(&optimizer_file)?;
+    let mut optim = HdPissaOptimizerConfig::new().init(adam(), Solo)?;
+    optim.load_record(HdPissaOptimizerRecord::load(&optimizer_file)?)?;
     // ANCHOR_END: records
     assert_eq!(
         bits(&base(&restored.up.weight)),

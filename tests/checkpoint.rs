@@ -8,8 +8,10 @@ use burn::optim::{AdamConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use hd_pissa::checkpoint::{Checkpoint, CheckpointError, Checkpoints, Snapshot};
 use hd_pissa::comm::{Communicator, Solo, ThreadCommunicator, thread_group};
-use hd_pissa::{HdPissaConfig, HdPissaModule, HdPissaOptimizer, ShardGradients};
-use hd_pissa_tests::{Lean, bits, normal};
+use hd_pissa::{
+    HdPissaConfig, HdPissaModule, HdPissaOptimizer, HdPissaOptimizerConfig, ShardGradients,
+};
+use hd_pissa_tests::{Lean, bits, normal, resumed, state};
 
 const SHARDS: usize = 4;
 
@@ -38,7 +40,7 @@ fn step(
 ) -> Lean {
     let mut gradients = ShardGradients::new(&model);
     for &shard in hosted {
-        model = model.select_shard(shard);
+        model = model.select_shard(shard).unwrap();
         let loss = model.forward(batches[shard].clone()).square().mean();
         gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
     }
@@ -106,33 +108,46 @@ fn data(device: &Device) -> Vec<Vec<Tensor<2>>> {
     (0..6).map(batches).collect()
 }
 
-/// Takes three steps in one layout, saves, and three more in another; the weights at the end.
+/// Takes three steps in one layout, saves, and three more in another, whose models have adapters of
+/// their own before or get those of the checkpoint; the weights at the end.
 fn across(
     start: &Lean,
     data: &[Vec<Tensor<2>>],
     first: &[Vec<usize>],
     second: &[Vec<usize>],
+    has_adapters: bool,
 ) -> Vec<Vec<(String, TensorData)>> {
     let folder = tempfile::tempdir().unwrap();
     let checkpoints = Checkpoints::new(folder.path().join("run"));
     on_workers(first, |communicator, hosted| {
         let mut model = adapted(start, hosted);
-        let mut optim = HdPissaOptimizer::new(adam(), communicator).unwrap();
+        let mut optim = HdPissaOptimizerConfig::new()
+            .init(adam(), communicator)
+            .unwrap();
         for batches in &data[..3] {
             model = step(model, &mut optim, hosted, batches);
         }
-        let snapshot = Snapshot::new(3, &model, optim.to_bytes().unwrap());
+        let snapshot = Snapshot::new(3, &model, state(&optim));
         checkpoints.save(&snapshot, optim.communicator()).unwrap();
     });
     let checkpoint = checkpoints.latest().unwrap().checkpoint.unwrap();
     assert_eq!((checkpoint.step(), checkpoint.shards()), (3, SHARDS));
     on_workers(second, |communicator, hosted| {
         // Other values and ids than those saved.
-        let other = adapted(&Lean::new(&Device::flex().autodiff()), hosted);
-        let mut model = checkpoint.restore(other).unwrap();
+        let other = Lean::new(&Device::flex().autodiff());
+        let mut model = match has_adapters {
+            true => checkpoint.restore(adapted(&other, hosted)).unwrap(),
+            false => {
+                let hosted = hosted.iter().copied();
+                let model = checkpoint.apply_hd_pissa(other, &config(), hosted).unwrap();
+                model.set_require_grad_group(ParamGroup::from_path("first.bias"), true)
+            }
+        };
         let state = checkpoint.optimizer(&model, &Solo).unwrap();
-        let optim = HdPissaOptimizer::new(adam(), communicator).unwrap();
-        let mut optim = optim.from_bytes(state).unwrap();
+        let optim = HdPissaOptimizerConfig::new()
+            .init(adam(), communicator)
+            .unwrap();
+        let mut optim = resumed(optim, state).unwrap();
         for batches in &data[3..] {
             model = step(model, &mut optim, hosted, batches);
         }
@@ -148,7 +163,7 @@ fn a_checkpoint_of_one_layout_resumes_on_another() {
     let whole = {
         let hosted = &solo()[0];
         let mut model = adapted(&start, hosted);
-        let mut optim = HdPissaOptimizer::new(adam(), Solo).unwrap();
+        let mut optim = HdPissaOptimizerConfig::new().init(adam(), Solo).unwrap();
         for batches in &data {
             model = step(model, &mut optim, hosted, batches);
         }
@@ -162,8 +177,10 @@ fn a_checkpoint_of_one_layout_resumes_on_another() {
     ];
     for first in &layouts {
         for second in &layouts {
-            for worker in across(&start, &data, first, second) {
-                assert_eq!(worker, whole, "{first:?} to {second:?}");
+            for has_adapters in [true, false] {
+                for worker in across(&start, &data, first, second, has_adapters) {
+                    assert_eq!(worker, whole, "{first:?} to {second:?}");
+                }
             }
         }
     }
@@ -192,9 +209,9 @@ fn every_parameter_comes_back_in_its_dtype() {
         assert_eq!(loaded, parameters(&model));
         let dtypes = loaded.iter().filter(|(_, data)| data.dtype() == dtype);
         // Both weights and a bias; the factors of four shards are always f32.
-        // A half-precision weight has a companion.
-        let (factors, companions) = if dtype == DType::F32 { (16, 0) } else { (0, 2) };
-        let expected = (3 + factors, 19 + companions);
+        // A half-precision weight has residual bits.
+        let (factors, residuals) = if dtype == DType::F32 { (16, 0) } else { (0, 2) };
+        let expected = (3 + factors, 19 + residuals);
         assert_eq!((dtypes.count(), loaded.len()), expected);
     }
 }
@@ -211,12 +228,12 @@ impl Three {
         let folder = tempfile::tempdir().unwrap();
         let checkpoints = Checkpoints::new(folder.path().join("run"));
         let device = Device::flex().autodiff();
-        let mut optim = HdPissaOptimizer::new(adam(), Solo).unwrap();
+        let mut optim = HdPissaOptimizerConfig::new().init(adam(), Solo).unwrap();
         let hosted = &solo()[0];
         let mut model = adapted(&Lean::new(&device), hosted);
         for (index, batches) in data(&device)[..3].iter().enumerate() {
             model = step(model, &mut optim, hosted, batches);
-            let state = optim.to_bytes().unwrap();
+            let state = state(&optim);
             let mut snapshot = Snapshot::new(index as u64 + 1, &model, state);
             snapshot.settings.insert("rank".into(), "2".into());
             snapshot.progress = serde_json::json!({"epoch": 7});
@@ -548,7 +565,12 @@ fn a_model_that_does_not_fit_is_refused_with_the_parameter() {
     let device = Device::flex().autodiff();
     let start = Lean::new(&device);
     let all = 0..SHARDS;
-    let refuse = |model: Lean| checkpoint.restore(model).unwrap_err().to_string();
+    let refuse = |model: Lean| {
+        let refused = checkpoint.restore(model.clone()).unwrap_err();
+        let kept = refused.model.as_ref().expect("nothing was replaced");
+        assert!(parameters(kept) == parameters(&model));
+        refused.to_string()
+    };
 
     let other_rank = config().with_rank(1);
     let error = refuse(
@@ -631,7 +653,10 @@ fn a_worker_that_cannot_write_leaves_no_checkpoint() {
         }
         three.checkpoints.save(&snapshot, &communicator)
     });
-    assert_eq!(errors[0], Err(CheckpointError::OtherWorker { worker: 1 }));
+    assert!(matches!(
+        errors[0],
+        Err(CheckpointError::OtherWorker { worker: 1, .. })
+    ));
     assert!(matches!(
         errors[1],
         Err(CheckpointError::InvalidState { .. })

@@ -9,10 +9,10 @@ use hd_pissa::checkpoint::{CheckpointError, Checkpoints, Snapshot};
 use hd_pissa::comm::{Communicator, Solo};
 use hd_pissa::{
     FrameScale, HdPissa, HdPissaAdapter, HdPissaConfig, HdPissaError, HdPissaModule,
-    HdPissaOptimizer, LayerProgress, OptimizerError, ShardGradients, SvdMethod, SvdPrecision,
-    Windows,
+    HdPissaOptimizer, HdPissaOptimizerConfig, LayerProgress, OptimizerError, ShardGradients,
+    SvdMethod, SvdPrecision, Windows,
 };
-use hd_pissa_tests::{Lean, base, bits, normal, on_threads};
+use hd_pissa_tests::{Lean, base, bits, normal, on_threads, resumed, state as optimizer_state};
 use proptest::prelude::*;
 use sha2::{Digest, Sha256};
 
@@ -154,7 +154,7 @@ proptest! {
     }
 }
 
-/// Energies and overlaps against their definition, for a weight of a known spectrum.
+/// Explained variance and orthogonality against their definition, for a weight of a known spectrum.
 #[test]
 fn energies_are_those_of_the_windows() {
     let device = Device::flex();
@@ -181,18 +181,25 @@ fn energies_are_those_of_the_windows() {
                 unit(host(shard.b.val().transpose())),
             );
             let expected = (u.transpose() * &weight * v).squared_norm_l2() / total;
-            let energy = progress.energy[shard.index];
+            let energy = progress.explained_variance[shard.index];
             assert!(
                 (energy - expected).abs() < 1e-6,
                 "{choice:?}: {energy} {expected}"
             );
-            assert!((plan.weights[0].energy[shard.index] - energy).abs() < 1e-9);
+            assert!((plan.weights[0].explained_variance[shard.index] - energy).abs() < 1e-9);
         }
-        assert!(progress.overlap < 1e-12, "{choice:?}: {}", progress.overlap);
+        assert!(
+            progress.orthogonality_error < 1e-12,
+            "{choice:?}: {}",
+            progress.orthogonality_error
+        );
         // Dealt in turn, the shards are alike.
         if choice.0 == Windows::Spread {
-            let (first, last) = (progress.energy[0], progress.energy[shards - 1]);
-            assert!(last > 0.3 * first, "{:?}", progress.energy);
+            let (first, last) = (
+                progress.explained_variance[0],
+                progress.explained_variance[shards - 1],
+            );
+            assert!(last > 0.3 * first, "{:?}", progress.explained_variance);
         }
     }
 }
@@ -298,7 +305,12 @@ fn random_frames_decompose_nothing() {
     let mean = weight.norm_l2() / 3.0;
     assert!(distance(&(a.transpose() * &a), &diagonal(&[mean; 4])) < 1e-5 * mean);
     let plan = random.plan(&layer(&weight, &device)).unwrap();
-    assert!(plan.weights[0].energy.iter().all(|&e| e > 0.0 && e < 1.0));
+    assert!(
+        plan.weights[0]
+            .explained_variance
+            .iter()
+            .all(|&e| e > 0.0 && e < 1.0)
+    );
 }
 
 #[test]
@@ -344,7 +356,9 @@ fn singular_values_of_zero() {
             let unit = config(2, 3, (windows, FrameScale::Unit));
             let [double, single] = [SvdPrecision::F64, SvdPrecision::F32].map(|precision| {
                 let unit = unit.clone().with_svd(SvdMethod::Exact(precision));
-                let energy = unit.plan(&model).unwrap().weights[0].energy.clone();
+                let energy = unit.plan(&model).unwrap().weights[0]
+                    .explained_variance
+                    .clone();
                 let adapted = model.clone().apply_hd_pissa(&unit, 0..3).unwrap();
                 (factors(&adapted), energy)
             });
@@ -403,7 +417,7 @@ fn a_step_is_the_formula_for_every_choice() {
         let mut expected = Mat::<f64>::zeros(9, 7);
         for shard in 0..shards {
             let x = normal([4, 9], &device);
-            model = model.select_shard(shard);
+            model = model.select_shard(shard).unwrap();
             // The loss Σ y²/2 has the gradient G = y.
             let loss = model.forward(x.clone()).square().sum() * 0.5;
             gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
@@ -422,7 +436,7 @@ fn a_step_is_the_formula_for_every_choice() {
             expected += &a * &delta_b + &delta_a * &b + &delta_a * &delta_b;
         }
         let adam = AdamConfig::new().with_epsilon(epsilon as f32).init();
-        let mut optim = HdPissaOptimizer::new(adam, Solo).unwrap();
+        let mut optim = HdPissaOptimizerConfig::new().init(adam, Solo).unwrap();
         let model = optim.step(lr, model, gradients).unwrap();
         let moved = host(base(&model.weight)) - weight;
         assert!(
@@ -462,7 +476,9 @@ fn training_ends_at_what_is_out_of_reach() {
         let expected = out_of_reach(&model, &change);
         let [a, b] = factors(&model);
         let target = &start + &change;
-        let mut optim = HdPissaOptimizer::new(SgdConfig::new().init(), Solo).unwrap();
+        let mut optim = HdPissaOptimizerConfig::new()
+            .init(SgdConfig::new().init(), Solo)
+            .unwrap();
         let mut missing = change.clone();
         for _step in 0..60 {
             let tensor = |m: Mat<f64>| {
@@ -599,17 +615,21 @@ fn workers_of_different_choices_are_refused() {
             let config = config(2, 2, choices[worker]);
             let model = start.clone().apply_hd_pissa(&config, [worker]).unwrap();
             let adam = AdamConfig::new().init();
-            let mut optim = HdPissaOptimizer::new(adam, communicator).unwrap();
+            let mut optim = HdPissaOptimizerConfig::new()
+                .init(adam, communicator)
+                .unwrap();
             let loss = model.forward(normal([5, 13], &Device::flex().autodiff()));
             let gradients = GradientsParams::from_grads(loss.sum().backward(), &model);
             optim.step(1e-3, model, gradients).unwrap_err().cause
         });
-        for error in errors {
-            let named = match &error {
-                OptimizerError::WorkerMismatch { setting, .. } => *setting,
-                other => panic!("{other:?}"),
+        for (worker, error) in errors.into_iter().enumerate() {
+            let of_first = |choice| format!("{} of `first.weight`", line(choice));
+            let expected = OptimizerError::WorkerMismatch {
+                worker: 1 - worker,
+                ours: of_first(choices[worker]),
+                theirs: of_first(choices[1 - worker]),
             };
-            assert!(named.contains(setting), "{error}");
+            assert_eq!(error, expected);
         }
     }
 }
@@ -617,7 +637,9 @@ fn workers_of_different_choices_are_refused() {
 fn trained(start: &Lean, choice: (Windows, FrameScale)) -> (Lean, HdPissaOptimizer) {
     let config = config(2, 2, choice);
     let mut model = start.clone().apply_hd_pissa(&config, 0..2).unwrap();
-    let mut optim = HdPissaOptimizer::new(AdamConfig::new().init(), Solo).unwrap();
+    let mut optim = HdPissaOptimizerConfig::new()
+        .init(AdamConfig::new().init(), Solo)
+        .unwrap();
     let gradients;
     (model, gradients) = gradients_of(model);
     (optim.step(1e-3, model, gradients).unwrap(), optim)
@@ -627,7 +649,7 @@ fn gradients_of(mut model: Lean) -> (Lean, ShardGradients) {
     let device = Device::flex().autodiff();
     let mut gradients = ShardGradients::new(&model);
     for shard in 0..2 {
-        model = model.select_shard(shard);
+        model = model.select_shard(shard).unwrap();
         let loss = model.forward(normal([5, 13], &device)).square().mean();
         gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
     }
@@ -657,8 +679,10 @@ fn records_and_checkpoints_carry_the_choice() {
 
             // A record of the optimizer, found out by the step that would use it.
             let load = || {
-                let optim = HdPissaOptimizer::new(AdamConfig::new().init(), Solo).unwrap();
-                optim.from_bytes(state.to_bytes().unwrap()).unwrap()
+                let optim = HdPissaOptimizerConfig::new()
+                    .init(AdamConfig::new().init(), Solo)
+                    .unwrap();
+                resumed(optim, optimizer_state(&state)).unwrap()
             };
             let (model, gradients) = gradients_of(fresh(ours));
             let error = load().step(1e-3, model, gradients).unwrap_err().cause;
@@ -673,10 +697,10 @@ fn records_and_checkpoints_carry_the_choice() {
             // A checkpoint.
             let name = format!("{index}{}", suffix(ours));
             let checkpoints = Checkpoints::new(folder.path().join(name));
-            let snapshot = Snapshot::new(1, &saved, state.to_bytes().unwrap());
+            let snapshot = Snapshot::new(1, &saved, optimizer_state(&state));
             checkpoints.save(&snapshot, &Solo).unwrap();
             let checkpoint = checkpoints.latest().unwrap().checkpoint.unwrap();
-            let error = checkpoint.restore(fresh(ours)).unwrap_err();
+            let error = checkpoint.restore(fresh(ours)).unwrap_err().cause;
             let show = |(windows, scale): (Windows, FrameScale)| match setting {
                 "windows" => format!("{windows:?}"),
                 _ => format!("{scale:?}"),
@@ -724,7 +748,7 @@ fn checkpoints_from_before_the_choice() {
     let (saved, optim) = trained(&start, published);
     let folder = tempfile::tempdir().unwrap();
     let checkpoints = Checkpoints::new(folder.path());
-    let snapshot = Snapshot::new(1, &saved, optim.to_bytes().unwrap());
+    let snapshot = Snapshot::new(1, &saved, optimizer_state(&optim));
     let path = checkpoints.save(&snapshot, &Solo).unwrap();
 
     let [manifest, sums] = ["manifest.json", "SHA256SUMS"].map(|name| path.join(name));

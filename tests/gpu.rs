@@ -11,7 +11,7 @@ use hd_pissa::comm::Solo;
 use hd_pissa::ops::adapter_linear;
 use hd_pissa::{
     HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaLinearConfig, HdPissaModule,
-    HdPissaOptimizer, OptimizerError, ShardGradients,
+    HdPissaOptimizerConfig, OptimizerError, ShardGradients,
 };
 use hd_pissa_tests::{
     Dense, Lean, assert_close, base, bits, gpu, gpu_product_tolerance, gpu_supports, normal, values,
@@ -101,11 +101,11 @@ fn steps() {
         let before = bits(&base(&model.first.weight));
         let mut model = model.apply_hd_pissa(&config, 0..3).unwrap();
         let adam = AdamConfig::new().with_epsilon(1e-8).init();
-        let mut optim = HdPissaOptimizer::new(adam, Solo).unwrap();
+        let mut optim = HdPissaOptimizerConfig::new().init(adam, Solo).unwrap();
         for step in batches.chunks(3) {
             let mut gradients = ShardGradients::new(&model);
             for (shard, batch) in step.iter().enumerate() {
-                model = model.select_shard(shard);
+                model = model.select_shard(shard).unwrap();
                 let loss = model.forward(on(batch, &device)).square().mean();
                 gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
             }
@@ -141,7 +141,9 @@ fn a_clone_is_unchanged_and_bad_steps_are_refused() {
     let layer = HdPissaLinearConfig::new(13, 17).init(&device);
     let config = HdPissaConfig::new().with_rank(2).with_shards(1);
     let model = layer.apply_hd_pissa(&config, 0..1).unwrap();
-    let mut optim = HdPissaOptimizer::new(AdamConfig::new().init(), Solo).unwrap();
+    let mut optim = HdPissaOptimizerConfig::new()
+        .init(AdamConfig::new().init(), Solo)
+        .unwrap();
     let gradients = |model: &HdPissaLinear, factor: f32| {
         let loss = model
             .forward(normal([4, 13], &device) * factor)
@@ -183,12 +185,12 @@ fn five_hundred_steps_without_growth() {
     let config = HdPissaConfig::new().with_rank(2).with_shards(2);
     let mut model = Lean::new(&device).apply_hd_pissa(&config, 0..2).unwrap();
     let adam = AdamConfig::new().with_epsilon(1e-8).init();
-    let mut optim = HdPissaOptimizer::new(adam, Solo).unwrap();
+    let mut optim = HdPissaOptimizerConfig::new().init(adam, Solo).unwrap();
     let mut used = Vec::new();
     for step in 0..500 {
         let mut gradients = ShardGradients::new(&model);
         for shard in 0..2 {
-            model = model.select_shard(shard);
+            model = model.select_shard(shard).unwrap();
             let loss = model.forward(normal([6, 13], &device)).square().mean();
             gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
         }

@@ -22,8 +22,8 @@ use hd_pissa::{HdPissaConfig, HdPissaLinear, HdPissaLinearConfig, HdPissaModule}
 
 use allocator::{LIVE, MEASURING, measure};
 
-const D_INPUT: usize = 2048;
-const D_OUTPUT: usize = 1536;
+const D_INPUT: usize = 768;
+const D_OUTPUT: usize = 640;
 const WEIGHT_BYTES: usize = 4 * D_INPUT * D_OUTPUT;
 
 #[derive(Module, Debug)]

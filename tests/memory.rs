@@ -11,7 +11,8 @@ use burn::optim::{AdamConfig, GradientsParams};
 use burn::tensor::{Device, Tensor};
 use hd_pissa::comm::Solo;
 use hd_pissa::{
-    HdPissaConfig, HdPissaLinear, HdPissaModule, HdPissaOptimizer, ShardGradients, side_by_side,
+    HdPissaConfig, HdPissaLinear, HdPissaModule, HdPissaOptimizerConfig, ShardGradients,
+    side_by_side,
 };
 use hd_pissa_tests::normal;
 
@@ -88,13 +89,13 @@ fn a_step_updates_the_weight_in_place() {
     let mut model: HdPissaLinear = layer(LinearLayout::Row, &device).into();
     model = model.apply_hd_pissa(&config(), 0..2).unwrap();
     let adam = AdamConfig::new().with_epsilon(1e-8).init();
-    let mut optim = HdPissaOptimizer::new(adam, Solo).unwrap();
+    let mut optim = HdPissaOptimizerConfig::new().init(adam, Solo).unwrap();
 
     let mut live = Vec::new();
     for step in 0..40 {
         let mut gradients = ShardGradients::new(&model);
         for shard in 0..2 {
-            model = model.select_shard(shard);
+            model = model.select_shard(shard).unwrap();
             let x = normal([TOKENS, D_INPUT], &device).require_grad();
             let loss = model.forward(x).square().mean();
             gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
@@ -123,7 +124,7 @@ fn a_step_updates_the_weight_in_place() {
     let x = normal([TOKENS, D_INPUT], &device);
     let mut gradients = ShardGradients::new(&model);
     for shard in 0..2 {
-        model = model.select_shard(shard);
+        model = model.select_shard(shard).unwrap();
         let loss = model.forward(x.clone()).square().mean();
         gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
     }
@@ -176,7 +177,7 @@ fn side_by_side_shares_the_weights_and_leaves_nothing_behind() {
             &model,
             batches,
             |model, (shard, x)| {
-                let model = model.clone().select_shard(shard);
+                let model = model.clone().select_shard(shard).unwrap();
                 let loss = model.forward(x).square().mean();
                 GradientsParams::from_grads(loss.backward(), &model)
             },

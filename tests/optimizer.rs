@@ -14,7 +14,8 @@ use burn::tensor::{DType, Device, Tensor};
 use hd_pissa::comm::Solo;
 use hd_pissa::{
     HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaLinearConfig, HdPissaModule,
-    HdPissaOptimizer, OptimizerError, ShardGradients,
+    HdPissaOptimizer, HdPissaOptimizerConfig, HdPissaOptimizerRecord, OptimizerError,
+    ShardGradients,
 };
 use hd_pissa_tests::{Lean, assert_close, base, bits, normal, relative_error, values};
 
@@ -23,7 +24,7 @@ fn adam() -> ModuleOptimizer {
 }
 
 fn optimizer(inner: ModuleOptimizer) -> HdPissaOptimizer {
-    HdPissaOptimizer::new(inner, Solo).unwrap()
+    HdPissaOptimizerConfig::new().init(inner, Solo).unwrap()
 }
 
 fn config(rank: usize, shards: usize) -> HdPissaConfig {
@@ -41,7 +42,7 @@ fn gradients(model: Lean, batches: &[Tensor<2>]) -> (Lean, ShardGradients) {
     let mut model = model;
     let mut gradients = ShardGradients::new(&model);
     for (shard, batch) in batches.iter().enumerate() {
-        model = model.select_shard(shard);
+        model = model.select_shard(shard).unwrap();
         let loss = model.forward(batch.clone()).square().mean();
         gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
     }
@@ -101,7 +102,7 @@ fn a_step_is_the_formula() {
         let mut update = vec![0.0; w.len()];
         for shard in 0..shards {
             let x = normal([4, d_input], &device);
-            model = model.select_shard(shard);
+            model = model.select_shard(shard).unwrap();
             // The loss Σ y²/2 has the gradient G = y.
             let loss = model.forward(x.clone()).square().sum() * 0.5;
             gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
@@ -298,7 +299,7 @@ fn the_update_has_rank_two_k_r() {
     for _ in 0..3 {
         let mut gradients = ShardGradients::new(&model);
         for shard in 0..shards {
-            model = model.select_shard(shard);
+            model = model.select_shard(shard).unwrap();
             let loss = model.forward(normal([64, size], &device)).square().mean();
             gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
         }
@@ -369,7 +370,7 @@ fn optimizers_that_read_the_parameter_are_refused() {
         ),
     ];
     for (name, inner) in refused {
-        let error = HdPissaOptimizer::new(inner, Solo).err();
+        let error = HdPissaOptimizerConfig::new().init(inner, Solo).err();
         assert_eq!(
             error,
             Some(OptimizerError::ReadsParameter { path: None }),
@@ -403,8 +404,9 @@ fn optimizers_that_read_the_parameter_are_refused() {
     let device = Device::flex().autodiff();
     let batches = data(2, 2, &device);
     for (name, inner) in accepted {
-        let mut optim =
-            HdPissaOptimizer::new(inner, Solo).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let mut optim = HdPissaOptimizerConfig::new()
+            .init(inner, Solo)
+            .unwrap_or_else(|e| panic!("{name}: {e}"));
         let model = steps(adapted(&config(2, 2), &device), &mut optim, &batches);
         assert!(
             values(base(&model.first.weight))
@@ -417,7 +419,7 @@ fn optimizers_that_read_the_parameter_are_refused() {
     let clipping = AdamConfig::new()
         .with_grad_clipping(Some(GradientClippingConfig::Norm(1.0)))
         .init();
-    let error = HdPissaOptimizer::new(clipping, Solo).err();
+    let error = HdPissaOptimizerConfig::new().init(clipping, Solo).err();
     assert_eq!(error, Some(OptimizerError::ClipsPerTensor));
 }
 
@@ -458,15 +460,13 @@ fn clipping_is_by_the_global_norm_of_each_shard() {
     let model = adapted(&config(2, 2), &device);
     let batches = &data(1, 2, &device)[0];
     let shift = |max_norm: Option<f64>, factors: [f64; 2]| {
-        let mut optim = optimizer(SgdConfig::new().init());
-        if let Some(max_norm) = max_norm {
-            optim = optim.with_max_grad_norm(max_norm).unwrap();
-        }
+        let config = HdPissaOptimizerConfig::new().with_max_grad_norm(max_norm);
+        let mut optim = config.init(SgdConfig::new().init(), Solo).unwrap();
         let mut model = model.clone();
         let mut gradients = ShardGradients::new(&model);
         let mut norms = [0.0; 2];
         for (shard, batch) in batches.iter().enumerate() {
-            model = model.select_shard(shard);
+            model = model.select_shard(shard).unwrap();
             let loss = model.forward(batch.clone()).square().mean() * factors[shard];
             let grads = GradientsParams::from_grads(loss.backward(), &model);
             for weight in [&model.first.weight, &model.second.weight] {
@@ -500,7 +500,8 @@ fn clipping_is_by_the_global_norm_of_each_shard() {
     assert_close(free, unclipped, 0.0);
 
     for bad in [0.0, -1.0, f64::NAN, f64::INFINITY] {
-        let error = optimizer(adam()).with_max_grad_norm(bad).err().unwrap();
+        let config = HdPissaOptimizerConfig::new().with_max_grad_norm(Some(bad));
+        let error = config.init(adam(), Solo).unwrap_err();
         assert!(matches!(error, OptimizerError::InvalidMaxGradNorm { .. }));
     }
 }
@@ -517,7 +518,7 @@ fn other_parameters_take_the_mean_of_the_shards() {
     let mut gradients = ShardGradients::new(&model);
     let mut sum = before.zeros_like();
     for (shard, batch) in batches.iter().enumerate() {
-        model = model.select_shard(shard);
+        model = model.select_shard(shard).unwrap();
         let loss = model.forward(batch.clone()).square().mean();
         let grads = GradientsParams::from_grads(loss.backward(), &model);
         sum = sum
@@ -538,7 +539,8 @@ fn the_norm_of_an_update_is_that_of_the_change() {
     let (model, gradients) = gradients(adapted(&config(2, 2), &device), &data(1, 2, &device)[0]);
     let weights = |m: &Lean| [base(&m.first.weight), base(&m.second.weight)];
     let before = weights(&model);
-    let mut optim = optimizer(adam()).with_norms();
+    let config = HdPissaOptimizerConfig::new().with_measure_norms(true);
+    let mut optim = config.init(adam(), Solo).unwrap();
     assert_eq!(optim.update_norm(), None);
     let model = optim.step(1e-2, model, gradients).unwrap();
     let change: f64 = weights(&model)
@@ -560,7 +562,7 @@ fn micro_batches_add_up_per_shard() {
         let mut model = model.clone();
         let mut gradients = ShardGradients::new(&model);
         for shard in 0..2 {
-            model = model.select_shard(shard);
+            model = model.select_shard(shard).unwrap();
             if mean {
                 for part in &parts {
                     let loss = model.forward(part[shard].clone()).square().mean();
@@ -596,11 +598,14 @@ fn records_resume_bit_for_bit() {
 
     let mut optim = optimizer(adam());
     let half = steps(start.clone(), &mut optim, &data[..3]);
-    optim.save(&file).unwrap();
+    optim.to_record().unwrap().save(&file).unwrap();
     let record = half.clone().into_record().into_bytes().unwrap();
     let whole = steps(half, &mut optim, &data[3..]);
 
-    let mut optim = optimizer(adam()).load(&file).unwrap();
+    let mut optim = optimizer(adam());
+    optim
+        .load_record(HdPissaOptimizerRecord::load(&file).unwrap())
+        .unwrap();
     let loaded = adapted(&config(3, 2), &device)
         .load_record(burn::store::ModuleRecord::from_bytes(record).unwrap());
     let resumed = steps(loaded, &mut optim, &data[3..]);
@@ -630,13 +635,10 @@ fn damaged_records_are_typed_errors() {
         &mut optim,
         &data(1, 2, &device),
     );
-    optim.save(&file).unwrap();
+    optim.to_record().unwrap().save(&file).unwrap();
     let bytes = std::fs::read(&file).unwrap();
 
-    let missing = optimizer(adam())
-        .load(folder.path().join("absent.bpk"))
-        .err()
-        .unwrap();
+    let missing = HdPissaOptimizerRecord::load(folder.path().join("absent.bpk")).unwrap_err();
     assert!(matches!(&missing, OptimizerError::Io { path, .. } if path.ends_with("absent.bpk")));
     for damaged in [
         Vec::new(),
@@ -644,7 +646,7 @@ fn damaged_records_are_typed_errors() {
         vec![0xab; 512],
     ] {
         std::fs::write(&file, damaged).unwrap();
-        let error = optimizer(adam()).load(&file).err().unwrap();
+        let error = HdPissaOptimizerRecord::load(&file).unwrap_err();
         assert!(
             matches!(error, OptimizerError::InvalidRecord { .. }),
             "{error}"
@@ -652,13 +654,14 @@ fn damaged_records_are_typed_errors() {
     }
     // A record of Burn's own optimizer carries no version of ours.
     let foreign = adam().into_bytes().unwrap();
-    let error = optimizer(adam()).from_bytes(foreign).err().unwrap();
+    let error = HdPissaOptimizerRecord::from_bytes(foreign).unwrap_err();
     assert!(
         error.to_string().contains("hd_pissa.format_version"),
         "{error}"
     );
     // A folder that does not exist: nothing is left behind.
-    let error = optim.save(folder.path().join("no/such/file")).unwrap_err();
+    let record = optim.to_record().unwrap();
+    let error = record.save(folder.path().join("no/such/file")).unwrap_err();
     assert!(matches!(error, OptimizerError::Io { .. }));
 }
 

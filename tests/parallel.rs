@@ -6,7 +6,7 @@ use burn::optim::{AdamConfig, GradientsParams};
 use burn::tensor::{Device, Tensor, TensorData};
 use hd_pissa::comm::{Solo, thread_group};
 use hd_pissa::{
-    HdPissaAdapter, HdPissaConfig, HdPissaLinearConfig, HdPissaModule, HdPissaOptimizer,
+    HdPissaAdapter, HdPissaConfig, HdPissaLinearConfig, HdPissaModule, HdPissaOptimizerConfig,
     ShardGradients, side_by_side,
 };
 use hd_pissa_tests::{Lean, base, bits, normal};
@@ -40,10 +40,10 @@ fn steps_do_not_depend_on_the_number_of_threads() {
         .collect();
     let optimizer = || {
         let adam = AdamConfig::new().with_epsilon(1e-8).init();
-        HdPissaOptimizer::new(adam, Solo).unwrap()
+        HdPissaOptimizerConfig::new().init(adam, Solo).unwrap()
     };
     let gradients = |model: &Lean, shard: usize, batch: Tensor<2>| {
-        let model = model.clone().select_shard(shard);
+        let model = model.clone().select_shard(shard).unwrap();
         let loss = model.forward(batch).square().mean();
         GradientsParams::from_grads(loss.backward(), &model)
     };

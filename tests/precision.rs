@@ -9,9 +9,9 @@ use half::{bf16, f16};
 use hd_pissa::comm::Solo;
 use hd_pissa::{
     HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaLinearConfig, HdPissaModule,
-    HdPissaOptimizer, MergePrecision, OptimizerError, ShardGradients,
+    HdPissaOptimizer, HdPissaOptimizerConfig, MergePrecision, OptimizerError, ShardGradients,
 };
-use hd_pissa_tests::{base, bits, values};
+use hd_pissa_tests::{base, bits, resumed, state, values};
 
 const SHARDS: usize = 2;
 
@@ -51,13 +51,15 @@ fn adapter(layer: &HdPissaLinear) -> &HdPissaAdapter {
     layer.weight.reparameterization().unwrap()
 }
 
-fn companion(layer: &HdPissaLinear) -> Vec<i32> {
-    let companion = adapter(layer).companion.as_ref().unwrap().val();
-    companion.into_data().iter::<i32>().collect()
+fn residual(layer: &HdPissaLinear) -> Vec<i32> {
+    let residual = adapter(layer).residual.as_ref().unwrap().val();
+    residual.into_data().iter::<i32>().collect()
 }
 
 fn optimizer() -> HdPissaOptimizer {
-    HdPissaOptimizer::new(AdamConfig::new().with_epsilon(1e-8).init(), Solo).unwrap()
+    HdPissaOptimizerConfig::new()
+        .init(AdamConfig::new().with_epsilon(1e-8).init(), Solo)
+        .unwrap()
 }
 
 /// Gradients of step `step` that no weight has a part in, so that every dtype sees the same
@@ -88,11 +90,11 @@ fn train(
     layer
 }
 
-/// The values of weight and companion together.
+/// The values of weight and residual bits together.
 fn joined(layer: &HdPissaLinear) -> Vec<f32> {
     let weight = base(&layer.weight);
     let [_, d_output] = weight.dims();
-    let words = companion(layer);
+    let words = residual(layer);
     let per_row = d_output.div_ceil(2);
     let data = weight.into_data();
     let high: Vec<u16> = match data.dtype() {
@@ -116,18 +118,18 @@ fn joined(layer: &HdPissaLinear) -> Vec<f32> {
 }
 
 #[test]
-fn a_split_bf16_weight_follows_f32_bit_for_bit() {
+fn a_compensated_bf16_weight_follows_f32_bit_for_bit() {
     let flex = Device::flex().autodiff();
     // The last one is merged in more than one tile, and has columns left over in its last word.
     for (shape, steps) in [([13, 17], 200), ([40, 8], 200), ([1030, 37], 5)] {
         let start = layer(shape, DType::BF16);
         let run = |dtype| {
-            let start = adapted(&start, dtype, MergePrecision::Split, &flex);
+            let start = adapted(&start, dtype, MergePrecision::Compensated, &flex);
             train(start, &mut optimizer(), 0..steps)
         };
         let (half, full) = (run(DType::BF16), run(DType::F32));
         assert_eq!(base(&half.weight).dtype(), DType::BF16);
-        assert!(adapter(&full).companion.is_none());
+        assert!(adapter(&full).residual.is_none());
         let full = values(base(&full.weight));
         assert_eq!(joined(&half), full, "{shape:?}");
         let start = values(base(&start.weight));
@@ -137,11 +139,11 @@ fn a_split_bf16_weight_follows_f32_bit_for_bit() {
 }
 
 #[test]
-fn a_split_f16_weight_follows_f32_in_its_range() {
+fn a_compensated_f16_weight_follows_f32_in_its_range() {
     let flex = Device::flex().autodiff();
     const STEPS: usize = 200;
     let start = layer([13, 17], DType::F16);
-    let run = |dtype| adapted(&start, dtype, MergePrecision::Split, &flex);
+    let run = |dtype| adapted(&start, dtype, MergePrecision::Compensated, &flex);
     let half = joined(&train(run(DType::F16), &mut optimizer(), 0..STEPS));
     // What was small on its way lost digits there, and keeps that.
     let (mut full, mut optim) = (run(DType::F32), optimizer());
@@ -164,22 +166,22 @@ fn a_split_f16_weight_follows_f32_in_its_range() {
 }
 
 #[test]
-fn the_companion_is_part_of_the_record_and_not_of_the_plain_model() {
+fn the_residual_bits_are_part_of_the_record_and_not_of_the_plain_model() {
     let flex = Device::flex().autodiff();
     let start = layer([13, 17], DType::BF16);
-    let start = adapted(&start, DType::BF16, MergePrecision::Split, &flex);
+    let start = adapted(&start, DType::BF16, MergePrecision::Compensated, &flex);
     let mut optim = optimizer();
     let middle = train(start.clone(), &mut optim, 0..10);
     let record = middle.clone().into_record().into_bytes().unwrap();
-    let state = optim.to_bytes().unwrap();
+    let state = state(&optim);
     let whole = train(middle.clone(), &mut optim, 10..20);
 
     let loaded = start.load_record(ModuleRecord::from_bytes(record).unwrap());
-    let mut optim = optimizer().from_bytes(state).unwrap();
+    let mut optim = resumed(optimizer(), state).unwrap();
     assert_eq!(optim.steps(), 10);
     let resumed = train(loaded, &mut optim, 10..20);
     assert_eq!(joined(&resumed), joined(&whole));
-    assert_ne!(companion(&middle), companion(&whole));
+    assert_ne!(residual(&middle), residual(&whole));
 
     let plain = whole.clone().valid().materialize();
     assert!(
@@ -192,10 +194,10 @@ fn the_companion_is_part_of_the_record_and_not_of_the_plain_model() {
 }
 
 #[test]
-fn a_refused_step_and_a_clone_keep_the_companion() {
+fn a_refused_step_and_a_clone_keep_the_residual_bits() {
     let flex = Device::flex().autodiff();
     let start = layer([13, 17], DType::BF16);
-    let start = adapted(&start, DType::BF16, MergePrecision::Split, &flex);
+    let start = adapted(&start, DType::BF16, MergePrecision::Compensated, &flex);
     let mut optim = optimizer();
     let model = train(start, &mut optim, 0..3);
     let (before, clone) = (joined(&model), model.clone());
@@ -218,14 +220,14 @@ fn a_refused_step_and_a_clone_keep_the_companion() {
 }
 
 #[test]
-fn plain_rounding_is_the_nearest_value_and_loses_small_updates() {
+fn nearest_rounding_gives_the_nearest_value_and_loses_small_updates() {
     let flex = Device::flex().autodiff();
     let start = layer([13, 17], DType::BF16);
-    let half = adapted(&start, DType::BF16, MergePrecision::Plain, &flex);
-    let full = adapted(&start, DType::F32, MergePrecision::Plain, &flex);
+    let half = adapted(&start, DType::BF16, MergePrecision::Nearest, &flex);
+    let full = adapted(&start, DType::F32, MergePrecision::Nearest, &flex);
     let half = train(half, &mut optimizer(), 0..1);
     let full = train(full, &mut optimizer(), 0..1);
-    assert!(adapter(&half).companion.is_none());
+    assert!(adapter(&half).residual.is_none());
     let rounded = base(&full.weight).cast(DType::BF16);
     assert_eq!(bits(&base(&half.weight)), bits(&rounded));
     let start = values(base(&start.weight));
@@ -243,7 +245,7 @@ fn stochastic_rounding_is_unbiased_and_repeatable() {
         train(adapted(&start, DType::BF16, precision, &flex), optim, steps)
     };
     let before = values(base(&start.weight));
-    let full = adapted(&start, DType::F32, MergePrecision::Split, &flex);
+    let full = adapted(&start, DType::F32, MergePrecision::Compensated, &flex);
     let full = values(base(&train(full, &mut optimizer(), 0..1).weight));
 
     const SEEDS: u64 = 256;
@@ -290,7 +292,7 @@ fn the_gpu_rounds_as_flex_does() {
     let flex = Device::flex().autodiff();
     for (dtype, precision) in [DType::F16, DType::BF16].into_iter().flat_map(|dtype| {
         [
-            (dtype, MergePrecision::Split),
+            (dtype, MergePrecision::Compensated),
             (dtype, MergePrecision::Stochastic { seed: 5 }),
         ]
     }) {
@@ -305,7 +307,9 @@ fn the_gpu_rounds_as_flex_does() {
         let (on_gpu, on_cpu) = (run(&gpu.clone().autodiff()), run(&flex));
         // The sums differ in their last bits, and with them some roundings.
         let pairs: Vec<(f32, f32)> = match precision {
-            MergePrecision::Split => joined(&on_gpu).into_iter().zip(joined(&on_cpu)).collect(),
+            MergePrecision::Compensated => {
+                joined(&on_gpu).into_iter().zip(joined(&on_cpu)).collect()
+            }
             _ => values(base(&on_gpu.weight))
                 .into_iter()
                 .zip(values(base(&on_cpu.weight)))

@@ -3,10 +3,6 @@
 //! `HD_PISSA_FUZZ_INPUTS` says how many inputs each target reads.
 
 mod fuzz;
-// Only its reader is wanted here.
-#[allow(dead_code)]
-#[path = "../crates/hd-pissa/examples/replay/run.rs"]
-mod run;
 
 use std::path::{Path, PathBuf};
 
@@ -15,9 +11,9 @@ use burn::optim::{AdamConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::{Bytes, Device};
 use hd_pissa::checkpoint::{Checkpoint, Checkpoints, Snapshot};
 use hd_pissa::comm::Solo;
-use hd_pissa::{HdPissaConfig, HdPissaModule, HdPissaOptimizer, ShardGradients};
-use hd_pissa_tests::normal;
-use run::RecordedRun;
+use hd_pissa::{HdPissaConfig, HdPissaModule, HdPissaOptimizerConfig, ShardGradients};
+use hd_pissa_check::recorded::RecordedRun;
+use hd_pissa_tests::{normal, resumed, state};
 use sha2::{Digest, Sha256};
 
 use fuzz::fuzz;
@@ -46,15 +42,15 @@ impl Target {
         let config = HdPissaConfig::new().with_rank(1).with_shards(2);
         let linear = LinearConfig::new(4, 3).init(&device);
         let mut model = linear.apply_hd_pissa(&config, 0..2).unwrap();
-        let mut optim = HdPissaOptimizer::new(adam(), Solo).unwrap();
+        let mut optim = HdPissaOptimizerConfig::new().init(adam(), Solo).unwrap();
         let mut gradients = ShardGradients::new(&model);
         for shard in 0..2 {
-            model = model.select_shard(shard);
+            model = model.select_shard(shard).unwrap();
             let loss = model.forward(normal([2, 4], &device)).square().mean();
             gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
         }
         let model = optim.step(1e-3, model, gradients).unwrap();
-        let state = optim.to_bytes().unwrap();
+        let state = state(&optim);
         let mut snapshot = Snapshot::new(1, &model, state.clone());
         snapshot.settings.insert("rank".into(), "1".into());
         snapshot.progress = serde_json::json!({"seconds": 1.5, "places": [1, 2]});
@@ -108,9 +104,9 @@ impl Target {
         let state = checkpoint
             .optimizer(&model, &hd_pissa::comm::Solo)
             .map_err(|e| e.to_string())?;
-        let optim = HdPissaOptimizer::new(adam(), Solo).unwrap();
-        let optim = optim.from_bytes(state).map_err(|e| e.to_string())?;
-        optim.to_bytes().map(drop).map_err(|e| e.to_string())
+        let optim = HdPissaOptimizerConfig::new().init(adam(), Solo).unwrap();
+        let optim = resumed(optim, state).map_err(|e| e.to_string())?;
+        optim.to_record().map(drop).map_err(|e| e.to_string())
     }
 
     fn fuzz(&self, name: &str) {
@@ -156,10 +152,10 @@ fn moments_of_a_shard() {
 fn records_of_the_optimizer() {
     let state = Target::new().state;
     fuzz("optimizer record", &[state], 0, |input| {
-        let optim = HdPissaOptimizer::new(adam(), Solo).unwrap();
+        let optim = HdPissaOptimizerConfig::new().init(adam(), Solo).unwrap();
         let bytes = Bytes::from_bytes_vec(input.to_vec());
-        let optim = optim.from_bytes(bytes).map_err(|e| e.to_string())?;
-        optim.to_bytes().map(drop).map_err(|e| e.to_string())
+        let optim = resumed(optim, bytes).map_err(|e| e.to_string())?;
+        optim.to_record().map(drop).map_err(|e| e.to_string())
     });
 }
 

@@ -1,14 +1,11 @@
 //! Recorded reference runs, replayed through the public API.
 
-#[path = "../crates/hd-pissa/examples/replay/run.rs"]
-mod run;
-
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use hd_pissa::SvdPrecision;
+use hd_pissa_check::recorded::{RecordedRun, ReplayError};
 use hd_pissa_tests::shared;
-use run::{RecordedRun, ReplayError};
 
 fn data(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))

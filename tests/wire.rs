@@ -11,10 +11,10 @@ use hd_pissa::comm::{
     CommError, Communicator, PendingGather, Solo, ThreadCommunicator, Traffic, thread_group,
 };
 use hd_pissa::{
-    HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaLinearConfig, HdPissaModule,
-    HdPissaOptimizer, OptimizerError, ShardGradients, WireDtype,
+    CommunicationDtype, HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaLinearConfig,
+    HdPissaModule, HdPissaOptimizerConfig, OptimizerError, ShardGradients,
 };
-use hd_pissa_tests::{Lean, base, bits, normal, values};
+use hd_pissa_tests::{Lean, base, bits, normal, state, values};
 
 const D_INPUT: usize = 9;
 const D_OUTPUT: usize = 7;
@@ -82,9 +82,10 @@ fn rounded_deltas_are_what_is_merged() {
     let exact = update(|delta| delta);
 
     let before = values(base(&layer.weight));
-    let mut optim = HdPissaOptimizer::new(SgdConfig::new().init(), Solo)
-        .unwrap()
-        .with_wire_dtype(WireDtype::Bf16);
+    let mut optim = HdPissaOptimizerConfig::new()
+        .with_communication_dtype(CommunicationDtype::Bf16)
+        .init(SgdConfig::new().init(), Solo)
+        .unwrap();
     let layer = optim.step(f64::from(lr), layer, gradients).unwrap();
     let moved: Vec<f64> = values(base(&layer.weight))
         .iter()
@@ -115,9 +116,10 @@ fn what_rounding_carries_to_infinity_is_counted() {
     let b = &adapter.shards[1].b;
     large.register(b.id, b.val().inner().zeros_like() + 3.4e38);
     gradients.push(1, large);
-    let mut optim = HdPissaOptimizer::new(SgdConfig::new().init(), Solo)
-        .unwrap()
-        .with_wire_dtype(WireDtype::Bf16);
+    let mut optim = HdPissaOptimizerConfig::new()
+        .with_communication_dtype(CommunicationDtype::Bf16)
+        .init(SgdConfig::new().init(), Solo)
+        .unwrap();
     let before = bits(&base(&layer.weight));
     let refused = optim.step(1.0, layer, gradients).unwrap_err();
     let expected = OptimizerError::NonFiniteUpdate {
@@ -142,16 +144,17 @@ fn rounded_deltas_change_the_trajectory_by_little() {
         let values = [&model.first.weight, &model.second.weight].map(|w| values(base(w)));
         values.concat().into_iter().map(f64::from).collect()
     };
-    let train = |wire: WireDtype| -> Vec<f64> {
+    let train = |wire: CommunicationDtype| -> Vec<f64> {
         let mut model = start.clone().apply_hd_pissa(&config, 0..4).unwrap();
         let adam = AdamConfig::new().with_epsilon(1e-8).init();
-        let mut optim = HdPissaOptimizer::new(adam, Solo)
-            .unwrap()
-            .with_wire_dtype(wire);
+        let mut optim = HdPissaOptimizerConfig::new()
+            .with_communication_dtype(wire)
+            .init(adam, Solo)
+            .unwrap();
         for batches in data.chunks(4) {
             let mut gradients = ShardGradients::new(&model);
             for (shard, [x, y]) in batches.iter().enumerate() {
-                model = model.select_shard(shard);
+                model = model.select_shard(shard).unwrap();
                 let loss = (model.forward(x.clone()) - y.clone()).square().mean();
                 gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
             }
@@ -160,7 +163,10 @@ fn rounded_deltas_change_the_trajectory_by_little() {
         let (after, before) = (weights(&model), weights(&start));
         after.iter().zip(before).map(|(x, y)| x - y).collect()
     };
-    let (exact, rounded) = (train(WireDtype::F32), train(WireDtype::Bf16));
+    let (exact, rounded) = (
+        train(CommunicationDtype::F32),
+        train(CommunicationDtype::Bf16),
+    );
     let norm = |values: &[f64]| values.iter().map(|x| x * x).sum::<f64>().sqrt();
     let difference: Vec<f64> = rounded.iter().zip(&exact).map(|(x, y)| x - y).collect();
     let cost = norm(&difference) / norm(&exact);
@@ -246,9 +252,10 @@ fn a_gather_that_fails_beside_another_changes_nothing() {
                     inner,
                     gathers_left,
                 };
-                let mut optim = HdPissaOptimizer::new(adam, communicator)
-                    .unwrap()
-                    .with_gathers(NonZeroUsize::new(2).unwrap());
+                let mut optim = HdPissaOptimizerConfig::new()
+                    .with_buckets(NonZeroUsize::new(2).unwrap())
+                    .init(adam, communicator)
+                    .unwrap();
                 let gradients = |model: &Lean| {
                     let loss = model.forward(normal([5, 13], &device)).square().mean();
                     GradientsParams::from_grads(loss.backward(), model)
@@ -258,13 +265,13 @@ fn a_gather_that_fails_beside_another_changes_nothing() {
                 let weights = |model: &Lean| {
                     [&model.first.weight, &model.second.weight].map(|weight| bits(&base(weight)))
                 };
-                let before = (weights(&model), optim.to_bytes().unwrap());
+                let before = (weights(&model), state(&optim));
                 let second = gradients(&model);
                 let refused = optim.step(1e-3, model, second).unwrap_err();
                 let gone = CommError::WorkerGone { worker: 1 };
                 assert_eq!(refused.cause, OptimizerError::Comm(gone));
                 assert_eq!(before.0, weights(&refused.model));
-                assert_eq!(before.1[..], optim.to_bytes().unwrap()[..]);
+                assert_eq!(before.1[..], state(&optim)[..]);
                 assert_eq!(optim.steps(), 1);
             });
         }

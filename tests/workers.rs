@@ -8,8 +8,8 @@ use burn::optim::{AdamConfig, GradientsParams};
 use burn::tensor::{Device, Tensor, TensorData};
 use hd_pissa::comm::{Communicator, Solo, thread_group};
 use hd_pissa::{
-    HdPissaAdapter, HdPissaConfig, HdPissaModule, HdPissaOptimizer, OptimizerError, ShardGradients,
-    WireDtype,
+    CommunicationDtype, HdPissaAdapter, HdPissaConfig, HdPissaModule, HdPissaOptimizer,
+    HdPissaOptimizerConfig, OptimizerError, ShardGradients,
 };
 use hd_pissa_tests::{Lean, base, bits, normal};
 
@@ -28,7 +28,7 @@ fn train(
     hosted: Vec<usize>,
     data: &[Vec<Tensor<2>>],
     communicator: impl Communicator + 'static,
-    wire: WireDtype,
+    wire: CommunicationDtype,
     gathers: usize,
 ) -> Vec<TensorData> {
     let mut model = start
@@ -36,14 +36,15 @@ fn train(
         .unwrap()
         .set_require_grad_group(ParamGroup::from_path("first.bias"), true);
     let adam = AdamConfig::new().with_epsilon(1e-8).init();
-    let mut optim = HdPissaOptimizer::new(adam, communicator)
-        .unwrap()
-        .with_wire_dtype(wire)
-        .with_gathers(NonZeroUsize::new(gathers).unwrap());
+    let mut optim = HdPissaOptimizerConfig::new()
+        .with_communication_dtype(wire)
+        .with_buckets(NonZeroUsize::new(gathers).unwrap())
+        .init(adam, communicator)
+        .unwrap();
     for batches in data {
         let mut gradients = ShardGradients::new(&model);
         for &shard in &hosted {
-            model = model.select_shard(shard);
+            model = model.select_shard(shard).unwrap();
             let loss = model.forward(batches[shard].clone()).square().mean();
             gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
         }
@@ -67,7 +68,7 @@ fn every_layout_of_shards_on_workers_gives_the_same_bits() {
         let all: Vec<usize> = (0..SHARDS).collect();
         train(start.clone(), all.clone(), all, &data, Solo, wire, 1)
     };
-    let solo = [WireDtype::F32, WireDtype::Bf16].map(|wire| (wire, alone(wire)));
+    let solo = [CommunicationDtype::F32, CommunicationDtype::Bf16].map(|wire| (wire, alone(wire)));
     assert_ne!(solo[0].1, solo[1].1);
     // Contiguous blocks, and shards dealt out in another order; one gather per step, as many as
     // there are weights, and more. Workers that have the factors of all shards host blocks.
@@ -103,8 +104,8 @@ fn every_layout_of_shards_on_workers_gives_the_same_bits() {
 }
 
 /// No setting but the defaults.
-fn plain(optim: HdPissaOptimizer, _index: usize) -> HdPissaOptimizer {
-    optim
+fn plain(_index: usize) -> HdPissaOptimizerConfig {
+    HdPissaOptimizerConfig::new()
 }
 
 /// The step's result on each of two workers that host the shards given.
@@ -112,7 +113,7 @@ fn first_steps(
     models: [Lean; 2],
     hosted: [usize; 2],
     spoil: f32,
-    setup: fn(HdPissaOptimizer, usize) -> HdPissaOptimizer,
+    setup: fn(usize) -> HdPissaOptimizerConfig,
 ) -> Vec<Result<(), OptimizerError>> {
     let group = thread_group(2, Duration::from_secs(60));
     std::thread::scope(|scope| {
@@ -125,9 +126,8 @@ fn first_steps(
                     let device = Device::flex().autodiff();
                     let index = communicator.worker_index();
                     let adam = AdamConfig::new().init();
-                    let optim = HdPissaOptimizer::new(adam, communicator).unwrap();
-                    let mut optim = setup(optim, index);
-                    let model = model.select_shard(shard);
+                    let mut optim = setup(index).init(adam, communicator).unwrap();
+                    let model = model.select_shard(shard).unwrap();
                     let factor = if index == 1 { spoil } else { 1.0 };
                     let x = normal([5, 13], &device) * factor;
                     let loss = model.forward(x).square().mean();
@@ -157,12 +157,12 @@ fn a_bad_gradient_on_one_worker_refuses_the_step_on_all() {
         first_steps([model(0), model(1)], [0, 1], 1.0, plain),
         vec![Ok(()); 2]
     );
-    let bf16_in_two = |optim: HdPissaOptimizer, _| {
-        optim
-            .with_wire_dtype(WireDtype::Bf16)
-            .with_gathers(NonZeroUsize::new(2).unwrap())
+    let bf16_in_two = |_| {
+        HdPissaOptimizerConfig::new()
+            .with_communication_dtype(CommunicationDtype::Bf16)
+            .with_buckets(NonZeroUsize::new(2).unwrap())
     };
-    let setups: [fn(HdPissaOptimizer, usize) -> HdPissaOptimizer; 2] = [plain, bf16_in_two];
+    let setups: [fn(usize) -> HdPissaOptimizerConfig; 2] = [plain, bf16_in_two];
     for setup in setups {
         let errors = first_steps([model(0), model(1)], [0, 1], f32::NAN, setup);
         let expected = OptimizerError::NonFiniteGradient {
@@ -194,38 +194,47 @@ fn workers_that_disagree_are_refused() {
         match error {
             Err(OptimizerError::WorkerMismatch {
                 worker: named,
-                setting,
+                ours,
                 ..
             }) => {
                 assert_eq!(named, worker);
-                assert!(setting.contains("fingerprint"), "{setting}");
+                assert!(
+                    ours.starts_with("`first.weight` of shape [13, 17]"),
+                    "{ours}"
+                );
             }
             other => panic!("{other:?}"),
         }
     }
 
     let models = || [model(&config, 0), model(&config, 1)];
-    let mismatch = |worker, setting, ours: &str, theirs: &str| {
+    let mismatch = |worker, ours: &str, theirs: &str| {
         Err(OptimizerError::WorkerMismatch {
             worker,
-            setting,
             ours: ours.into(),
             theirs: theirs.into(),
         })
     };
-    let errors = first_steps(models(), [0, 1], 1.0, |optim, index| match index {
-        0 => optim,
-        _ => optim.with_wire_dtype(WireDtype::Bf16),
+    let all = start.clone().apply_hd_pissa(&config, 0..2).unwrap();
+    let errors = first_steps([all, model(&config, 1)], [0, 1], 1.0, plain);
+    let [all, own] = [
+        "factors of all shards",
+        "factors of the hosted shards alone",
+    ];
+    assert_eq!(errors[0], mismatch(1, all, own));
+    assert_eq!(errors[1], mismatch(0, own, all));
+    let errors = first_steps(models(), [0, 1], 1.0, |index| match index {
+        0 => plain(index),
+        _ => plain(index).with_communication_dtype(CommunicationDtype::Bf16),
     });
-    let setting = "the number of bits of a delta on the wire";
-    assert_eq!(errors[0], mismatch(1, setting, "32", "16"));
-    assert_eq!(errors[1], mismatch(0, setting, "16", "32"));
-    let errors = first_steps(models(), [0, 1], 1.0, |optim, index| {
-        optim.with_gathers(NonZeroUsize::new(1 + index).unwrap())
+    let [f32, bf16] = ["communication_dtype f32", "communication_dtype bf16"];
+    assert_eq!(errors[0], mismatch(1, f32, bf16));
+    assert_eq!(errors[1], mismatch(0, bf16, f32));
+    let errors = first_steps(models(), [0, 1], 1.0, |index| {
+        plain(index).with_buckets(NonZeroUsize::new(1 + index).unwrap())
     });
-    let setting = "the number of gathers per step";
-    assert_eq!(errors[0], mismatch(1, setting, "1", "2"));
-    assert_eq!(errors[1], mismatch(0, setting, "2", "1"));
+    assert_eq!(errors[0], mismatch(1, "1 buckets", "2 buckets"));
+    assert_eq!(errors[1], mismatch(0, "2 buckets", "1 buckets"));
 }
 
 /// Flips one bit in each of some bytes of the first layer's weight.
@@ -271,9 +280,10 @@ fn drift_is_caught(flip: &'static [(usize, u8)]) {
                     let index = communicator.worker_index();
                     let mut model = start.apply_hd_pissa(config, [index]).unwrap();
                     let adam = AdamConfig::new().init();
-                    let mut optim = HdPissaOptimizer::new(adam, communicator)
-                        .unwrap()
-                        .with_fingerprint_every(std::num::NonZeroU64::new(2));
+                    let mut optim = HdPissaOptimizerConfig::new()
+                        .with_fingerprint_every(std::num::NonZeroU64::new(2))
+                        .init(adam, communicator)
+                        .unwrap();
                     for step in 0.. {
                         if step == flip_after && index == 1 {
                             model = model.map(&mut Flip(flip));
@@ -286,11 +296,9 @@ fn drift_is_caught(flip: &'static [(usize, u8)]) {
                                 assert_eq!(step, first_to_refuse);
                                 println!("worker {index}: {error}");
                                 match error.cause {
-                                    OptimizerError::WorkerMismatch {
-                                        setting, worker, ..
-                                    } => {
+                                    OptimizerError::WorkerMismatch { ours, worker, .. } => {
                                         assert_eq!((step, worker), (0, 1 - index));
-                                        assert!(setting.contains("the model"), "{setting}");
+                                        assert!(ours.starts_with("parameters"), "{ours}");
                                     }
                                     OptimizerError::Drift {
                                         path,
@@ -350,7 +358,7 @@ fn frames_that_change_between_steps_are_shared_again() {
     let step = |optim: &mut HdPissaOptimizer, mut model: Lean, hosted: &[usize]| {
         let mut gradients = ShardGradients::new(&model);
         for &shard in hosted {
-            model = model.select_shard(shard);
+            model = model.select_shard(shard).unwrap();
             let loss = model.forward(batches[shard].clone()).square().mean();
             gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
         }
@@ -360,11 +368,11 @@ fn frames_that_change_between_steps_are_shared_again() {
     let sgd = || burn::optim::SgdConfig::new().init();
     for swapped in [&[1][..], &[0, 1]] {
         let expected = {
-            let mut optim = HdPissaOptimizer::new(sgd(), Solo).unwrap();
+            let mut optim = HdPissaOptimizerConfig::new().init(sgd(), Solo).unwrap();
             weights(&step(&mut optim, mixed(&[0, 1], swapped), &[0, 1]))
         };
         // A single worker that goes from one model to the other.
-        let mut optim = HdPissaOptimizer::new(sgd(), Solo).unwrap();
+        let mut optim = HdPissaOptimizerConfig::new().init(sgd(), Solo).unwrap();
         step(&mut optim, mixed(&[0, 1], &[]), &[0, 1]);
         let after = step(&mut optim, mixed(&[0, 1], swapped), &[0, 1]);
         assert_eq!(weights(&after), expected);
@@ -374,7 +382,9 @@ fn frames_that_change_between_steps_are_shared_again() {
                 let (mixed, step, weights, expected) = (&mixed, &step, &weights, &expected);
                 scope.spawn(move || {
                     let own = [communicator.worker_index()];
-                    let mut optim = HdPissaOptimizer::new(sgd(), communicator).unwrap();
+                    let mut optim = HdPissaOptimizerConfig::new()
+                        .init(sgd(), communicator)
+                        .unwrap();
                     let model = step(&mut optim, mixed(&own, &[]), &own);
                     step(&mut optim, model, &own);
                     let after = step(&mut optim, mixed(&own, swapped), &own);
@@ -406,14 +416,14 @@ fn a_step_sends_half_of_what_the_published_script_does() {
     // Its processes gather both factors and both deltas of every weight in every step.
     // Beside the deltas one count for each weight, and one for each gather.
     let ours = |wire, values: usize, weights: usize, gathers: usize| match wire {
-        WireDtype::F32 => 4 * (values + weights + gathers) as u64,
-        WireDtype::Bf16 => 2 * (values + 3 * (weights + gathers)) as u64,
+        CommunicationDtype::F32 => 4 * (values + weights + gathers) as u64,
+        CommunicationDtype::Bf16 => 2 * (values + 3 * (weights + gathers)) as u64,
     };
     let theirs = |values: usize| 4 * 2 * values as u64;
     let device = Device::flex().autodiff();
     let start = Lean::new(&device);
     let config = config().with_shards(2);
-    for wire in [WireDtype::F32, WireDtype::Bf16] {
+    for wire in [CommunicationDtype::F32, CommunicationDtype::Bf16] {
         std::thread::scope(|scope| {
             for communicator in thread_group(2, Duration::from_secs(60)) {
                 let (start, config) = (start.clone(), &config);
@@ -422,9 +432,10 @@ fn a_step_sends_half_of_what_the_published_script_does() {
                     let index = communicator.worker_index();
                     let mut model = start.apply_hd_pissa(config, [index]).unwrap();
                     let adam = AdamConfig::new().init();
-                    let mut optim = HdPissaOptimizer::new(adam, communicator)
-                        .unwrap()
-                        .with_wire_dtype(wire);
+                    let mut optim = HdPissaOptimizerConfig::new()
+                        .with_communication_dtype(wire)
+                        .init(adam, communicator)
+                        .unwrap();
                     let mut before = optim.traffic();
                     for step in 0..3 {
                         let loss = model.forward(normal([5, 13], &device)).square().mean();
@@ -446,7 +457,10 @@ fn a_step_sends_half_of_what_the_published_script_does() {
     let sums = 2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536);
     let (values, weights) = (16 * 30 * sums, 30 * 7);
     let theirs = 7 * theirs(values);
-    for (wire, share) in [(WireDtype::F32, 0.51), (WireDtype::Bf16, 0.255)] {
+    for (wire, share) in [
+        (CommunicationDtype::F32, 0.51),
+        (CommunicationDtype::Bf16, 0.255),
+    ] {
         let ours = 7 * ours(wire, values, weights, 4);
         println!(
             "SmolLM2-135M, K = 8, r = 16: {ours} bytes of {wire} per step and worker, the script's \

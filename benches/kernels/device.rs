@@ -1,51 +1,11 @@
 //! The device, its data and its rates.
 
-use burn::tensor::{DType, Device, Distribution, Tensor, TensorData};
-use half::{bf16, f16};
-use hd_pissa_benches::{alternate_within, device, median};
+use burn::tensor::{Device, Distribution, Tensor};
+use hd_pissa_benches::sample::Host;
+use hd_pissa_benches::{alternate_within, copy, device, hardware, large_product};
 
-use crate::rows::{Floor, Row};
-use crate::sample::{Host, assert_close, assert_product, places};
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Float {
-    F32,
-    F16,
-    BF16,
-}
-
-impl Float {
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::F16 => "f16",
-            Self::BF16 => "bf16",
-        }
-    }
-
-    pub fn bytes(self) -> f64 {
-        match self {
-            Self::F32 => 4.0,
-            Self::F16 | Self::BF16 => 2.0,
-        }
-    }
-
-    fn dtype(self) -> DType {
-        match self {
-            Self::F32 => DType::F32,
-            Self::F16 => DType::F16,
-            Self::BF16 => DType::BF16,
-        }
-    }
-
-    fn round(self, value: f32) -> f32 {
-        match self {
-            Self::F32 => value,
-            Self::F16 => f16::from_f32(value).to_f32(),
-            Self::BF16 => bf16::from_f32(value).to_f32(),
-        }
-    }
-}
+use crate::float::Float;
+use crate::rows::{Roofline, Row};
 
 pub struct Bench {
     /// Backend and hardware.
@@ -73,15 +33,8 @@ impl Bench {
             _ => None,
         }
         .map(|device| device.client());
-        #[cfg(feature = "cubecl-kernels")]
-        let hardware = match &client {
-            Some(client) => client.properties().identity.name.clone(),
-            None => processor(),
-        };
-        #[cfg(not(feature = "cubecl-kernels"))]
-        let hardware = processor();
         Self {
-            name: format!("{backend} on {hardware}"),
+            name: format!("{backend} on {}", hardware(&device)),
             device,
             seconds,
             #[cfg(feature = "cubecl-kernels")]
@@ -99,7 +52,7 @@ impl Bench {
 
     #[cfg(feature = "cubecl-kernels")]
     fn has(&self, dtype: Float) -> bool {
-        let has = |client| crate::direct::float(dtype).is_supported(client);
+        let has = |client| dtype.kernel_type().is_supported(client);
         self.client.as_ref().is_some_and(has)
     }
 
@@ -128,18 +81,11 @@ impl Bench {
     }
 
     pub fn tensor(&self, host: &Host, dtype: Float) -> Tensor<2> {
-        let shape = [host.values.len() / host.columns, host.columns];
-        let data = TensorData::new(host.values.clone(), shape);
-        Tensor::<2>::from_data(data, &self.device).cast(dtype.dtype())
+        host.tensor(&self.device, dtype.dtype())
     }
 
     pub fn values(&self, tensor: Tensor<2>) -> Host {
-        let columns = tensor.dims()[1];
-        let data = tensor.cast(DType::F32).into_data();
-        Host {
-            values: data.iter().collect(),
-            columns,
-        }
+        Host::read(tensor)
     }
 
     pub fn times(&self, works: &mut [&mut dyn FnMut()]) -> Vec<Vec<f64>> {
@@ -148,57 +94,35 @@ impl Bench {
 
     /// One read and one write of a weight, in place as a merge; its row, and the bytes per second.
     pub fn copy(&self, size: [usize; 2], dtype: Float) -> (Row, f64) {
-        let host = self.random(size, 1.0, dtype);
-        let mut weight = self.tensor(&host, dtype).neg();
-        let negated = self.values(weight.clone());
-        for place @ [i, j] in places(size) {
-            assert_close("copy", place, negated.at(i, j), -host.at(i, j), 0.0);
-        }
-        let times = self.times(&mut [&mut || {
-            // The tensor left in its place is a handle of a few bytes.
-            let owned = std::mem::replace(&mut weight, Tensor::empty([1, 1], &self.device));
-            weight = owned.neg();
-            self.sync();
-        }]);
-        let bytes = 2.0 * dtype.bytes() * host.values.len() as f64;
-        let floor = Floor {
-            bytes_per_second: 1e3 * bytes / median(times[0].iter().copied()),
+        let timed = copy(&self.device, size, dtype.dtype(), self.seconds);
+        let roofline = Roofline {
+            bytes_per_second: timed.bytes_per_second(),
             flops_per_second: f64::INFINITY,
         };
         let names = ["copy", "Burn, negated in place", dtype.name()];
-        let row = Row::new(names, size, [bytes, 0.0], &times[0], &floor);
-        (row, floor.bytes_per_second)
+        let row = Row::new(names, size, [timed.bytes, 0.0], &timed.times, &roofline);
+        (row, roofline.bytes_per_second)
     }
 
     /// A square product by Burn, as large as takes some time.
     pub fn large_product(&self, dtype: Float, quick: bool) -> Large {
         let most = if quick { 1024 } else { 8192 };
-        let mut n = 512;
-        let times = loop {
-            let [left, right] = [(); 2].map(|()| self.random([n, n], 1.0, dtype));
-            let operands = [&left, &right].map(|host| self.tensor(host, dtype));
-            let product = || operands[0].clone().matmul(operands[1].clone());
-            let found = self.values(product());
-            assert_product("large product", &found, &left, &right, self.error(dtype, n));
-            let times = self.times(&mut [&mut || {
-                let _product = product();
-                self.sync();
-            }]);
-            if median(times[0].iter().copied()) > 50.0 || 2 * n > most {
-                break times;
-            }
-            n *= 2;
-        };
-        let flops = 2.0 * (n as f64).powi(3);
-        let floor = Floor {
+        let error = |inner| self.error(dtype, inner);
+        let (n, timed) = large_product(&self.device, dtype.dtype(), most, self.seconds, error);
+        let roofline = Roofline {
             bytes_per_second: f64::INFINITY,
-            flops_per_second: 1e3 * flops / median(times[0].iter().copied()),
+            flops_per_second: timed.flops_per_second(),
         };
         let names = ["large", "Burn", dtype.name()];
-        let bytes = 3.0 * dtype.bytes() * (n * n) as f64;
         Large {
-            row: Row::new(names, [n, n], [bytes, flops], &times[0], &floor),
-            flops_per_second: floor.flops_per_second,
+            row: Row::new(
+                names,
+                [n, n],
+                [timed.bytes, timed.flops],
+                &timed.times,
+                &roofline,
+            ),
+            flops_per_second: roofline.flops_per_second,
         }
     }
 
@@ -213,16 +137,4 @@ impl Bench {
             Float::BF16 => sums + 2f64.powi(-7),
         }
     }
-}
-
-/// The name of the processor and its number of threads.
-fn processor() -> String {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = info
-        .lines()
-        .find(|line| line.starts_with("model name"))
-        .and_then(|line| line.split_once(": "))
-        .map_or(std::env::consts::ARCH, |(_, model)| model);
-    let threads = std::thread::available_parallelism().map_or(1, |count| count.get());
-    format!("{}, {threads} threads", model.trim())
 }

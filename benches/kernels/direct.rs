@@ -5,23 +5,14 @@ use std::cell::Cell;
 use cubecl::client::Client;
 use cubecl::server::Handle;
 use half::{bf16, f16};
+use hd_pissa_bits::{Half, Rounding};
 use hd_pissa_kernels::{
-    Arithmetic, Buffer, FactorProduct, FloatType, KernelError, LowRankProduct, Matrix, Merge,
-    MergePrecision, ShardedFactors, companion_len, low_rank_product, merge_with, new_counter,
-    reference,
+    DenseProduct, FloatType, LowRankProduct, Matrix, low_rank_product, residual_shape,
 };
 
-use crate::device::Float;
-use crate::sample::Host;
-use crate::{factors, merges, products};
-
-pub fn float(dtype: Float) -> FloatType {
-    match dtype {
-        Float::F32 => FloatType::F32,
-        Float::F16 => FloatType::F16,
-        Float::BF16 => FloatType::BF16,
-    }
-}
+use crate::float::Float;
+use crate::operands::{Factor, Merge, Merged, Product, Products, Variant};
+use hd_pissa_benches::sample::Host;
 
 fn upload(client: &Client, values: &[f32], dtype: Float) -> Handle {
     let bytes: Vec<u8> = match dtype {
@@ -38,7 +29,7 @@ fn upload(client: &Client, values: &[f32], dtype: Float) -> Handle {
     client.create_from_slice(&bytes)
 }
 
-fn words(client: &Client, handle: &Handle) -> Vec<u32> {
+fn words_of(client: &Client, handle: &Handle) -> Vec<u32> {
     let bytes = client.read_one(handle.clone()).expect("the kernels ran");
     let words = bytes.chunks_exact(4);
     words
@@ -58,7 +49,7 @@ fn download(client: &Client, matrix: &Matrix) -> Host {
     let len = rows * columns;
     let values = match matrix.dtype {
         FloatType::F32 => {
-            let words = words(client, &matrix.handle).into_iter().take(len);
+            let words = words_of(client, &matrix.handle).into_iter().take(len);
             words.map(f32::from_bits).collect()
         }
         FloatType::F16 => {
@@ -73,101 +64,66 @@ fn download(client: &Client, matrix: &Matrix) -> Host {
     Host { values, columns }
 }
 
+/// A word of zero.
+fn word(client: &Client) -> Handle {
+    client.create_from_slice(&0u32.to_ne_bytes())
+}
+
 /// Waits until the device has done everything queued so far: by reading one word of its memory.
 fn sync(client: &Client, word: &Handle) {
     drop(client.read_one(word.clone()).expect("the device runs"));
 }
 
-/// Every kernel that the device has for a merge.
-pub fn merges<'a>(client: &'a Client, case: &merges::Case, sums: f64) -> Vec<merges::Way<'a>> {
-    let tf32 = Arithmetic::SplitTf32;
-    // The sums on matrix units round toward zero, by at most twice as much.
-    let tf32_error = 2.0 * sums + 2f64.powi(-22);
-    let mut ways = vec![merge_way(
-        client,
-        case,
-        "kernel",
-        Float::F32,
-        Arithmetic::Exact,
-        sums,
-    )];
-    for (name, dtype) in [
-        ("kernel, f16 split", Float::F16),
-        ("kernel, bf16 split", Float::BF16),
-    ] {
-        if float(dtype).is_supported(client) {
-            ways.push(merge_way(
-                client,
-                case,
-                name,
-                dtype,
-                Arithmetic::Exact,
-                sums,
-            ));
-        }
-    }
-    if tf32.is_supported(client) {
-        ways.push(merge_way(
-            client,
-            case,
-            "kernel, tf32 halves",
-            Float::F32,
-            tf32,
-            tf32_error,
-        ));
-    }
-    ways
+/// The merge into an `f32` weight, and into halves that the device has, compensated.
+pub fn merges<'a>(client: &'a Client, case: &Merge, error: f64) -> Vec<Variant<'a, Merged>> {
+    let variants = [
+        ("kernel", Float::F32),
+        ("kernel, f16 compensated", Float::F16),
+        ("kernel, bf16 compensated", Float::BF16),
+    ];
+    let supported = variants
+        .into_iter()
+        .filter(|(_, dtype)| dtype.kernel_type().is_supported(client));
+    supported
+        .map(|(name, dtype)| merge(client, case, name, dtype, error))
+        .collect()
 }
 
-fn merge_way<'a>(
+fn merge<'a>(
     client: &'a Client,
-    case: &merges::Case,
+    case: &Merge,
     name: &'static str,
     dtype: Float,
-    arithmetic: Arithmetic,
     error: f64,
-) -> merges::Way<'a> {
-    let [d_input, _] = case.size;
-    let factors = |host: &Host| ShardedFactors {
-        buffer: Buffer {
-            handle: upload(client, &host.values, Float::F32),
-            len: host.values.len(),
-            dtype: FloatType::F32,
-        },
-        left: 0,
-        right: case.rank * d_input,
-        shard_stride: host.columns,
-    };
+) -> Variant<'a, Merged> {
     let handle = upload(client, &case.weight.values, dtype);
-    let weight = Matrix::row_major(handle, case.size, float(dtype));
-    let companion = vec![0; 4 * companion_len(&weight)];
-    let companion = (dtype != Float::F32).then(|| client.create_from_slice(&companion));
-    let counter = new_counter(client);
-    let arguments = Merge {
+    let weight = Matrix::row_major(handle, case.size, dtype.kernel_type());
+    let words: usize = residual_shape(&weight).iter().product();
+    let residual = (dtype != Float::F32).then(|| client.create_from_slice(&vec![0; 4 * words]));
+    let gate = word(client);
+    let arguments = hd_pissa_kernels::Merge {
         weight: weight.clone(),
-        frames: factors(&case.frames),
-        deltas: factors(&case.deltas),
+        frames: upload(client, &case.frames.values, Float::F32),
+        deltas: upload(client, &case.deltas.values, Float::F32),
         rank: case.rank,
         shards: case.shards,
-        precision: MergePrecision::Split,
-        companion: companion.clone(),
-        non_finite: counter.clone(),
-        squares: new_counter(client),
-        square_slot: 0,
+        rounding: Rounding::Nearest,
+        residual: residual.clone(),
+        gate: gate.clone(),
     };
     let count = std::rc::Rc::new(Cell::new(0));
     let merged = count.clone();
-    merges::Way {
+    Variant {
         name,
         work: Box::new(move || {
-            merge_with(client, arguments.clone(), arithmetic).expect("the operands fit");
-            sync(client, &counter);
+            hd_pissa_kernels::merge(client, arguments.clone()).expect("the operands fit");
+            sync(client, &gate);
             merged.set(merged.get() + 1);
         }),
-        weight: Box::new(move || {
+        result: Box::new(move || {
             let mut values = download(client, &weight);
-            if let Some(companion) = &companion {
-                join(&mut values, &words(client, companion), dtype);
+            if let Some(residual) = &residual {
+                join(&mut values, &words_of(client, residual), dtype);
             }
             (values, count.get())
         }),
@@ -176,130 +132,78 @@ fn merge_way<'a>(
 }
 
 /// Completes the high halves of a row-major weight.
-fn join(values: &mut Host, companion: &[u32], dtype: Float) {
+fn join(values: &mut Host, residual: &[u32], dtype: Float) {
     let pitch = values.columns.div_ceil(2);
     for (place, value) in values.values.iter_mut().enumerate() {
         let (row, column) = (place / values.columns, place % values.columns);
-        let low = (companion[row * pitch + column / 2] >> (16 * (column % 2))) as u16;
+        let low = (residual[row * pitch + column / 2] >> (16 * (column % 2))) as u16;
         *value = match dtype {
             Float::F32 => *value,
-            Float::F16 => reference::join_f16(f16::from_f32(*value), low),
-            Float::BF16 => reference::join_bf16(bf16::from_f32(*value), low),
+            Float::F16 => f16::from_f32(*value).join(low),
+            Float::BF16 => bf16::from_f32(*value).join(low),
         };
     }
 }
 
-/// A launch function.
-type Launch = fn(&Client, LowRankProduct) -> Result<(), KernelError>;
-
-/// The product in one launch of the kernel or of the pipeline, and in two of the kernel.
-pub fn products<'a>(
-    client: &'a Client,
-    case: &products::Case,
-    input: Float,
-) -> Vec<products::Way<'a>> {
-    let dtype = float(input);
-    let (tokens, d_input) = (case.x.values.len() / case.x.columns, case.x.columns);
-    let (d_output, rank) = (case.w.columns, case.a.columns);
-    let operand = |host: &Host, dtype: Float, rows: usize| {
-        let handle = upload(client, &host.values, dtype);
-        Matrix::row_major(handle, [rows, host.columns], float(dtype))
-    };
+/// The product in one launch of the kernel.
+pub fn product<'a>(client: &'a Client, case: &Product, input: Float) -> Variant<'a, Products> {
+    let operand = |host: &Host, dtype: Float| matrix(client, host, dtype);
+    let tokens = case.x.values.len() / case.x.columns;
     let poison = |columns: usize, dtype: Float| {
         let values = vec![f32::NAN; tokens * columns];
-        operand(&Host { values, columns }, dtype, tokens)
+        operand(&Host { values, columns }, dtype)
     };
-    let both = || LowRankProduct {
-        input: operand(&case.x, input, tokens),
-        weight: operand(&case.w, input, d_input),
-        factor: operand(&case.a, Float::F32, d_input),
-        bias: None,
-        output: poison(d_output, input),
-        projection: poison(rank, Float::F32),
+    let output = poison(case.w.columns, input);
+    let projection = poison(case.a.columns, Float::F32);
+    let product = LowRankProduct {
+        input: operand(&case.x, input),
+        factor: operand(&case.a, Float::F32),
+        projection: projection.clone(),
+        dense: Some(DenseProduct {
+            weight: operand(&case.w, input),
+            output: output.clone(),
+        }),
     };
-    let empty = |rows: usize, dtype| Matrix::row_major(client.empty(4), [rows, 0], dtype);
-    let (fused, pair) = (both(), both());
-    let only_y = LowRankProduct {
-        factor: empty(d_input, FloatType::F32),
-        projection: empty(tokens, FloatType::F32),
-        ..pair.clone()
-    };
-    let only_p = LowRankProduct {
-        weight: empty(d_input, dtype),
-        output: empty(tokens, dtype),
-        ..pair.clone()
-    };
-    let sums = d_input as f64 * f64::from(f32::EPSILON);
+    let sums = case.x.columns as f64 * f64::from(f32::EPSILON);
     // A product and a sum per step, each rounded; then the store.
     let error = match input {
         Float::F32 => sums,
         Float::F16 => sums + 2f64.powi(-11),
         Float::BF16 => sums + 2f64.powi(-8),
     };
-    let kernel: Launch = low_rank_product;
-    #[allow(unused_mut, reason = "extended in a build with pipelines")]
-    let mut ways: Vec<Plan> = vec![
-        ("kernel, fused", kernel, fused.clone(), vec![fused], error),
-        (
-            "kernel, y, then p",
-            kernel,
-            pair,
-            vec![only_y, only_p],
-            error,
-        ),
-    ];
-    #[cfg(feature = "pipeline")]
-    ways.extend(pipeline(client, both(), error));
-    let ways = ways.into_iter();
-    ways.map(|(name, run, product, launches, error)| {
-        let word = new_counter(client);
-        products::Way {
-            name,
-            work: Box::new(move || {
-                for launch in &launches {
-                    run(client, launch.clone()).expect("the operands fit");
-                }
-                sync(client, &word);
-            }),
-            result: Box::new(move || {
-                [&product.output, &product.projection].map(|matrix| Some(download(client, matrix)))
-            }),
-            has_projection: true,
-            error,
-        }
-    })
-    .collect()
+    let word = word(client);
+    Variant {
+        name: "kernel, fused",
+        work: Box::new(move || {
+            low_rank_product(client, product.clone()).expect("the operands fit");
+            sync(client, &word);
+        }),
+        result: Box::new(move || [&output, &projection].map(|m| Some(download(client, m)))),
+        error,
+    }
 }
 
 /// The product with a factor, the input read in its own type.
-pub fn factor_product<'a>(
-    client: &'a Client,
-    case: &factors::Case,
-    input: Float,
-) -> factors::Way<'a> {
-    let operand = |host: &Host, dtype: Float| {
-        let handle = upload(client, &host.values, dtype);
-        let shape = [host.values.len() / host.columns, host.columns];
-        Matrix::row_major(handle, shape, float(dtype))
-    };
-    let mut x = operand(&case.x, input);
+pub fn factor_product<'a>(client: &'a Client, case: &Factor, input: Float) -> Variant<'a, Host> {
+    let mut x = matrix(client, &case.x, input);
     if case.is_gradient {
         x = x.transposed();
     }
     let [rows, depth] = x.shape;
     let columns = case.f.columns;
     let values = vec![f32::NAN; rows * columns];
-    let output = operand(&Host { values, columns }, Float::F32);
-    let product = FactorProduct {
+    let output = matrix(client, &Host { values, columns }, Float::F32);
+    let product = LowRankProduct {
         input: x,
-        factor: operand(&case.f, Float::F32),
-        output: output.clone(),
+        factor: matrix(client, &case.f, Float::F32),
+        projection: output.clone(),
+        dense: None,
     };
-    let word = new_counter(client);
-    factors::Way {
+    let word = word(client);
+    Variant {
         name: "kernel",
         work: Box::new(move || {
-            hd_pissa_kernels::factor_product(client, product.clone()).expect("the operands fit");
+            low_rank_product(client, product.clone()).expect("the operands fit");
             sync(client, &word);
         }),
         result: Box::new(move || download(client, &output)),
@@ -307,31 +211,8 @@ pub fn factor_product<'a>(
     }
 }
 
-/// A name, a launch function, the product whose results count, all launches, and a bound on the error.
-type Plan = (
-    &'static str,
-    Launch,
-    LowRankProduct,
-    Vec<LowRankProduct>,
-    f64,
-);
-
-/// The product through the pipeline, unless the device cannot run it.
-#[cfg(feature = "pipeline")]
-fn pipeline(client: &Client, product: LowRankProduct, error: f64) -> Option<Plan> {
-    let run: Launch = hd_pissa_kernels::low_rank_product_by_pipeline;
-    if let Err(error) = run(client, product.clone()) {
-        println!("left out: {error}");
-        return None;
-    }
-    // It rounds what it reads: to `tf32` on matrix units, the factor to the input's type.
-    let dtype = product.input.dtype;
-    let read = match dtype {
-        FloatType::F32 if !hd_pissa_kernels::has_matrix_units(client, dtype) => 0.0,
-        FloatType::F32 => 2f64.powi(-9),
-        FloatType::F16 => 2f64.powi(-11),
-        FloatType::BF16 => 2f64.powi(-8),
-    };
-    let launches = vec![product.clone()];
-    Some(("pipeline, fused", run, product, launches, error + read))
+fn matrix(client: &Client, host: &Host, dtype: Float) -> Matrix {
+    let handle = upload(client, &host.values, dtype);
+    let shape = [host.values.len() / host.columns, host.columns];
+    Matrix::row_major(handle, shape, dtype.kernel_type())
 }

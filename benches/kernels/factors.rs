@@ -4,34 +4,26 @@ use std::cell::RefCell;
 
 use burn::tensor::{DType, Tensor};
 
-use crate::device::{Bench, Float};
+use crate::device::Bench;
 use crate::direct;
-use crate::rows::{Floor, Row, Rows};
-use crate::sample::{Host, assert_product};
+use crate::float::Float;
+use crate::operands::{Factor, Variant};
+use crate::rows::{Roofline, Row, Rows};
+use hd_pissa_benches::sample::{Host, assert_product};
 
-/// `x · f`, or `xᵀ · f`, on the host. The factor is `f32` whatever the other is.
-pub struct Case {
-    pub x: Host,
-    pub f: Host,
-    pub is_gradient: bool,
-}
-
-pub struct Way<'a> {
-    pub name: &'static str,
-    pub work: Box<dyn FnMut() + 'a>,
-    /// What the last run gave.
-    pub result: Box<dyn Fn() -> Host + 'a>,
-    /// Bound on the error of an element, as a share of the sum of the absolute values of its terms.
-    pub error: f64,
-}
-
-impl Case {
-    fn verify(&self, way: &Way) {
+impl Factor {
+    fn verify(&self, variant: &Variant<Host>) {
         let left = match self.is_gradient {
             true => &self.x.transposed(),
             false => &self.x,
         };
-        assert_product(way.name, &(way.result)(), left, &self.f, way.error);
+        assert_product(
+            variant.name,
+            &(variant.result)(),
+            left,
+            &self.f,
+            variant.error,
+        );
     }
 }
 
@@ -41,13 +33,13 @@ pub fn measure(
     tokens: usize,
     size @ [d_input, _]: [usize; 2],
     rank: usize,
-    floor: &Floor,
+    roofline: &Roofline,
     rows: &mut Rows,
 ) {
     let Some(client) = &bench.client else { return };
     for is_gradient in [false, true] {
         let inner = if is_gradient { tokens } else { d_input };
-        let case = Case {
+        let case = Factor {
             x: bench.random([tokens, d_input], 1.0, dtype),
             f: bench.random([inner, rank], 1.0, Float::F32),
             is_gradient,
@@ -57,7 +49,7 @@ pub fn measure(
             bench.tensor(&case.f, Float::F32),
         );
         let result: RefCell<Option<Tensor<2>>> = RefCell::default();
-        let burn = Way {
+        let burn = Variant {
             name: "Burn, in f32",
             work: Box::new(|| {
                 let wide = x.clone().cast(DType::F32);
@@ -69,25 +61,27 @@ pub fn measure(
             result: Box::new(|| bench.values(result.borrow().clone().expect("it ran"))),
             error: bench.error(Float::F32, inner),
         };
-        let mut ways = [burn, direct::factor_product(client, &case, dtype)];
-        for way in &mut ways {
-            (way.work)();
-            case.verify(way);
+        let mut variants = [burn, direct::factor_product(client, &case, dtype)];
+        for variant in &mut variants {
+            (variant.work)();
+            case.verify(variant);
         }
-        let mut works: Vec<&mut dyn FnMut()> =
-            ways.iter_mut().map(|way| &mut way.work as _).collect();
+        let mut works: Vec<&mut dyn FnMut()> = variants
+            .iter_mut()
+            .map(|variant| &mut variant.work as _)
+            .collect();
         let times = bench.times(&mut works);
-        for (way, times) in ways.iter().zip(&times) {
-            case.verify(way);
+        for (variant, times) in variants.iter().zip(&times) {
+            case.verify(variant);
             let bytes = dtype.bytes() * (tokens * d_input) as f64
                 + 4.0 * (rank * (tokens + d_input)) as f64;
             let work = [bytes, 2.0 * (tokens * d_input * rank) as f64];
             let operation = if is_gradient { "xT·q" } else { "x·a" };
-            let names = [operation, way.name, dtype.name()];
+            let names = [operation, variant.name, dtype.name()];
             rows.push(Row {
                 tokens: Some(tokens),
                 rank: Some(rank),
-                ..Row::new(names, size, work, times, floor)
+                ..Row::new(names, size, work, times, roofline)
             });
         }
     }

@@ -5,7 +5,7 @@
 //! `cargo bench -p hd-pissa-benches --bench kernels` measures Flex; `--features wgpu` or
 //! `--features cuda` a GPU, with the kernels called directly too; with `autotune` Burn's products are
 //! those of a build with its default features. `-- --help` tells how to measure
-//! less. The rows go to `bench/kernels.json`, where they replace those of the same device and case.
+//! less. The rows go to `benches/kernels.json`, where they replace those of the same device and case.
 //!
 //! Inputs are drawn anew for every case. Results are compared with sums in `f64` of some of their
 //! elements before anything is timed, and again after, so that a launch that does nothing or writes
@@ -16,18 +16,20 @@ mod device;
 mod direct;
 #[cfg(feature = "cubecl-kernels")]
 mod factors;
+mod float;
 mod merges;
+mod operands;
 mod products;
 mod rows;
-mod sample;
 
 use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
 
-use device::{Bench, Float};
+use device::Bench;
+use float::Float;
 use hd_pissa_benches::size;
-use rows::{Floor, Rows};
+use rows::{Roofline, Rows};
 
 const SIZES: [[usize; 2]; 6] = [
     [576, 576],
@@ -72,7 +74,7 @@ struct Options {
     /// The three smallest sizes, few tokens and little time, written to the target directory.
     #[arg(long)]
     quick: bool,
-    /// Where to write, instead of `bench/kernels.json`.
+    /// Where to write, instead of `benches/kernels.json`.
     #[arg(long)]
     output: Option<PathBuf>,
     /// Given by cargo.
@@ -85,8 +87,7 @@ fn main() {
     if options.sizes.is_empty() {
         options.sizes = SIZES.to_vec();
     }
-    let workspace = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..");
-    let mut output = workspace.join("bench/kernels.json");
+    let mut output = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("kernels.json");
     if options.quick {
         options
             .sizes
@@ -105,12 +106,12 @@ fn main() {
         for &size in &options.sizes {
             let (copy, bytes_per_second) = bench.copy(size, dtype);
             rows.push(copy);
-            let floor = Floor {
+            let roofline = Roofline {
                 bytes_per_second,
                 flops_per_second: large.flops_per_second,
             };
             let fits = |flops: f64, case: &str| {
-                let seconds = flops / floor.flops_per_second;
+                let seconds = flops / roofline.flops_per_second;
                 if seconds > options.limit {
                     println!("left out: {case} {size:?} would take {seconds:.1} s a round");
                 }
@@ -121,20 +122,22 @@ fn main() {
                 if is_wanted(Operation::Merge) && dtype == Float::F32 {
                     for &shards in &options.shards {
                         if fits(merges::flops(size, rank, shards), "merge") {
-                            merges::measure(&bench, size, rank, shards, &floor, &mut rows);
+                            merges::measure(&bench, size, rank, shards, &roofline, &mut rows);
                         }
                     }
                 }
                 #[cfg(feature = "cubecl-kernels")]
                 if is_wanted(Operation::Factor) {
                     for &tokens in &options.tokens {
-                        factors::measure(&bench, dtype, tokens, size, rank, &floor, &mut rows);
+                        factors::measure(&bench, dtype, tokens, size, rank, &roofline, &mut rows);
                     }
                 }
                 if is_wanted(Operation::Product) {
                     for &tokens in &options.tokens {
                         if fits(products::flops(tokens, size, rank), "product") {
-                            products::measure(&bench, dtype, tokens, size, rank, &floor, &mut rows);
+                            products::measure(
+                                &bench, dtype, tokens, size, rank, &roofline, &mut rows,
+                            );
                         }
                     }
                 }

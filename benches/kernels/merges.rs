@@ -5,35 +5,17 @@ use std::cell::Cell;
 use burn::tensor::Tensor;
 use hd_pissa::ops::merge;
 
-use crate::device::{Bench, Float};
-use crate::rows::{Floor, Row, Rows};
-use crate::sample::{Exact, Host, assert_close, places};
-
-/// The operands of a merge on the host; factors as the operations take them, a row per shard.
-pub struct Case {
-    pub size: [usize; 2],
-    pub rank: usize,
-    pub shards: usize,
-    pub weight: Host,
-    pub frames: Host,
-    pub deltas: Host,
-}
-
-/// One way of merging.
-pub struct Way<'a> {
-    pub name: &'static str,
-    pub work: Box<dyn FnMut() + 'a>,
-    /// The weight as it is now, and how many merges it has taken.
-    pub weight: Box<dyn Fn() -> (Host, usize) + 'a>,
-    /// Bound on the error of an update, as a share of the sum of the absolute values of its terms.
-    pub error: f64,
-}
+use crate::device::Bench;
+use crate::float::Float;
+use crate::operands::{Merge, Merged, Variant};
+use crate::rows::{Roofline, Row, Rows};
+use hd_pissa_benches::sample::{Exact, assert_close, places};
 
 pub fn flops([d_input, d_output]: [usize; 2], rank: usize, shards: usize) -> f64 {
     4.0 * (d_input * d_output) as f64 * (shards * rank) as f64
 }
 
-impl Case {
+impl Merge {
     fn new(bench: &Bench, size: [usize; 2], rank: usize, shards: usize) -> Self {
         let row = [shards, rank * (size[0] + size[1])];
         Self {
@@ -65,8 +47,8 @@ impl Case {
     }
 
     /// A weight that has taken the update a number of times.
-    fn verify(&self, way: &Way) {
-        let (found, merges) = (way.weight)();
+    fn verify(&self, variant: &Variant<Merged>) {
+        let (found, merges) = (variant.result)();
         let merges = merges as f64;
         for place @ [i, j] in places(self.size) {
             let (before, update) = (self.weight.at(i, j), self.update(place));
@@ -74,8 +56,8 @@ impl Case {
             // Every merge rounds the weight once; a pair of f16 holds it to within 2^-39.
             let largest = before.abs() + merges * update.magnitude;
             let rounding = f64::from(f32::EPSILON) * largest + 2f64.powi(-39);
-            let bound = merges * (way.error * update.magnitude + rounding);
-            assert_close(way.name, place, found.at(i, j), expected, bound);
+            let bound = merges * (variant.error * update.magnitude + rounding);
+            assert_close(variant.name, place, found.at(i, j), expected, bound);
         }
     }
 }
@@ -85,10 +67,10 @@ pub fn measure(
     size @ [d_input, d_output]: [usize; 2],
     rank: usize,
     shards: usize,
-    floor: &Floor,
+    roofline: &Roofline,
     rows: &mut Rows,
 ) {
-    let case = Case::new(bench, size, rank, shards);
+    let case = Merge::new(bench, size, rank, shards);
     let inner = 2 * shards * rank;
     let (frames, deltas) = (
         bench.tensor(&case.frames, Float::F32),
@@ -113,18 +95,18 @@ pub fn measure(
 
     let sums = (2 * inner + 1) as f64 * f64::from(f32::EPSILON);
     let burn = bench.error(Float::F32, 2 * inner + 1);
-    let mut ways = vec![
-        Way {
+    let mut variants = vec![
+        Variant {
             name: "merge",
             work: Box::new(|| {
                 step(0, &|weight| {
                     merge(weight, frames.clone(), deltas.clone(), rank)
                 })
             }),
-            weight: Box::new(|| weight(0)),
+            result: Box::new(|| weight(0)),
             error: sums,
         },
-        Way {
+        Variant {
             name: "stacks, product, sum",
             work: Box::new(|| {
                 step(1, &|weight| {
@@ -132,35 +114,38 @@ pub fn measure(
                     weight + left.matmul(right)
                 })
             }),
-            weight: Box::new(|| weight(1)),
+            result: Box::new(|| weight(1)),
             error: burn,
         },
-        Way {
+        Variant {
             name: "product, sum",
             work: Box::new(|| {
                 step(2, &|weight| weight + left.clone().matmul(right.clone()));
             }),
-            weight: Box::new(|| weight(2)),
+            result: Box::new(|| weight(2)),
             error: burn,
         },
     ];
     #[cfg(feature = "cubecl-kernels")]
     if let Some(client) = &bench.client {
-        ways.extend(crate::direct::merges(client, &case, sums));
+        variants.extend(crate::direct::merges(client, &case, sums));
     }
-    for way in &mut ways {
-        (way.work)();
-        case.verify(way);
+    for variant in &mut variants {
+        (variant.work)();
+        case.verify(variant);
     }
-    let mut works: Vec<&mut dyn FnMut()> = ways.iter_mut().map(|way| &mut way.work as _).collect();
+    let mut works: Vec<&mut dyn FnMut()> = variants
+        .iter_mut()
+        .map(|variant| &mut variant.work as _)
+        .collect();
     let times = bench.times(&mut works);
 
     // The weight is read and written, as f32 or as a pair of 16-bit halves; the factors are read.
     let bytes = 8.0 * ((d_input * d_output) + shards * rank * (d_input + d_output)) as f64;
-    for (way, times) in ways.iter().zip(&times) {
-        case.verify(way);
+    for (variant, times) in variants.iter().zip(&times) {
+        case.verify(variant);
         let work = [bytes, flops(size, rank, shards)];
-        let row = Row::new(["merge", way.name, "f32"], size, work, times, floor);
+        let row = Row::new(["merge", variant.name, "f32"], size, work, times, roofline);
         rows.push(Row {
             rank: Some(rank),
             shards: Some(shards),
@@ -170,7 +155,7 @@ pub fn measure(
 }
 
 /// `[a + Δa | Δa]` and `[Δb ; b]` over all shards.
-fn stacks(case: &Case, frames: &Tensor<2>, deltas: &Tensor<2>) -> (Tensor<2>, Tensor<2>) {
+fn stacks(case: &Merge, frames: &Tensor<2>, deltas: &Tensor<2>) -> (Tensor<2>, Tensor<2>) {
     let ([d_input, d_output], rank) = (case.size, case.rank);
     let (mut left, mut right) = (Vec::new(), Vec::new());
     for shard in 0..case.shards {

@@ -6,37 +6,24 @@ use burn::tensor::module::linear;
 use burn::tensor::{DType, Tensor};
 use hd_pissa::ops::adapter_linear;
 
-use crate::device::{Bench, Float};
-use crate::rows::{Floor, Row, Rows};
-use crate::sample::{Host, assert_product};
+use crate::device::Bench;
+use crate::float::Float;
+use crate::operands::{Product, Products, Variant};
+use crate::rows::{Roofline, Row, Rows};
+use hd_pissa_benches::sample::assert_product;
 
-/// The operands on the host. The factor is `f32` whatever the others are.
-pub struct Case {
-    pub x: Host,
-    pub w: Host,
-    pub a: Host,
-}
-
-/// One way of computing `y` and, most of them, `p`.
-pub struct Way<'a> {
-    pub name: &'static str,
-    pub work: Box<dyn FnMut() + 'a>,
-    /// What the last run gave.
-    pub result: Box<dyn Fn() -> [Option<Host>; 2] + 'a>,
-    pub has_projection: bool,
-    /// Bound on the error of an element, as a share of the sum of the absolute values of its terms.
-    pub error: f64,
-}
+/// The variant that leaves `p` out.
+const ONLY_OUTPUT: &str = "y by Burn";
 
 pub fn flops(tokens: usize, [d_input, d_output]: [usize; 2], rank: usize) -> f64 {
     2.0 * (tokens * d_input) as f64 * (d_output + rank) as f64
 }
 
-impl Case {
-    fn verify(&self, way: &Way) {
-        for (found, right) in (way.result)().into_iter().zip([&self.w, &self.a]) {
+impl Product {
+    fn verify(&self, variant: &Variant<Products>) {
+        for (found, right) in (variant.result)().into_iter().zip([&self.w, &self.a]) {
             if let Some(found) = found {
-                assert_product(way.name, &found, &self.x, right, way.error);
+                assert_product(variant.name, &found, &self.x, right, variant.error);
             }
         }
     }
@@ -48,10 +35,10 @@ pub fn measure(
     tokens: usize,
     size @ [d_input, d_output]: [usize; 2],
     rank: usize,
-    floor: &Floor,
+    roofline: &Roofline,
     rows: &mut Rows,
 ) {
-    let case = Case {
+    let case = Product {
         x: bench.random([tokens, d_input], 1.0, dtype),
         w: bench.random(size, 1.0, dtype),
         a: bench.random([d_input, rank], 1.0, Float::F32),
@@ -72,15 +59,14 @@ pub fn measure(
         kept.map(|tensor| tensor.map(|tensor| bench.values(tensor)))
     };
     let error = bench.error(dtype, d_input);
-    let mut ways = vec![
-        Way {
-            name: "y by Burn",
+    let mut variants = vec![
+        Variant {
+            name: ONLY_OUTPUT,
             work: Box::new(|| keep(0, linear(x.clone(), w.clone(), None), None)),
             result: Box::new(|| result(0)),
-            has_projection: false,
             error,
         },
-        Way {
+        Variant {
             name: "y, then p by Burn",
             work: Box::new(|| {
                 let y = linear(x.clone(), w.clone(), None);
@@ -88,10 +74,9 @@ pub fn measure(
                 keep(1, y, Some(p));
             }),
             result: Box::new(|| result(1)),
-            has_projection: true,
             error,
         },
-        Way {
+        Variant {
             name: "adapter",
             work: Box::new(|| {
                 let [x, w] = [&tracked_x, &tracked_w].map(Tensor::clone);
@@ -99,33 +84,35 @@ pub fn measure(
                 keep(2, y.inner(), None);
             }),
             result: Box::new(|| result(2)),
-            has_projection: true,
             error,
         },
     ];
     #[cfg(feature = "cubecl-kernels")]
     if let Some(client) = &bench.client {
-        ways.extend(crate::direct::products(client, &case, dtype));
+        variants.push(crate::direct::product(client, &case, dtype));
     }
-    for way in &mut ways {
-        (way.work)();
-        case.verify(way);
+    for variant in &mut variants {
+        (variant.work)();
+        case.verify(variant);
     }
-    let mut works: Vec<&mut dyn FnMut()> = ways.iter_mut().map(|way| &mut way.work as _).collect();
+    let mut works: Vec<&mut dyn FnMut()> = variants
+        .iter_mut()
+        .map(|variant| &mut variant.work as _)
+        .collect();
     let times = bench.times(&mut works);
-    for (way, times) in ways.iter().zip(&times) {
-        case.verify(way);
+    for (variant, times) in variants.iter().zip(&times) {
+        case.verify(variant);
         // Every operand is read once and every result written once.
-        let extra = if way.has_projection { rank } else { 0 };
+        let extra = if variant.name == ONLY_OUTPUT { 0 } else { rank };
         let bytes = dtype.bytes() * (tokens * (d_input + d_output) + d_input * d_output) as f64
             + 4.0 * ((d_input + tokens) * extra) as f64;
         let work = [bytes, flops(tokens, size, extra)];
         let row = Row::new(
-            ["product", way.name, dtype.name()],
+            ["product", variant.name, dtype.name()],
             size,
             work,
             times,
-            floor,
+            roofline,
         );
         rows.push(Row {
             tokens: Some(tokens),

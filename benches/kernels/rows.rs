@@ -7,16 +7,16 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 /// What a device can do at most.
-pub struct Floor {
+pub struct Roofline {
     pub bytes_per_second: f64,
     pub flops_per_second: f64,
 }
 
-/// One way of doing one job.
+/// One variant of one job.
 #[derive(Clone, Serialize)]
 pub struct Row {
     pub operation: &'static str,
-    pub way: &'static str,
+    pub variant: &'static str,
     pub dtype: &'static str,
     pub d_input: usize,
     pub d_output: usize,
@@ -31,25 +31,26 @@ pub struct Row {
     pub ms: f64,
     pub rounds: usize,
     /// Time of the bytes or of the flops at the device's rates, whichever is longer.
-    pub floor_ms: f64,
-    /// `floor_ms / ms`.
-    pub share_of_floor: f64,
+    pub roofline_ms: f64,
+    /// `roofline_ms / ms`.
+    pub share_of_roofline: f64,
 }
 
 impl Row {
     /// A row without a job's tokens, rank and shards.
     pub fn new(
-        [operation, way, dtype]: [&'static str; 3],
+        [operation, variant, dtype]: [&'static str; 3],
         [d_input, d_output]: [usize; 2],
         [bytes, flops]: [f64; 2],
         times: &[f64],
-        floor: &Floor,
+        roofline: &Roofline,
     ) -> Self {
         let ms = median(times.iter().copied());
-        let floor_ms = 1e3 * (bytes / floor.bytes_per_second).max(flops / floor.flops_per_second);
+        let roofline_ms =
+            1e3 * (bytes / roofline.bytes_per_second).max(flops / roofline.flops_per_second);
         Self {
             operation,
-            way,
+            variant,
             dtype,
             d_input,
             d_output,
@@ -60,8 +61,8 @@ impl Row {
             flops,
             ms,
             rounds: times.len(),
-            floor_ms,
-            share_of_floor: floor_ms / ms,
+            roofline_ms,
+            share_of_roofline: roofline_ms / ms,
         }
     }
 
@@ -71,20 +72,20 @@ impl Row {
         };
         println!(
             "{:<8}{:<5}{:>11} {:>11} {:>5} {:>4}  {:<22}{:>9.1} MB{:>9.2} Gflop{:>10.3} ms{:>9.1} \
-             GB/s{:>9.1} Gflop/s{:>6.0} % of the floor",
+             GB/s{:>9.1} Gflop/s{:>6.0} % of the roofline",
             self.operation,
             self.dtype,
             format!("{}x{}", self.d_input, self.d_output),
             optional("tokens", self.tokens),
             optional("r", self.rank),
             optional("K", self.shards),
-            self.way,
+            self.variant,
             self.bytes / 1e6,
             self.flops / 1e9,
             self.ms,
             self.bytes / self.ms / 1e6,
             self.flops / self.ms / 1e6,
-            100.0 * self.share_of_floor,
+            100.0 * self.share_of_roofline,
         );
     }
 }
@@ -146,7 +147,7 @@ fn case(row: &Value) -> [&Value; 9] {
     [
         "device",
         "operation",
-        "way",
+        "variant",
         "dtype",
         "d_input",
         "d_output",

@@ -25,7 +25,7 @@ use burn::train::{
 };
 use clap::Parser;
 use hd_pissa::learner::HdPissaStrategy;
-use hd_pissa::{GradientMode, HdPissaConfig, HdPissaModule};
+use hd_pissa::{GradientMode, HdPissaConfig, HdPissaModule, HdPissaOptimizerConfig};
 
 use data::{Batch, Batches, Task, pictures};
 use model::Classifier;
@@ -120,7 +120,7 @@ fn fine_tune(model: Classifier, options: &Options, device: &Device) -> Result<Cl
     let scheduler = CosineAnnealingLrSchedulerConfig::new(options.rate, steps).init()?;
     let strategy = HdPissaStrategy::new(optimizer, scheduler)
         .with_devices(vec![device.clone(); options.workers])
-        .with_optimizer(|optimizer| optimizer.with_max_grad_norm(1.0));
+        .with_optimizer_config(HdPissaOptimizerConfig::new().with_max_grad_norm(Some(1.0)));
     let strategy = Arc::new(strategy);
     let learner = strategy.learner(model);
     // ANCHOR_END: strategy

@@ -5,9 +5,11 @@ use std::time::Duration;
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::nn::{Linear, LinearConfig};
-use burn::tensor::{DType, Device, Distribution, Tensor, TensorData};
+use burn::tensor::{Bytes, DType, Device, Distribution, Tensor, TensorData};
 use hd_pissa::comm::{ThreadCommunicator, thread_group};
-use hd_pissa::{HdPissaLinear, HdPissaLinearConfig};
+use hd_pissa::{
+    HdPissaLinear, HdPissaLinearConfig, HdPissaOptimizer, HdPissaOptimizerRecord, OptimizerError,
+};
 
 /// Two layers of Burn's `Linear`, of prime sizes, with an activation between them.
 #[derive(Module, Debug)]
@@ -137,6 +139,20 @@ pub fn relative_error<const D: usize>(actual: Tensor<D>, expected: Tensor<D>) ->
 pub fn assert_close<const D: usize>(actual: Tensor<D>, expected: Tensor<D>, tolerance: f32) {
     let error = relative_error(actual, expected);
     assert!(error <= tolerance, "relative error {error} > {tolerance}");
+}
+
+/// The state of an optimizer, as bytes.
+pub fn state(optim: &HdPissaOptimizer) -> Bytes {
+    optim.to_record().unwrap().into_bytes().unwrap()
+}
+
+/// The optimizer with a state that was saved.
+pub fn resumed(
+    mut optim: HdPissaOptimizer,
+    state: Bytes,
+) -> Result<HdPissaOptimizer, OptimizerError> {
+    optim.load_record(HdPissaOptimizerRecord::from_bytes(state)?)?;
+    Ok(optim)
 }
 
 /// The folder with larger recorded runs and data, which the repository does not hold:

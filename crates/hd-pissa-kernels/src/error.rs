@@ -1,3 +1,5 @@
+//! Why a launch is refused.
+
 use crate::FloatType;
 
 /// Why a launch was refused. Nothing was queued on the device.
@@ -68,14 +70,6 @@ pub enum KernelError {
         /// The device's limit per dimension.
         limit: [u32; 3],
     },
-    /// A half-precision merge with [`MergePrecision::Split`](crate::MergePrecision::Split) came
-    /// without the buffer of the low halves.
-    #[error("a split {0:?} weight needs its companion buffer")]
-    MissingCompanion(FloatType),
-    /// The pipeline of `cubek-matmul` does not take the product on this device.
-    #[cfg(feature = "pipeline")]
-    #[error("the product cannot run as a pipeline: {0}")]
-    Pipeline(String),
     /// The device cannot add to a 32-bit integer atomically.
     #[error("the device has no atomic addition of 32-bit integers")]
     NoAtomics,

@@ -1,24 +1,23 @@
 //! 64 bits that tell whether two matrices hold the same bits.
 
-use cubecl::ir::{ElemType, UIntKind};
+use cubecl::features::AtomicUsage;
+use cubecl::ir::{ElemType, Type, UIntKind};
 use cubecl::prelude::*;
 use cubecl::server::Handle;
+use hd_pissa_bits::SEEDS;
 
-use crate::reduce::{check_atomics, cube_sum};
+use crate::reduce::cube_sum;
 use crate::{FloatType, KernelError, Matrix};
 
 const UNITS: usize = 256;
 /// Cubes, whatever the size: each walks the matrix in steps of the whole grid.
 const MAX_CUBES: usize = 1024;
 
-/// What the index is mixed with, for each of the two words.
-pub(crate) const SEEDS: [u32; 2] = [0x9e37_79b9, 0x85eb_ca77];
-
 /// A fingerprint of a matrix `[rows, columns]`, which may have any strides: a buffer of two `u32`.
 ///
 /// With `i` for the number of an element, counted row by row, and `b` for its bits, word `j` is
 /// `Σ mix(b ^ mix(i ^ SEEDS[j]))`, in `u32` that wrap; `mix` is the finalizer of MurmurHash3.
-/// [`reference::fingerprint`](crate::reference::fingerprint) gives the same. Every order of the
+/// [`hd_pissa_bits::fingerprint`] gives the same. Every order of the
 /// terms gives the same sum, so layout and device make no difference.
 ///
 /// The bits of half-precision elements are those of their value in `f32`. Elements of 32 bits count
@@ -30,7 +29,7 @@ pub(crate) const SEEDS: [u32; 2] = [0x9e37_79b9, 0x85eb_ca77];
 /// 32-bit integer atomics. Then nothing runs.
 pub fn fingerprint(client: &Client, values: Matrix) -> Result<Handle, KernelError> {
     let dtype = values.dtype;
-    dtype.check(client)?;
+    values.check_supported(client)?;
     values.check_read("values")?;
     check_atomics(client)?;
     let words = client.create_from_slice(&[0; size_of::<[u32; 2]>()]);
@@ -61,6 +60,17 @@ pub fn fingerprint(client: &Client, values: Matrix) -> Result<Handle, KernelErro
         );
     }
     Ok(words)
+}
+
+/// Whether the device adds to 32-bit integers atomically.
+fn check_atomics(client: &Client) -> Result<(), KernelError> {
+    let word = Type::atomic(ElemType::UInt(UIntKind::U32));
+    let usage = client.properties().atomic_type_usage(word);
+    if usage.contains(AtomicUsage::Add) {
+        Ok(())
+    } else {
+        Err(KernelError::NoAtomics)
+    }
 }
 
 /// How the kernel reads elements: those of 32 bits as the words that they are.

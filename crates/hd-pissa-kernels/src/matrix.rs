@@ -1,70 +1,9 @@
-use cubecl::features::TypeUsage;
-use cubecl::ir::{ElemType, FloatKind};
+//! Matrices in the memory of a device, and the checks of their bounds.
+
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
-use crate::KernelError;
-
-/// The element type of a buffer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum FloatType {
-    /// IEEE 754 binary32.
-    F32,
-    /// IEEE 754 binary16.
-    F16,
-    /// The upper half of a binary32. WGSL does not have it.
-    BF16,
-}
-
-impl FloatType {
-    /// Bytes of one element.
-    pub fn size(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::F16 | Self::BF16 => 2,
-        }
-    }
-
-    /// The same type as CubeCL names it.
-    pub fn elem_type(self) -> ElemType {
-        ElemType::Float(match self {
-            Self::F32 => FloatKind::F32,
-            Self::F16 => FloatKind::F16,
-            Self::BF16 => FloatKind::BF16,
-        })
-    }
-
-    /// Whether buffers of this type can be read, written and converted on the client's device.
-    pub fn is_supported(self, client: &Client) -> bool {
-        let usage = client.properties().type_usage(self.elem_type());
-        usage.contains(TypeUsage::Buffer) && usage.contains(TypeUsage::Conversion)
-    }
-
-    pub(crate) fn check(self, client: &Client) -> Result<(), KernelError> {
-        if self.is_supported(client) {
-            Ok(())
-        } else {
-            Err(KernelError::Unsupported(self))
-        }
-    }
-}
-
-/// A contiguous buffer on the device.
-#[derive(Clone, Debug)]
-pub struct Buffer {
-    /// The memory; element 0 is the handle's first.
-    pub handle: Handle,
-    /// Number of elements.
-    pub len: usize,
-    /// Type of the elements.
-    pub dtype: FloatType,
-}
-
-impl Buffer {
-    pub(crate) fn check(&self, operand: &'static str) -> Result<(), KernelError> {
-        in_buffer(operand, &self.handle, self.dtype.size(), self.len as u64)
-    }
-}
+use crate::{FloatType, KernelError};
 
 /// A matrix on the device: element `[i, j]` is number `i · strides[0] + j · strides[1]` of the
 /// handle.
@@ -123,6 +62,14 @@ impl Matrix {
     /// Elements of the matrix. With a stride of zero they can be more than those in memory.
     fn elements(&self) -> u64 {
         (self.shape[0] as u64).saturating_mul(self.shape[1] as u64)
+    }
+
+    /// Whether the device computes with the element type.
+    pub(crate) fn check_supported(&self, client: &Client) -> Result<(), KernelError> {
+        match self.dtype.is_supported(client) {
+            true => Ok(()),
+            false => Err(KernelError::Unsupported(self.dtype)),
+        }
     }
 
     pub(crate) fn check_read(&self, operand: &'static str) -> Result<(), KernelError> {
@@ -187,25 +134,11 @@ impl Matrix {
 
     /// Whether every run along `axis` can be read as aligned vectors of four.
     pub(crate) fn has_vectors(&self, axis: usize) -> bool {
-        self.has_vectors_of(axis, 4)
-    }
-
-    fn has_vectors_of(&self, axis: usize, size: usize) -> bool {
-        let offset = self.handle.offset_start.unwrap_or(0);
         self.span() > 0
             && self.strides[axis] == 1
-            && self.shape[axis].is_multiple_of(size)
-            && self.strides[1 - axis].is_multiple_of(size)
-            && offset.is_multiple_of((size * self.dtype.size()) as u64)
-    }
-
-    /// The largest of the sizes of vectors in which every run along `axis` can be read.
-    #[cfg(feature = "pipeline")]
-    pub(crate) fn vector_size(&self, axis: usize, sizes: impl Iterator<Item = usize>) -> usize {
-        sizes
-            .filter(|size| self.has_vectors_of(axis, *size))
-            .max()
-            .unwrap_or(1)
+            && self.shape[axis].is_multiple_of(4)
+            && self.strides[1 - axis].is_multiple_of(4)
+            && is_aligned(&self.handle, self.dtype.size())
     }
 
     pub(crate) fn arg(self, client: &Client, vector_size: usize) -> BufferArg {

@@ -1,53 +1,12 @@
+//! The kernel of the merge.
+
 use cubecl::prelude::*;
 
-use crate::planes::{self, PlaneTile};
 use crate::reduce;
-use crate::rounding::{self, Rounding};
+use crate::rounding::{self, Store};
 use crate::tile::{
     self, Access, Four, Operand, StageShape, Tile, Window, accumulate, accumulators,
 };
-
-/// What computes a tile of the update.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Engine {
-    /// Every unit on its own, in `f32`.
-    Units(Tile),
-    /// Matrix units, in `tf32` halves.
-    Planes(PlaneTile),
-}
-
-impl Engine {
-    /// Elements of the tile along the major axis.
-    pub fn major(self) -> usize {
-        match self {
-            Self::Units(tile) => tile.major(),
-            Self::Planes(tile) => tile.major(),
-        }
-    }
-
-    /// Elements of the tile along the minor axis.
-    pub fn minor(self) -> usize {
-        match self {
-            Self::Units(tile) => tile.minor(),
-            Self::Planes(tile) => tile.minor(),
-        }
-    }
-
-    /// Units of the cube.
-    pub fn units(self) -> usize {
-        match self {
-            Self::Units(tile) => tile.units(),
-            Self::Planes(tile) => tile.units(),
-        }
-    }
-
-    fn stage(self, width: usize) -> StageShape {
-        match self {
-            Self::Units(tile) => tile.stage(width),
-            Self::Planes(tile) => tile.stage(width),
-        }
-    }
-}
 
 /// The factors in shared memory: `a + Δa` and `Δa` against `Δb` and `b`.
 #[derive(CubeType)]
@@ -63,25 +22,21 @@ impl Stages {
     fn new(#[comptime] left: StageShape, #[comptime] right: StageShape) -> Self {
         let (left, right) = comptime!((left.vectors(), right.vectors()));
         Stages {
-            left_sum: Shared::<[Four]>::new_aligned_slice(left, planes::ALIGNMENT),
-            left_delta: Shared::<[Four]>::new_aligned_slice(left, planes::ALIGNMENT),
-            right_delta: Shared::<[Four]>::new_aligned_slice(right, planes::ALIGNMENT),
-            right_frame: Shared::<[Four]>::new_aligned_slice(right, planes::ALIGNMENT),
+            left_sum: Shared::<[Four]>::new_slice(left),
+            left_delta: Shared::<[Four]>::new_slice(left),
+            right_delta: Shared::<[Four]>::new_slice(right),
+            right_frame: Shared::<[Four]>::new_slice(right),
         }
     }
 }
 
-/// Where the factors of all shards are in their buffers.
+/// Where the factors of all shards are in the buffers of the frames and of the deltas.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
 pub struct Operands {
-    /// `a`.
-    pub frame_left: Operand,
-    /// `b`.
-    pub frame_right: Operand,
-    /// `Δa`.
-    pub delta_left: Operand,
-    /// `Δb`.
-    pub delta_right: Operand,
+    /// `a` or `Δa`.
+    pub left: Operand,
+    /// `b` or `Δb`.
+    pub right: Operand,
 }
 
 /// The next inner steps of all factors.
@@ -107,7 +62,7 @@ fn fill<N: Size>(
     });
     tile::fill::<f32, N>(
         deltas,
-        &operands.delta_left,
+        &operands.left,
         &mut stages.left_delta,
         ComptimeOption::new_None(),
         left,
@@ -116,7 +71,7 @@ fn fill<N: Size>(
     );
     tile::fill::<f32, N>(
         frames,
-        &operands.frame_left,
+        &operands.left,
         &mut stages.left_sum,
         ComptimeOption::new_Some(stages.left_delta.clone()),
         left,
@@ -125,7 +80,7 @@ fn fill<N: Size>(
     );
     tile::fill::<f32, N>(
         deltas,
-        &operands.delta_right,
+        &operands.right,
         &mut stages.right_delta,
         ComptimeOption::new_None(),
         right,
@@ -134,7 +89,7 @@ fn fill<N: Size>(
     );
     tile::fill::<f32, N>(
         frames,
-        &operands.frame_right,
+        &operands.right,
         &mut stages.right_frame,
         ComptimeOption::new_None(),
         right,
@@ -166,25 +121,25 @@ pub struct Target {
 #[cube(launch_unchecked, create_dummy_kernel)]
 pub fn kernel<F: Float, N: Size, M: Size>(
     weight: &mut [Vector<F, M>],
-    companion: &mut ComptimeOption<Box<[u32]>>,
+    residual: &mut ComptimeOption<Box<[u32]>>,
     frames: &[Vector<f32, N>],
     deltas: &[Vector<f32, N>],
-    non_finite: &[u32],
+    gate: &[u32],
     partials: &mut [f32],
     operands: Operands,
     inner: usize,
     target: Target,
     #[comptime] vectors: bool,
     #[comptime] column_major: bool,
-    #[comptime] rounding: Rounding,
-    #[comptime] engine: Engine,
+    #[comptime] store: Store,
+    #[comptime] tile: Tile,
     #[define(F)] _dtype: cubecl::ir::ElemType,
 ) {
-    let (width_major, width_minor) = comptime!((engine.major(), engine.minor()));
+    let (width_major, width_minor) = comptime!((tile.major(), tile.minor()));
     let (left_shape, right_shape) = comptime!(if column_major {
-        (engine.stage(width_minor), engine.stage(width_major))
+        (tile.stage(width_minor), tile.stage(width_major))
     } else {
-        (engine.stage(width_major), engine.stage(width_minor))
+        (tile.stage(width_major), tile.stage(width_minor))
     });
     let depth = comptime!(left_shape.depth);
     let mut stages = Stages::new(left_shape, right_shape);
@@ -210,143 +165,69 @@ pub fn kernel<F: Float, N: Size, M: Size>(
         right_window.extent = target.major_extent;
     }
 
-    let open = non_finite[0] == 0;
+    let open = gate[0] == 0;
     let mut squares = 0.0f32;
     let mut start = 0usize;
-    match engine {
-        Engine::Units(tile) => {
-            let mut sums = accumulators(tile);
-            while start < inner {
-                left_window.depth = start;
-                right_window.depth = start;
-                fill::<N>(
-                    &mut stages,
-                    frames,
-                    deltas,
-                    &operands,
-                    &left_window,
-                    &right_window,
-                    left_shape,
-                    right_shape,
-                    vectors,
-                );
-                sync_cube();
-                #[unroll]
-                for q in 0..depth {
-                    if comptime!(column_major) {
-                        accumulate(&mut sums, &stages.right_delta, &stages.left_sum, q, tile);
-                        accumulate(&mut sums, &stages.right_frame, &stages.left_delta, q, tile);
-                    } else {
-                        accumulate(&mut sums, &stages.left_sum, &stages.right_delta, q, tile);
-                        accumulate(&mut sums, &stages.left_delta, &stages.right_frame, q, tile);
-                    }
-                }
-                sync_cube();
-                start += depth;
-            }
-            if open {
-                let unit = UNIT_POS as usize;
-                let (unit_major, unit_minor) = (unit / tile.minor_units, unit % tile.minor_units);
-                #[unroll]
-                for m in 0..tile.major_vectors {
-                    #[unroll]
-                    for i in 0..4usize {
-                        let major = first_major + (unit_major + m * tile.major_units) * 4 + i;
-                        #[unroll]
-                        for v in 0..tile.minor_vectors {
-                            let minor = first_minor + (unit_minor + v * tile.minor_units) * 4;
-                            let update = sums[(m * 4 + i) * tile.minor_vectors + v];
-                            if major < target.major_extent && minor < target.minor_extent {
-                                squares += sum_of_squares(update);
-                                write::<F, M>(
-                                    weight,
-                                    companion,
-                                    update,
-                                    major,
-                                    minor,
-                                    &target,
-                                    column_major,
-                                    rounding,
-                                );
-                            }
-                        }
-                    }
-                }
+    let mut sums = accumulators(tile);
+    while start < inner {
+        left_window.depth = start;
+        right_window.depth = start;
+        fill::<N>(
+            &mut stages,
+            frames,
+            deltas,
+            &operands,
+            &left_window,
+            &right_window,
+            left_shape,
+            right_shape,
+            vectors,
+        );
+        sync_cube();
+        #[unroll]
+        for q in 0..depth {
+            if comptime!(column_major) {
+                accumulate(&mut sums, &stages.right_delta, &stages.left_sum, q, tile);
+                accumulate(&mut sums, &stages.right_frame, &stages.left_delta, q, tile);
+            } else {
+                accumulate(&mut sums, &stages.left_sum, &stages.right_delta, q, tile);
+                accumulate(&mut sums, &stages.left_delta, &stages.right_frame, q, tile);
             }
         }
-        Engine::Planes(tile) => {
-            let sums = planes::sums(tile);
-            while start < inner {
-                left_window.depth = start;
-                right_window.depth = start;
-                fill::<N>(
-                    &mut stages,
-                    frames,
-                    deltas,
-                    &operands,
-                    &left_window,
-                    &right_window,
-                    left_shape,
-                    right_shape,
-                    vectors,
-                );
-                sync_cube();
-                if comptime!(column_major) {
-                    planes::multiply(&sums, &stages.right_delta, &stages.left_sum, tile);
-                    planes::multiply(&sums, &stages.right_frame, &stages.left_delta, tile);
-                } else {
-                    planes::multiply(&sums, &stages.left_sum, &stages.right_delta, tile);
-                    planes::multiply(&sums, &stages.left_delta, &stages.right_frame, tile);
-                }
-                sync_cube();
-                start += depth;
-            }
-            let mut scratch = Shared::<[Four]>::new_aligned_slice(
-                comptime!(planes::SCRATCH * tile.planes()),
-                planes::ALIGNMENT,
-            );
-            if open {
-                let unit = UNIT_POS as usize;
-                let (plane, lane) = (unit / planes::PLANE, unit % planes::PLANE);
-                let (plane_major, plane_minor) = planes::plane_place(tile);
-                let (row, vector) = (lane / 4, lane % 4);
+        sync_cube();
+        start += depth;
+    }
+    if open {
+        let unit = UNIT_POS as usize;
+        let (unit_major, unit_minor) = (unit / tile.minor_units, unit % tile.minor_units);
+        #[unroll]
+        for m in 0..tile.major_vectors {
+            #[unroll]
+            for i in 0..4usize {
+                let major = first_major + (unit_major + m * tile.major_units) * 4 + i;
                 #[unroll]
-                for m in 0..tile.major_fragments {
-                    #[unroll]
-                    for n in 0..tile.minor_fragments {
-                        planes::spread(&sums[m * tile.minor_fragments + n], &mut scratch);
-                        let block_major = first_major
-                            + (plane_major * tile.major_fragments + m) * planes::FRAGMENT;
-                        let block_minor = first_minor
-                            + (plane_minor * tile.minor_fragments + n) * planes::FRAGMENT;
-                        let minor = block_minor + vector * 4;
-                        #[unroll]
-                        for half in 0..2usize {
-                            let row = row + half * comptime!(planes::FRAGMENT / 2);
-                            let major = block_major + row;
-                            let update = scratch
-                                [plane * planes::SCRATCH + row * planes::SCRATCH_PITCH + vector];
-                            if major < target.major_extent && minor < target.minor_extent {
-                                squares += sum_of_squares(update);
-                                write::<F, M>(
-                                    weight,
-                                    companion,
-                                    update,
-                                    major,
-                                    minor,
-                                    &target,
-                                    column_major,
-                                    rounding,
-                                );
-                            }
-                        }
+                for v in 0..tile.minor_vectors {
+                    let minor = first_minor + (unit_minor + v * tile.minor_units) * 4;
+                    let update = sums[(m * 4 + i) * tile.minor_vectors + v];
+                    if major < target.major_extent && minor < target.minor_extent {
+                        squares += sum_of_squares(update);
+                        write::<F, M>(
+                            weight,
+                            residual,
+                            update,
+                            major,
+                            minor,
+                            &target,
+                            column_major,
+                            store,
+                        );
                     }
                 }
             }
         }
     }
     let squares = Vector::<f32, Const<1>>::new(squares);
-    let total = reduce::cube_sum(squares, comptime!(engine.units()));
+    let total = reduce::cube_sum(squares, comptime!(tile.units()));
     if UNIT_POS == 0 {
         partials[CUBE_POS] = total.extract(0usize);
     }
@@ -367,13 +248,13 @@ fn sum_of_squares(update: Four) -> f32 {
 #[cube]
 fn write<F: Float, M: Size>(
     weight: &mut [Vector<F, M>],
-    companion: &mut ComptimeOption<Box<[u32]>>,
+    residual: &mut ComptimeOption<Box<[u32]>>,
     update: Four,
     major: usize,
     minor: usize,
     target: &Target,
     #[comptime] column_major: bool,
-    #[comptime] rounding: Rounding,
+    #[comptime] store: Store,
 ) {
     let (minor_extent, minor_stride) = (target.minor_extent, target.minor_stride);
     let vectorized = M::value().comptime() == 4;
@@ -394,11 +275,11 @@ fn write<F: Float, M: Size>(
     }
 
     let mut new = Four::new(0.0);
-    match rounding {
-        Rounding::Nearest => {
+    match store {
+        Store::Nearest => {
             new = old + update;
         }
-        Rounding::Stochastic(dtype) =>
+        Store::Stochastic(dtype) =>
         {
             #[unroll]
             for j in 0..4usize {
@@ -414,14 +295,14 @@ fn write<F: Float, M: Size>(
                 );
             }
         }
-        Rounding::Split(dtype) =>
+        Store::Compensated(dtype) =>
         {
             #[unroll]
             for pair in 0..2usize {
                 if minor + pair * 2 < minor_extent {
                     let place = major * words_per_run + minor / 2 + pair;
                     #[comptime]
-                    match companion {
+                    match residual {
                         ComptimeOption::Some(words) => {
                             let word = words[place];
                             let even = rounding::join(old.extract(pair * 2), word, dtype);

@@ -1,95 +1,135 @@
-use cubecl::ir::{ElemType, FloatKind};
+//! The low-rank product: `p = x·f` for a factor of few columns, and `y = x·W` in the same launch.
+
+use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
-use crate::merge::cube_count;
+use crate::grid::{cube_count, multiprocessors};
 use crate::tile::{
     self, Access, Four, Operand, OperandLaunch, Tile, Window, accumulate_stage, accumulators,
 };
-use crate::{Buffer, FloatType, KernelError, Matrix};
+use crate::{FloatType, KernelError, Matrix, reduce};
 
 /// The arguments of [`low_rank_product`].
 ///
-/// Every matrix may have any strides, so the products of the backward pass are the same call with
-/// [`Matrix::transposed`] operands: `G·Wᵀ` and `G·bᵀ`.
+/// Every matrix may have any strides. With [`Matrix::transposed`] ones the same call gives the
+/// products of the backward pass, `G·Wᵀ` and `G·bᵀ`, and the gradients of the factors, `xᵀ·q` and,
+/// from `Gᵀ·p`, `pᵀ·G`.
 #[derive(Clone, Debug)]
 pub struct LowRankProduct {
-    /// `x`, `[tokens, d_input]`.
+    /// `x`, `[rows, depth]`.
     pub input: Matrix,
-    /// `W`, `[d_input, d_output]`, the element type of `input`.
-    pub weight: Matrix,
-    /// `a`, `[d_input, rank]`, `f32`.
+    /// `f`, `[depth, rank]`, `f32`.
     pub factor: Matrix,
-    /// Added to every row of `output`: `[d_output]`, the element type of `input`.
-    pub bias: Option<Buffer>,
-    /// Receives `x·W`, `[tokens, d_output]`, the element type of `input`.
-    pub output: Matrix,
-    /// Receives `x·a`, `[tokens, rank]`, `f32`.
+    /// Receives `x·f`, `[rows, rank]`, `f32`.
     pub projection: Matrix,
+    /// The product with a weight, in the same launch.
+    pub dense: Option<DenseProduct>,
 }
 
-/// `output = input · weight (+ bias)` and `projection = input · factor` in one launch.
+/// The product of the same input with a weight.
+#[derive(Clone, Debug)]
+pub struct DenseProduct {
+    /// `W`, `[depth, columns]`, the element type of the input.
+    pub weight: Matrix,
+    /// Receives `x·W`, `[rows, columns]`, the element type of the input.
+    pub output: Matrix,
+}
+
+/// Inner steps that are worth a cube of their own. This and the next are estimates for large GPUs,
+/// tuned on none.
+const LEAST_CHUNK: usize = 128;
+/// Cubes per multiprocessor, so that some compute while others wait for memory.
+const CUBES_PER_MULTIPROCESSOR: usize = 8;
+
+/// `projection = input · factor`, and `output = input · weight` in the same launch where asked.
 ///
-/// The right operand is `[weight | factor]`: the cubes of one band of tokens run side by side, the
-/// last of them on the factor, so the band is read from memory once and by the others from the
-/// cache. Both products are accumulated in `f32` in the order of the inner dimension and rounded
-/// once.
+/// The input is read in its own type and multiplied in `f32` on the ordinary units: no copy of it in
+/// `f32` is made. Each sum is rounded once, to the type of its result.
 ///
-/// An empty inner dimension gives zeros (or the bias), an empty output nothing.
+/// With a weight the right operand is `[weight | factor]`. The cubes of one band of rows run side by
+/// side, the last of them on the factor: one reads the band from memory, the others from the cache.
+/// The sums follow the inner dimension.
 ///
-/// Fusing saves one of two reads of the input and one launch. A product of the backend's own that has
-/// matrix units, or is tuned to its shape, gains more than that: for 4096 tokens, a 4096×4096 weight,
-/// rank 16 and 16-bit operands, by the data sheets of an A100 and an H100, `x·W` takes 440 and 139 µs on
-/// matrix units and 7.0 and 2.1 ms on the ordinary ones, which this kernel uses; a second read of `x`
-/// takes 16 and 10 µs. So the adapter of `hd-pissa` multiplies twice, the second time by
-/// [`factor_product`](crate::factor_product()) where that spares it a copy of `x` in `f32`.
+/// Without one the output may have too few tiles to fill the device. Then the inner dimension is
+/// cut into chunks. Their sums take `4 · chunks · rows · rank` bytes, and are added in order.
+///
+/// An empty inner dimension gives zeros, an empty result nothing.
 ///
 /// # Errors
 ///
 /// [`KernelError`] if shapes, element types or buffers do not fit each other, or if the device
 /// lacks the element type. Then nothing runs.
 pub fn low_rank_product(client: &Client, product: LowRankProduct) -> Result<(), KernelError> {
-    check(client, &product)?;
+    product.check(client)?;
     let LowRankProduct {
         input,
-        weight,
         factor,
-        bias,
-        output,
         projection,
+        dense,
     } = product;
-    let [tokens, d_input] = input.shape;
-    let [_, d_output] = weight.shape;
+    let dense = dense.filter(|dense| dense.weight.shape[1] > 0);
+    let columns = dense.as_ref().map_or(0, |dense| dense.weight.shape[1]);
+    let [rows, depth] = input.shape;
     let [_, rank] = factor.shape;
     let dtype = input.dtype;
-
-    let tile = Tile::choose(client, tokens, d_output + rank, 1);
-    let tiles = d_output.div_ceil(tile.minor());
-    let cubes = [
-        tiles + rank.div_ceil(tile.minor()),
-        tokens.div_ceil(tile.major()),
-    ];
-    if cubes[0] * cubes[1] == 0 {
+    if rows * (columns + rank) == 0 {
         return Ok(());
     }
-    let count = cube_count(client, [cubes[0], cubes[1], 1])?;
 
-    // Tiles lie along the tokens of the input and along the columns of the right operands.
+    let tile = match dense {
+        None => Tile::choose_narrow(rank),
+        Some(_) => Tile::choose(client, rows, columns + rank, 1),
+    };
+    let output_tiles = columns.div_ceil(tile.minor());
+    let cubes = [
+        output_tiles + rank.div_ceil(tile.minor()),
+        rows.div_ceil(tile.major()),
+    ];
+    let chunks = match dense {
+        None => Chunks::new(client, cubes[0] * cubes[1], rows * rank, depth, tile.depth),
+        Some(_) => Chunks {
+            count: 1,
+            len: depth,
+        },
+    };
+    let count = cube_count(client, [cubes[0], cubes[1], chunks.count])?;
+    let sums = match chunks.count {
+        1 => projection.clone(),
+        chunks => {
+            let handle = client.empty(chunks * rows * rank * size_of::<f32>());
+            Matrix::row_major(handle, [chunks * rows, rank], FloatType::F32)
+        }
+    };
+
+    // Tiles lie along the rows of the input and along the columns of the right operands.
     let (input_access, input_operand) = operand(&input, 0);
-    let (weight_access, weight_operand) = operand(&weight, 1);
     let (factor_access, factor_operand) = operand(&factor, 1);
-    let output_vectors = output.has_vectors(1);
-    let [input_size, weight_size, factor_size, output_size] = [
+    let (weight_access, weight_operand) = match &dense {
+        Some(dense) => operand(&dense.weight, 1),
+        None => operand(&factor, 1),
+    };
+    let output_vectors = dense.as_ref().is_some_and(|d| d.output.has_vectors(1));
+    let [input_size, factor_size, weight_size, output_size] = [
         input_access.vectors,
-        weight_access.vectors,
         factor_access.vectors,
+        weight_access.vectors,
         output_vectors,
     ]
     .map(|vectors| if vectors { 4 } else { 1 });
-    let (output_strides, projection_strides) = (output.strides, projection.strides);
-    let bias = bias.map(|bias| {
-        // SAFETY: `check` found `len` elements in the buffer.
-        unsafe { BufferArg::from_raw_parts(bias.handle, bias.len) }
-    });
+    let output_strides = dense.as_ref().map_or([0, 0], |dense| dense.output.strides);
+    let places = PlacesLaunch::new(
+        rows * sums.strides[0],
+        sums.strides[0],
+        sums.strides[1],
+        output_strides[0],
+        output_strides[1],
+    );
+    let (weight, output) = dense
+        .map(|dense| {
+            let weight = dense.weight.arg(client, weight_size);
+            (weight, dense.output.arg(client, output_size))
+        })
+        .unzip();
     // SAFETY: the checks above.
     unsafe {
         kernel::launch_unchecked(
@@ -97,115 +137,97 @@ pub fn low_rank_product(client: &Client, product: LowRankProduct) -> Result<(), 
             count,
             CubeDim::new_1d(tile.units() as u32),
             input_size,
-            weight_size,
             factor_size,
+            weight_size,
             output_size,
             input.arg(client, input_size),
-            weight.arg(client, weight_size),
             factor.arg(client, factor_size),
-            bias.into(),
-            output.arg(client, output_size),
-            projection.arg(client, 1),
+            sums.clone().arg(client, 1),
+            weight.into(),
+            output.into(),
             input_operand,
-            weight_operand,
             factor_operand,
-            tokens,
-            d_input,
-            d_output,
-            rank,
-            tiles,
-            output_strides[0],
-            output_strides[1],
-            projection_strides[0],
-            projection_strides[1],
+            weight_operand,
+            ExtentsLaunch::new(rows, depth, rank, columns, output_tiles, chunks.len),
+            places,
             input_access,
-            weight_access,
             factor_access,
+            weight_access,
             tile,
             dtype.elem_type(),
         );
     }
-    Ok(())
-}
-
-/// Whether the operands fit each other and the device.
-pub(crate) fn check(client: &Client, product: &LowRankProduct) -> Result<(), KernelError> {
-    let LowRankProduct {
-        input,
-        weight,
-        factor,
-        bias,
-        output,
-        projection,
-    } = product;
-    let [tokens, d_input] = input.shape;
-    let [_, d_output] = weight.shape;
-    let [_, rank] = factor.shape;
-    let dtype = input.dtype;
-    dtype.check(client)?;
-    weight.check_shape("weight", [d_input, d_output])?;
-    factor.check_shape("factor", [d_input, rank])?;
-    output.check_shape("output", [tokens, d_output])?;
-    projection.check_shape("projection", [tokens, rank])?;
-    weight.check_type("weight", dtype)?;
-    output.check_type("output", dtype)?;
-    factor.check_type("factor", FloatType::F32)?;
-    projection.check_type("projection", FloatType::F32)?;
-    input.check_read("input")?;
-    weight.check_read("weight")?;
-    factor.check_read("factor")?;
-    output.check_write("output")?;
-    projection.check_write("projection")?;
-    if let Some(bias) = bias {
-        let found = [1, bias.len];
-        if bias.len != d_output {
-            let expected = [1, d_output];
-            return Err(KernelError::Shape {
-                operand: "bias",
-                expected,
-                found,
-            });
-        }
-        if bias.dtype != dtype {
-            let (expected, found) = (dtype, bias.dtype);
-            return Err(KernelError::ElementType {
-                operand: "bias",
-                expected,
-                found,
-            });
-        }
-        bias.check("bias")?;
+    if chunks.count > 1 {
+        reduce::sum_chunks(client, sums, chunks.count, projection);
     }
     Ok(())
 }
 
-/// Whether the device has matrix units for operands of `dtype`; those of `f32` they take as `tf32`.
-pub fn has_matrix_units(client: &Client, dtype: FloatType) -> bool {
-    let operand = matrix_unit_type(dtype);
-    let matmul = &client.features().matmul;
-    matmul
-        .cmma
-        .iter()
-        .chain(&matmul.mma)
-        .any(|config| config.a_type == operand)
+impl LowRankProduct {
+    /// Whether the operands fit each other and the device.
+    fn check(&self, client: &Client) -> Result<(), KernelError> {
+        let Self {
+            input,
+            factor,
+            projection,
+            dense,
+        } = self;
+        let [rows, depth] = input.shape;
+        let rank = factor.shape[1];
+        input.check_supported(client)?;
+        factor.check_shape("factor", [depth, rank])?;
+        projection.check_shape("projection", [rows, rank])?;
+        factor.check_type("factor", FloatType::F32)?;
+        projection.check_type("projection", FloatType::F32)?;
+        input.check_read("input")?;
+        factor.check_read("factor")?;
+        projection.check_write("projection")?;
+        if let Some(DenseProduct { weight, output }) = dense {
+            let columns = weight.shape[1];
+            weight.check_shape("weight", [depth, columns])?;
+            output.check_shape("output", [rows, columns])?;
+            weight.check_type("weight", input.dtype)?;
+            output.check_type("output", input.dtype)?;
+            weight.check_read("weight")?;
+            output.check_write("output")?;
+        }
+        Ok(())
+    }
 }
 
-/// The type in which matrix units take operands of `dtype`.
-pub(crate) fn matrix_unit_type(dtype: FloatType) -> ElemType {
-    match dtype {
-        FloatType::F32 => ElemType::Float(FloatKind::TF32),
-        half => half.elem_type(),
+/// How the inner dimension is cut.
+struct Chunks {
+    count: usize,
+    /// Inner steps of all but the last.
+    len: usize,
+}
+
+impl Chunks {
+    /// For a result of `tiles` tiles with `elements` elements in all; whole stages.
+    fn new(client: &Client, tiles: usize, elements: usize, depth: usize, stage: usize) -> Self {
+        let hardware = &client.properties().hardware;
+        let wanted = (CUBES_PER_MULTIPROCESSOR * multiprocessors(client)).div_ceil(tiles);
+        // Places in the sums of all chunks are `i32` on some devices.
+        let most = (depth / LEAST_CHUNK)
+            .min(hardware.max_cube_count.2 as usize)
+            .min(i32::MAX as usize / elements);
+        let len = depth
+            .div_ceil(wanted.min(most).max(1))
+            .max(1)
+            .next_multiple_of(stage);
+        Self {
+            count: depth.div_ceil(len).max(1),
+            len,
+        }
     }
 }
 
 /// How to read a matrix whose axis `tile_axis` lies along the tiles.
-pub(crate) fn operand(matrix: &Matrix, tile_axis: usize) -> (Access, OperandLaunch) {
+fn operand(matrix: &Matrix, tile_axis: usize) -> (Access, OperandLaunch) {
     let depth_axis = 1 - tile_axis;
-    let along_depth = matrix.minor_axis() == depth_axis;
-    let vectors = matrix.has_vectors(matrix.minor_axis());
     let access = Access {
-        vectors,
-        along_depth,
+        vectors: matrix.has_vectors(matrix.minor_axis()),
+        along_depth: matrix.minor_axis() == depth_axis,
     };
     let operand = OperandLaunch::new(
         0,
@@ -218,65 +240,91 @@ pub(crate) fn operand(matrix: &Matrix, tile_axis: usize) -> (Access, OperandLaun
     (access, operand)
 }
 
-/// One tile of the output or of the projection per cube.
+/// The sizes of a product, and how it is cut.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+pub struct Extents {
+    /// Rows of the input.
+    pub rows: usize,
+    /// Inner steps.
+    pub depth: usize,
+    /// Columns of the factor.
+    pub rank: usize,
+    /// Columns of the weight.
+    pub columns: usize,
+    /// Tiles of a band that lie on the weight; the others lie on the factor.
+    pub output_tiles: usize,
+    /// Inner steps of a chunk.
+    pub chunk: usize,
+}
+
+/// Where the results go.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+pub struct Places {
+    /// Distance between the projections of two chunks.
+    pub chunk: usize,
+    /// Distance between the rows of a projection.
+    pub row: usize,
+    /// Distance between its columns.
+    pub column: usize,
+    /// Distance between the rows of the output.
+    pub output_row: usize,
+    /// Distance between its columns.
+    pub output_column: usize,
+}
+
+/// One tile of the output, or of one chunk's share of the projection, per cube.
 #[allow(clippy::too_many_arguments)]
 #[cube(launch_unchecked, create_dummy_kernel)]
-pub fn kernel<F: Float, NX: Size, NW: Size, NA: Size, NY: Size>(
+pub fn kernel<F: Float, NX: Size, NF: Size, NW: Size, NY: Size>(
     input: &[Vector<F, NX>],
-    weight: &[Vector<F, NW>],
-    factor: &[Vector<f32, NA>],
-    bias: ComptimeOption<&[F]>,
-    output: &mut [Vector<F, NY>],
+    factor: &[Vector<f32, NF>],
     projection: &mut [f32],
+    weight: ComptimeOption<&[Vector<F, NW>]>,
+    output: &mut ComptimeOption<Box<[Vector<F, NY>]>>,
     input_operand: Operand,
-    weight_operand: Operand,
     factor_operand: Operand,
-    tokens: usize,
-    d_input: usize,
-    d_output: usize,
-    rank: usize,
-    output_tiles: usize,
-    output_row_stride: usize,
-    output_column_stride: usize,
-    projection_row_stride: usize,
-    projection_column_stride: usize,
+    weight_operand: Operand,
+    extents: Extents,
+    places: Places,
     #[comptime] input_access: Access,
-    #[comptime] weight_access: Access,
     #[comptime] factor_access: Access,
+    #[comptime] weight_access: Access,
     #[comptime] tile: Tile,
     #[define(F)] _dtype: ElemType,
 ) {
-    let (width_major, width_minor) = comptime!((tile.major(), tile.minor()));
-    let depth = comptime!(tile.depth);
-    let (left_shape, right_shape) = comptime!((tile.stage(width_major), tile.stage(width_minor)));
+    let (left_shape, right_shape) = comptime!((tile.stage(tile.major()), tile.stage(tile.minor())));
     let mut left = Shared::<[Four]>::new_slice(comptime!(left_shape.vectors()));
     let mut right = Shared::<[Four]>::new_slice(comptime!(right_shape.vectors()));
 
     let tile_x = CUBE_POS_X as usize;
-    let is_output = tile_x < output_tiles;
-    let first_row = CUBE_POS_Y as usize * width_major;
-    let mut first_column = tile_x * width_minor;
-    let mut columns = d_output;
+    let is_output = tile_x < extents.output_tiles;
+    let first_row = CUBE_POS_Y as usize * comptime!(tile.major());
+    let mut first_column = tile_x * comptime!(tile.minor());
+    let mut columns = extents.columns;
     if !is_output {
-        first_column = (tile_x - output_tiles) * width_minor;
-        columns = rank;
+        first_column = (tile_x - extents.output_tiles) * comptime!(tile.minor());
+        columns = extents.rank;
+    }
+    let mut start = CUBE_POS_Z as usize * extents.chunk;
+    let mut end = start + extents.chunk;
+    if end > extents.depth {
+        end = extents.depth;
     }
     let mut left_window = Window {
         first: first_row,
-        extent: tokens,
-        depth: 0usize,
-        depth_extent: d_input,
+        extent: extents.rows,
+        depth: start,
+        depth_extent: extents.depth,
     };
     let mut right_window = Window {
         first: first_column,
         extent: columns,
-        depth: 0usize,
-        depth_extent: d_input,
+        depth: start,
+        depth_extent: extents.depth,
     };
 
     let mut sums = accumulators(tile);
-    let mut start = 0usize;
-    while start < d_input {
+    while start < end {
         left_window.depth = start;
         right_window.depth = start;
         tile::fill::<F, NX>(
@@ -289,17 +337,21 @@ pub fn kernel<F: Float, NX: Size, NW: Size, NA: Size, NY: Size>(
             input_access,
         );
         if is_output {
-            tile::fill::<F, NW>(
-                weight,
-                &weight_operand,
-                &mut right,
-                ComptimeOption::new_None(),
-                &right_window,
-                right_shape,
-                weight_access,
-            );
+            #[comptime]
+            match weight {
+                ComptimeOption::Some(weight) => tile::fill::<F, NW>(
+                    weight,
+                    &weight_operand,
+                    &mut right,
+                    ComptimeOption::new_None(),
+                    &right_window,
+                    right_shape,
+                    weight_access,
+                ),
+                ComptimeOption::None => {}
+            }
         } else {
-            tile::fill::<f32, NA>(
+            tile::fill::<f32, NF>(
                 factor,
                 &factor_operand,
                 &mut right,
@@ -310,7 +362,7 @@ pub fn kernel<F: Float, NX: Size, NW: Size, NA: Size, NY: Size>(
             );
         }
         accumulate_stage(&mut sums, &left, &right, tile);
-        start += depth;
+        start += comptime!(tile.depth);
     }
 
     let unit = UNIT_POS as usize;
@@ -323,42 +375,35 @@ pub fn kernel<F: Float, NX: Size, NW: Size, NA: Size, NY: Size>(
             #[unroll]
             for v in 0..tile.minor_vectors {
                 let column = first_column + (unit_minor + v * tile.minor_units) * 4;
-                let mut sum = sums[(m * 4 + i) * tile.minor_vectors + v];
-                if row < tokens && column < columns {
+                let sum = sums[(m * 4 + i) * tile.minor_vectors + v];
+                if row < extents.rows && column < columns {
                     if is_output {
                         #[comptime]
-                        match bias {
-                            ComptimeOption::Some(bias) =>
-                            {
-                                #[unroll]
-                                for j in 0..4usize {
-                                    if column + j < columns {
-                                        let shifted =
-                                            sum.extract(j) + f32::cast_from(bias[column + j]);
-                                        sum.insert(j, shifted);
+                        match output {
+                            ComptimeOption::Some(output) => {
+                                let start = row * places.output_row + column * places.output_column;
+                                if NY::value().comptime() == 4 {
+                                    output[start / 4] = Vector::cast_from(sum);
+                                } else {
+                                    #[unroll]
+                                    for j in 0..4usize {
+                                        if column + j < columns {
+                                            output[start + j * places.output_column] =
+                                                Vector::cast_from(F::cast_from(sum.extract(j)));
+                                        }
                                     }
                                 }
                             }
                             ComptimeOption::None => {}
                         }
-                        let start = row * output_row_stride + column * output_column_stride;
-                        if NY::value().comptime() == 4 {
-                            output[start / 4] = Vector::cast_from(sum);
-                        } else {
-                            #[unroll]
-                            for j in 0..4usize {
-                                if column + j < columns {
-                                    output[start + j * output_column_stride] =
-                                        Vector::cast_from(F::cast_from(sum.extract(j)));
-                                }
-                            }
-                        }
                     } else {
-                        let start = row * projection_row_stride + column * projection_column_stride;
+                        let start = CUBE_POS_Z as usize * places.chunk
+                            + row * places.row
+                            + column * places.column;
                         #[unroll]
                         for j in 0..4usize {
                             if column + j < columns {
-                                projection[start + j * projection_column_stride] = sum.extract(j);
+                                projection[start + j * places.column] = sum.extract(j);
                             }
                         }
                     }

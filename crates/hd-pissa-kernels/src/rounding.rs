@@ -1,56 +1,21 @@
+//! How a merged `f32` value becomes an element of the weight, as kernels compute it. `hd-pissa-bits`
+//! defines every bit.
+
 use cubecl::prelude::*;
+use hd_pissa_bits::{F16_FINE, F16_NORMAL, KEY_PARITY, ROTATIONS};
 
 use crate::FloatType;
 
-/// What selects the random bits of a stochastic merge: equal keys draw equal bits for equal
-/// element indices, on every worker and after every resume.
+/// What a kernel stores of a sum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct StochasticKey {
-    /// The run's seed.
-    pub seed: u64,
-    /// The optimizer step.
-    pub step: u64,
-    /// [`path_hash`] of the weight's path in the model.
-    pub path: u64,
-}
-
-impl StochasticKey {
-    /// The key words of the generator.
-    pub(crate) fn words(self) -> [u32; 2] {
-        let mixed = mix(mix(mix(self.seed) ^ self.step) ^ self.path);
-        [mixed as u32, (mixed >> 32) as u32]
-    }
-}
-
-/// The finalizer of SplitMix64, a bijection that spreads every bit.
-fn mix(value: u64) -> u64 {
-    let mut x = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
-}
-
-/// The 64-bit FNV-1a hash of a path, the same in every process and version.
-pub fn path_hash(path: &str) -> u64 {
-    path.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    })
-}
-
-/// How a merged `f32` value becomes an element of the weight.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Rounding {
+pub enum Store {
     /// The nearest value; `f32` as it is.
     Nearest,
     /// Up or down at random, with the value as the mean.
     Stochastic(FloatType),
-    /// Nearest, and what is missing goes to the companion.
-    Split(FloatType),
+    /// The nearest value, and what it misses in the residual bits.
+    Compensated(FloatType),
 }
-
-/// Rotations and key schedule of Threefry-2x32 (Salmon et al., SC 2011).
-pub(crate) const ROTATIONS: [u32; 8] = [13, 15, 26, 6, 17, 29, 16, 24];
-pub(crate) const KEY_PARITY: u32 = 0x1bd1_1bda;
 
 /// The first word of Threefry-2x32 with 20 rounds.
 #[cube]
@@ -80,12 +45,6 @@ fn threefry(counter0: u32, counter1: u32, key0: u32, key1: u32) -> u32 {
     x0
 }
 
-/// The exponent bits of the smallest normal `f16`, `2^-14`, as an `f32`.
-pub(crate) const F16_NORMAL: u32 = 0x3880_0000;
-/// Steps of the companion of an `f16` weight below `2^-14`: `2^-39` and its inverse.
-pub(crate) const F16_FINE: f32 = 1.0 / 549_755_813_888.0;
-pub(crate) const F16_FINE_INVERSE: f32 = 549_755_813_888.0;
-
 /// `value` moved up or down to a neighbour that the weight's type holds exactly; a value that it
 /// holds already stays. The chance of each neighbour makes the mean `value`.
 #[cube]
@@ -104,7 +63,7 @@ pub(crate) fn stochastic(
     } else {
         let magnitude = bits & 0x7fff_ffffu32;
         let mut rounded = (bits + (random & 0x1fffu32)) & 0xffff_e000u32;
-        if magnitude < F16_NORMAL {
+        if magnitude < comptime!(F16_NORMAL.to_bits()) {
             // Below the normal range the steps are 2^-24 wide whatever the exponent.
             let steps = f32::reinterpret(magnitude) * 16_777_216.0f32;
             let whole = u32::cast_from(steps);
@@ -129,8 +88,8 @@ pub(crate) fn split<F: Float>(value: f32, #[comptime] dtype: FloatType) -> (f32,
         let high = f32::cast_from(F::cast_from(value));
         let high_bits = u32::reinterpret(high);
         let mut low = (bits - high_bits) & 0xffffu32;
-        if (high_bits & 0x7fff_ffffu32) < F16_NORMAL {
-            let steps = (value - high) * F16_FINE_INVERSE;
+        if (high_bits & 0x7fff_ffffu32) < comptime!(F16_NORMAL.to_bits()) {
+            let steps = (value - high) * comptime!(1.0 / F16_FINE);
             low = u32::cast_from(i32::cast_from(steps)) & 0xffffu32;
         }
         (high, low)
@@ -148,7 +107,7 @@ pub(crate) fn join(high: f32, low: u32, #[comptime] dtype: FloatType) -> f32 {
         exact
     } else {
         let mut value = exact;
-        if (bits & 0x7fff_ffffu32) < F16_NORMAL {
+        if (bits & 0x7fff_ffffu32) < comptime!(F16_NORMAL.to_bits()) {
             let steps = f32::cast_from(i32::cast_from(extended));
             value = high + steps * F16_FINE;
         }

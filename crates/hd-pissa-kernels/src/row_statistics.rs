@@ -3,7 +3,7 @@
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 
-use crate::merge::cube_count;
+use crate::grid::cube_count;
 use crate::reduce::cube_sum;
 use crate::tile::Four;
 use crate::{FloatType, KernelError, Matrix};

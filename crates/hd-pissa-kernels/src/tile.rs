@@ -1,6 +1,8 @@
+//! How a cube multiplies one tile: operands in stages of shared memory, sums in registers.
+
 use cubecl::prelude::*;
 
-use crate::planes;
+use crate::grid::multiprocessors;
 
 /// Four `f32`, the unit of shared memory and of the accumulators.
 pub(crate) type Four = Vector<f32, Const<4>>;
@@ -85,10 +87,8 @@ impl Tile {
     pub(crate) fn stage(&self, width: usize) -> StageShape {
         StageShape {
             width,
-            pitch: row_vectors(width),
             depth: self.depth,
             units: self.units(),
-            halves: false,
         }
     }
 
@@ -120,15 +120,9 @@ impl Tile {
     }
 }
 
-/// The device's multiprocessors; where it does not say, those of a desktop GPU.
-pub(crate) fn multiprocessors(client: &Client) -> usize {
-    let hardware = &client.properties().hardware;
-    hardware.num_streaming_multiprocessors.unwrap_or(32) as usize
-}
-
 /// Vectors per depth step of a stage for a tile of `width` elements. One more than the elements
 /// need, so that the units that fill one column of a stage hit different banks.
-pub(crate) const fn row_vectors(width: usize) -> usize {
+const fn row_vectors(width: usize) -> usize {
     width / 4 + 1
 }
 
@@ -264,25 +258,16 @@ fn job_place(
 pub(crate) struct StageShape {
     /// Elements along the tile.
     pub width: usize,
-    /// Vectors from one inner step to the next.
-    pub pitch: usize,
     /// Inner steps.
     pub depth: usize,
     /// Units that fill it.
     pub units: usize,
-    /// Whether every element is held as two `tf32`, all first parts before all second ones.
-    pub halves: bool,
 }
 
 impl StageShape {
-    /// Vectors of one part.
-    pub fn part(self) -> usize {
-        self.depth * self.pitch
-    }
-
     /// Vectors of the stage.
     pub fn vectors(self) -> usize {
-        self.part() * if self.halves { 2 } else { 1 }
+        self.depth * row_vectors(self.width)
     }
 }
 
@@ -316,25 +301,16 @@ pub(crate) fn fill<F: Float, N: Size>(
             );
             #[unroll]
             for row in 0..rows {
-                let place = (q + row) * shape.pitch + vector;
+                let place = (q + row) * comptime!(row_vectors(shape.width)) + vector;
                 let mut value = loaded[row];
                 #[comptime]
                 match &addend {
                     ComptimeOption::Some(addend) => {
                         value += addend[place];
-                        if comptime!(shape.halves) {
-                            value += addend[place + comptime!(shape.part())];
-                        }
                     }
                     ComptimeOption::None => {}
                 }
-                if comptime!(shape.halves) {
-                    let high = planes::nearest_tf32(value);
-                    stage[place] = high;
-                    stage[place + comptime!(shape.part())] = planes::nearest_tf32(value - high);
-                } else {
-                    stage[place] = value;
-                }
+                stage[place] = value;
             }
         }
     }

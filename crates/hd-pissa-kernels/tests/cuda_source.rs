@@ -1,15 +1,13 @@
 //! The CUDA C++ of every kernel, built without CUDA and compiled to machine code without a GPU.
 //!
 //! `cargo test --release -p hd-pissa-kernels --test cuda_source -- --nocapture` prints registers,
-//! spills and shared memory of every variant; a spill fails, but not in a kernel whose body is
-//! borrowed from `cubek-matmul`. NVRTC is looked for in Python's
+//! spills and shared memory of every variant; a spill fails. NVRTC is looked for in Python's
 //! packages, or in the folder `HD_PISSA_NVRTC` alone if that is set; without it the sources are built
-//! only, which is a failure if `HD_PISSA_REQUIRE_NVRTC=1` or if the folder was named. `HD_PISSA_CUDA_SOURCE` names a folder for the sources,
-//! `HD_PISSA_KERNEL` a part of the names of the kernels to look at; a part of none fails.
+//! only, which is a failure if `HD_PISSA_REQUIRE_NVRTC=1` or if the folder was named.
+//! `HD_PISSA_CUDA_SOURCE` names a folder for the sources, `HD_PISSA_KERNEL` a part of the names of the
+//! kernels to look at; a part of none fails.
 
 mod nvrtc;
-#[cfg(feature = "pipeline")]
-mod pipelines;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -34,8 +32,8 @@ use cubecl_runtime::compiler::Compiler;
 use cubecl_runtime::kernel::CubeKernel;
 use hd_pissa_kernels::FloatType;
 use hd_pissa_kernels::kernels::{
-    Access, Engine, OperandLaunch, OperandsLaunch, PlaneTile, Rounding, TargetLaunch, Tile,
-    factor_product, fingerprint, merge, product, reduce, row_statistics, storage_type,
+    Access, ExtentsLaunch, OperandLaunch, OperandsLaunch, PlacesLaunch, Store, TargetLaunch, Tile,
+    fingerprint, join, merge, product, reduce, row_statistics, storage_type,
 };
 
 use nvrtc::{Nvrtc, NvrtcError};
@@ -134,19 +132,13 @@ fn size(vectors: bool) -> usize {
 /// A kernel's name and its source for a compute capability.
 struct Kernel {
     name: String,
-    /// Whether the body is that of another crate, which may spill.
-    borrowed: bool,
     build: Box<dyn Fn(u32) -> String + Send + Sync>,
 }
 
 impl Kernel {
-    fn ours(
-        name: impl Into<String>,
-        build: impl Fn(u32) -> String + Send + Sync + 'static,
-    ) -> Self {
+    fn new(name: impl Into<String>, build: impl Fn(u32) -> String + Send + Sync + 'static) -> Self {
         Self {
             name: name.into(),
-            borrowed: false,
             build: Box::new(build),
         }
     }
@@ -155,24 +147,20 @@ impl Kernel {
 /// Every merge that [`hd_pissa_kernels::merge`] can launch.
 fn merges(kernels: &mut Vec<Kernel>) {
     for dtype in TYPES {
-        let roundings = match dtype {
-            FloatType::F32 => vec![Rounding::Nearest],
+        let stores = match dtype {
+            FloatType::F32 => vec![Store::Nearest],
             _ => vec![
-                Rounding::Nearest,
-                Rounding::Split(dtype),
-                Rounding::Stochastic(dtype),
+                Store::Nearest,
+                Store::Compensated(dtype),
+                Store::Stochastic(dtype),
             ],
         };
-        for rounding in roundings {
-            for (engine, factor_vectors, weight_vectors, column_major) in variants() {
+        for store in stores {
+            for (tile, factor_vectors, weight_vectors, column_major) in variants() {
                 let name = format!(
-                    "merge {dtype:?} {rounding:?} {}x{}{} {}",
-                    engine.major(),
-                    engine.minor(),
-                    match engine {
-                        Engine::Units(_) => "",
-                        Engine::Planes(_) => " tf32 halves",
-                    },
+                    "merge {dtype:?} {store:?} {}x{} {}",
+                    tile.major(),
+                    tile.minor(),
                     [
                         if factor_vectors {
                             "factor vectors"
@@ -193,69 +181,68 @@ fn merges(kernels: &mut Vec<Kernel>) {
                     .join(", ")
                 );
                 let build = move |version| {
-                    let companion = matches!(rounding, Rounding::Split(_)).then(buffer);
+                    let residual = matches!(store, Store::Compensated(_)).then(buffer);
                     let kernel = merge::create_dummy_kernel(
                         properties(version),
                         Arc::new(TargetProperties::default()),
                         CubeCount::Static(1, 1, 1),
-                        CubeDim::new_1d(engine.units() as u32),
+                        CubeDim::new_1d(tile.units() as u32),
                         size(factor_vectors),
                         size(weight_vectors),
                         buffer(),
-                        companion.into(),
+                        residual.into(),
                         buffer(),
                         buffer(),
                         buffer(),
                         buffer(),
-                        OperandsLaunch::new(operand(), operand(), operand(), operand()),
+                        OperandsLaunch::new(operand(), operand()),
                         8,
                         TargetLaunch::new(8, 8, 8, 1, 1, 2),
                         factor_vectors,
                         column_major,
-                        rounding,
-                        engine,
+                        store,
+                        tile,
                         dtype.elem_type(),
                     );
                     cpp(kernel, version)
                 };
-                kernels.push(Kernel::ours(name, build));
+                kernels.push(Kernel::new(name, build));
             }
         }
     }
 }
 
-/// Engine, vectors of factors and of the weight, and column-major weights.
-fn variants() -> impl Iterator<Item = (Engine, bool, bool, bool)> {
-    let accesses = [(true, true), (true, false), (false, true), (false, false)];
-    let units = Tile::ALL
-        .into_iter()
-        .flat_map(move |tile| accesses.map(|access| (Engine::Units(tile), access)));
-    // Matrix units take vectors only.
-    let planes = PlaneTile::ALL.map(|tile| (Engine::Planes(tile), (true, true)));
-    units.chain(planes).flat_map(|(engine, (factors, weight))| {
-        [false, true].map(|column_major| (engine, factors, weight, column_major))
+/// Tile, vectors of factors and of the weight, and column-major weights.
+fn variants() -> impl Iterator<Item = (Tile, bool, bool, bool)> {
+    let flags = [false, true];
+    let accesses = flags.map(|factors| flags.map(|weight| (factors, weight)));
+    Tile::ALL.into_iter().flat_map(move |tile| {
+        let accesses = accesses.into_iter().flatten();
+        accesses.flat_map(move |(factors, weight)| {
+            flags.map(|column_major| (tile, factors, weight, column_major))
+        })
     })
 }
 
-/// The low-rank product: every dtype and tile with every way of reading, which each operand takes
-/// in turn; forward with and without bias.
+/// The low-rank product, with a weight and without: every dtype and tile with every way of reading,
+/// which each operand takes in turn.
 fn products(kernels: &mut Vec<Kernel>) {
     let access = |vectors, along_depth| Access {
         vectors,
         along_depth,
     };
-    let ways = [
+    let layouts = [
         (
             "row-major",
             [access(true, true), access(true, false), access(true, false)],
         ),
         (
-            "column-major weight",
+            "column-major right",
             [access(true, true), access(true, true), access(true, true)],
         ),
         (
             "column-major input",
-            [access(true, false), access(true, false), access(true, true)],
+            [access(true, false), access(true, true), access(true, false)],
         ),
         (
             "elements",
@@ -274,131 +261,52 @@ fn products(kernels: &mut Vec<Kernel>) {
             ],
         ),
     ];
-    for dtype in TYPES {
-        for tile in Tile::ALL {
-            for (way, [input, weight, factor]) in ways {
-                for bias in [false, true] {
-                    let name = format!(
-                        "product {dtype:?} {}x{} {way}{}",
-                        tile.major(),
-                        tile.minor(),
-                        if bias { ", bias" } else { "" }
-                    );
-                    let build = move |version| {
-                        let kernel = product::create_dummy_kernel(
-                            properties(version),
-                            Arc::new(TargetProperties::default()),
-                            CubeCount::Static(1, 1, 1),
-                            CubeDim::new_1d(tile.units() as u32),
-                            size(input.vectors),
-                            size(weight.vectors),
-                            size(factor.vectors),
-                            size(input.vectors),
-                            buffer(),
-                            buffer(),
-                            buffer(),
-                            bias.then(buffer).into(),
-                            buffer(),
-                            buffer(),
-                            operand(),
-                            operand(),
-                            operand(),
-                            8,
-                            8,
-                            8,
-                            8,
-                            1,
-                            8,
-                            1,
-                            8,
-                            1,
-                            input,
-                            weight,
-                            factor,
-                            tile,
-                            dtype.elem_type(),
-                        );
-                        cpp(kernel, version)
-                    };
-                    kernels.push(Kernel::ours(name, build));
-                }
-            }
-        }
-    }
-}
-
-/// The product with a factor: every dtype and tile, the input read along and across its rows.
-fn factor_products(kernels: &mut Vec<Kernel>) {
-    let ways = [
-        ("row-major", true, true),
-        ("column-major", true, false),
-        ("row-major elements", false, true),
-        ("column-major elements", false, false),
-    ];
-    for dtype in TYPES {
-        for tile in Tile::NARROW {
-            for (way, vectors, along_depth) in ways {
+    let tiles = Tile::NARROW.map(|tile| (tile, false)).into_iter();
+    let tiles = tiles.chain(Tile::ALL.map(|tile| (tile, true)));
+    for (tile, with_weight) in tiles {
+        for dtype in TYPES {
+            for (layout, [input, factor, weight]) in layouts {
                 let name = format!(
-                    "factor product {dtype:?} {}x{} {way}",
+                    "product {dtype:?} {}x{} {layout}{}",
                     tile.major(),
-                    tile.minor()
+                    tile.minor(),
+                    if with_weight { ", weight" } else { "" }
                 );
                 let build = move |version| {
-                    let access = |along_depth| Access {
-                        vectors,
-                        along_depth,
-                    };
-                    let kernel = factor_product::create_dummy_kernel(
+                    let kernel = product::create_dummy_kernel(
                         properties(version),
                         Arc::new(TargetProperties::default()),
                         CubeCount::Static(1, 1, 1),
                         CubeDim::new_1d(tile.units() as u32),
-                        size(vectors),
-                        size(vectors),
+                        size(input.vectors),
+                        size(factor.vectors),
+                        size(weight.vectors),
+                        size(input.vectors),
                         buffer(),
                         buffer(),
                         buffer(),
+                        with_weight.then(buffer).into(),
+                        with_weight.then(buffer).into(),
                         operand(),
                         operand(),
-                        8,
-                        8,
-                        8,
-                        8,
-                        64,
-                        8,
-                        1,
-                        access(along_depth),
-                        access(!along_depth),
+                        operand(),
+                        ExtentsLaunch::new(8, 8, 8, 8, 1, 8),
+                        PlacesLaunch::new(64, 8, 1, 8, 1),
+                        input,
+                        factor,
+                        weight,
                         tile,
                         dtype.elem_type(),
                     );
                     cpp(kernel, version)
                 };
-                kernels.push(Kernel::ours(name, build));
+                kernels.push(Kernel::new(name, build));
             }
         }
     }
 }
 
 fn reductions(kernels: &mut Vec<Kernel>) {
-    for dtype in TYPES {
-        let build = move |version| {
-            let kernel = reduce::count::create_dummy_kernel(
-                properties(version),
-                Arc::new(TargetProperties::default()),
-                CubeCount::Static(1, 1, 1),
-                CubeDim::new_1d(256),
-                buffer(),
-                buffer(),
-                8,
-                256,
-                dtype.elem_type(),
-            );
-            cpp(kernel, version)
-        };
-        let name = format!("count non-finite {dtype:?}");
-        kernels.push(Kernel::ours(name, build));
-    }
     let build = |version| {
         let kernel = reduce::sum::create_dummy_kernel(
             properties(version),
@@ -408,12 +316,11 @@ fn reductions(kernels: &mut Vec<Kernel>) {
             buffer(),
             buffer(),
             8,
-            1,
             256,
         );
         cpp(kernel, version)
     };
-    kernels.push(Kernel::ours("sum of partial sums", build));
+    kernels.push(Kernel::new("sum of partial sums", build));
     let build = |version| {
         let kernel = reduce::sum_chunks::create_dummy_kernel(
             properties(version),
@@ -431,10 +338,10 @@ fn reductions(kernels: &mut Vec<Kernel>) {
         );
         cpp(kernel, version)
     };
-    kernels.push(Kernel::ours("sum of chunks", build));
+    kernels.push(Kernel::new("sum of chunks", build));
 }
 
-/// Statistics of rows, and fingerprints.
+/// Statistics of rows, copies of matrices, and fingerprints.
 fn audits(kernels: &mut Vec<Kernel>) {
     let build = |version| {
         let kernel = row_statistics::chunks::create_dummy_kernel(
@@ -453,7 +360,7 @@ fn audits(kernels: &mut Vec<Kernel>) {
         );
         cpp(kernel, version)
     };
-    kernels.push(Kernel::ours("statistics of the chunks of rows", build));
+    kernels.push(Kernel::new("statistics of the chunks of rows", build));
     let build = |version| {
         let kernel = row_statistics::totals::create_dummy_kernel(
             properties(version),
@@ -467,7 +374,28 @@ fn audits(kernels: &mut Vec<Kernel>) {
         );
         cpp(kernel, version)
     };
-    kernels.push(Kernel::ours("sums of the statistics of chunks", build));
+    kernels.push(Kernel::new("sums of the statistics of chunks", build));
+    for parts in [1, 16] {
+        let build = move |version| {
+            let sizes = || (0..parts).map(|_| 8usize).collect();
+            let kernel = join::create_dummy_kernel(
+                properties(version),
+                Arc::new(TargetProperties::default()),
+                CubeCount::Static(1, parts, 1),
+                CubeDim::new_1d(256),
+                (0..parts).map(|_| buffer()).collect(),
+                buffer(),
+                sizes(),
+                sizes(),
+                sizes(),
+                sizes(),
+                sizes(),
+                256,
+            );
+            cpp(kernel, version)
+        };
+        kernels.push(Kernel::new(format!("copies of {parts} matrices"), build));
+    }
     for dtype in TYPES {
         let build = move |version| {
             let kernel = fingerprint::create_dummy_kernel(
@@ -488,7 +416,7 @@ fn audits(kernels: &mut Vec<Kernel>) {
             );
             cpp(kernel, version)
         };
-        kernels.push(Kernel::ours(format!("fingerprint {dtype:?}"), build));
+        kernels.push(Kernel::new(format!("fingerprint {dtype:?}"), build));
     }
 }
 
@@ -525,9 +453,6 @@ fn every_kernel_compiles_for_cuda_without_spills() {
     reductions(&mut kernels);
     audits(&mut kernels);
     products(&mut kernels);
-    factor_products(&mut kernels);
-    #[cfg(feature = "pipeline")]
-    pipelines::all(&mut kernels);
     merges(&mut kernels);
     if let Ok(part) = std::env::var("HD_PISSA_KERNEL") {
         kernels.retain(|kernel| kernel.name.contains(&part));
@@ -567,14 +492,8 @@ fn every_kernel_compiles_for_cuda_without_spills() {
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
-                while let Some((
-                    Kernel {
-                        name,
-                        borrowed,
-                        build,
-                    },
-                    (version, architecture),
-                )) = jobs.get(next.fetch_add(1, Ordering::Relaxed))
+                while let Some((Kernel { name, build }, (version, architecture))) =
+                    jobs.get(next.fetch_add(1, Ordering::Relaxed))
                 {
                     let source = build(*version);
                     if let Some(folder) = &dump {
@@ -585,15 +504,14 @@ fn every_kernel_compiles_for_cuda_without_spills() {
                     match nvrtc.compile(&source, architecture) {
                         Ok(usage) => {
                             println!(
-                                "{architecture:<8}{:>10}{:>8}{:>8}{:>9}{:>9}  {name}{}",
+                                "{architecture:<8}{:>10}{:>8}{:>8}{:>9}{:>9}  {name}",
                                 usage.registers,
                                 usage.spill_bytes,
                                 usage.stack_bytes,
                                 usage.shared_bytes + dynamic_shared_bytes(&source),
                                 usage.cubin_bytes,
-                                if *borrowed { " (borrowed)" } else { "" }
                             );
-                            if usage.spill_bytes > 0 && !borrowed {
+                            if usage.spill_bytes > 0 {
                                 failed.fetch_add(1, Ordering::Relaxed);
                             }
                         }

@@ -6,22 +6,21 @@ mod common;
 use common::*;
 use cubecl::MemoryScope;
 use cubecl::client::Client;
-use hd_pissa_kernels::{
-    FactorProduct, FloatType, Merge, MergePrecision, factor_product, merge, new_counter,
-};
+use hd_pissa_bits::Rounding;
+use hd_pissa_kernels::{FloatType, LowRankProduct, Merge, low_rank_product, merge};
 
 #[test]
 fn kernels_allocate_nothing_of_the_size_of_their_large_operand() {
     let Some(client) = client() else { return };
     a_merge_beside_the_weight(&client);
-    a_factor_product_beside_the_input(&client);
+    a_product_beside_the_input(&client);
 }
 
 /// Bytes reserved beyond those in use before `launch`, which is run three times. Memory once reserved
 /// stays so until a clean-up: the report holds the peak.
 fn reserved(client: &Client, operand_bytes: u64, mut launch: impl FnMut()) -> u64 {
-    let counter = new_counter(client);
-    let wait = || drop(client.read_one(counter.clone()).expect("the device runs"));
+    let word = upload_words(client, &[0]);
+    let wait = || drop(client.read_one(word.clone()).expect("the device runs"));
     wait();
     client.memory_cleanup().expect("nothing runs");
     let before = client.memory_report(MemoryScope::Device).usage();
@@ -40,11 +39,6 @@ fn a_merge_beside_the_weight(client: &Client) {
     let weight_bytes = (size * size * 4) as u64;
     let random = &mut Random(1);
     let shards = shards(random, count, [size, rank, size], 1e-3);
-    let packing = Packing {
-        before: 0,
-        between: 0,
-        after: 0,
-    };
     let weight = matrix(
         client,
         &random.values(size * size, 1.0),
@@ -52,9 +46,8 @@ fn a_merge_beside_the_weight(client: &Client) {
         Layout::RowMajor,
         FloatType::F32,
     );
-    let frames = pack(client, &frames(&shards), packing);
-    let deltas = pack(client, &deltas(&shards), packing);
-    let (counter, squares) = (new_counter(client), new_counter(client));
+    let (frames, deltas) = (frames(client, &shards), deltas(client, &shards));
+    let gate = upload_words(client, &[0]);
     let unused = reserved(client, weight_bytes, || {
         merge(
             client,
@@ -64,11 +57,9 @@ fn a_merge_beside_the_weight(client: &Client) {
                 deltas: deltas.clone(),
                 rank,
                 shards: count,
-                precision: MergePrecision::Split,
-                companion: None,
-                non_finite: counter.clone(),
-                squares: squares.clone(),
-                square_slot: 0,
+                rounding: Rounding::Nearest,
+                residual: None,
+                gate: gate.clone(),
             },
         )
         .unwrap();
@@ -80,7 +71,7 @@ fn a_merge_beside_the_weight(client: &Client) {
 }
 
 /// Not even in half precision, where the products of the backend would need it in `f32`.
-fn a_factor_product_beside_the_input(client: &Client) {
+fn a_product_beside_the_input(client: &Client) {
     let [rows, depth, rank] = [8192, 4096, 8];
     let halves = [FloatType::F16, FloatType::BF16];
     let Some(dtype) = halves.into_iter().find(|dtype| dtype.is_supported(client)) else {
@@ -93,16 +84,17 @@ fn a_factor_product_beside_the_input(client: &Client) {
         let values = random.values(shape[0] * shape[1], 1.0);
         matrix(client, &values, shape, Layout::RowMajor, dtype)
     };
-    let product = FactorProduct {
+    let product = LowRankProduct {
         input: operand([rows, depth], dtype),
         factor: operand([depth, rank], FloatType::F32),
-        output: operand([rows, rank], FloatType::F32),
+        projection: operand([rows, rank], FloatType::F32),
+        dense: None,
     };
     // Memory is reserved in pages that hold the largest operand: the sums of the chunks take a part
     // of a second page, of which this leaves too little for a copy of the input.
     let _half_a_page = client.empty(input_bytes as usize / 2);
     let unused = reserved(client, input_bytes, || {
-        factor_product(client, product.clone()).unwrap();
+        low_rank_product(client, product.clone()).unwrap();
     });
     assert!(
         unused < input_bytes,

@@ -6,63 +6,45 @@ use common::*;
 use cubecl::client::Client;
 use cubecl::server::Handle;
 use half::f16;
+use hd_pissa_bits::{Half, Rounding, StochasticKey};
 use hd_pissa_kernels::reference::{self, Shard};
-use hd_pissa_kernels::{
-    Buffer, FloatType, KernelError, Matrix, Merge, MergePrecision, StochasticKey, companion_len,
-    count_non_finite, merge, new_counter, path_hash,
-};
-
-const TIGHT: Packing = Packing {
-    before: 0,
-    between: 0,
-    after: 0,
-};
-/// Nothing starts on a vector.
-const LOOSE: Packing = Packing {
-    before: 5,
-    between: 1,
-    after: 2,
-};
-/// Everything does, with other weights' factors around.
-const ALIGNED: Packing = Packing {
-    before: 8,
-    between: 4,
-    after: 12,
-};
+use hd_pissa_kernels::{FloatType, KernelError, Matrix, Merge, merge, residual_shape};
 
 struct Run {
     weight: Matrix,
     shards: Vec<Shard>,
     rank: usize,
-    packing: Packing,
 }
 
 impl Run {
-    /// Queues a merge; gives the buffer with its sum of squares.
-    fn merge(
+    /// Queues a merge; gives the buffer with its sum of squares. It happens unless `gate` is other
+    /// than zero.
+    fn gated(
         &self,
         client: &Client,
-        precision: MergePrecision,
-        companion: Option<Handle>,
-        counter: &Handle,
+        rounding: Rounding,
+        residual: Option<Handle>,
+        gate: u32,
     ) -> Result<Handle, KernelError> {
-        let squares = upload(client, &[f32::NAN; 3], FloatType::F32);
         merge(
             client,
             Merge {
                 weight: self.weight.clone(),
-                frames: pack(client, &frames(&self.shards), self.packing),
-                deltas: pack(client, &deltas(&self.shards), TIGHT),
+                frames: frames(client, &self.shards),
+                deltas: deltas(client, &self.shards),
                 rank: self.rank,
                 shards: self.shards.len(),
-                precision,
-                companion,
-                non_finite: counter.clone(),
-                squares: squares.clone(),
-                square_slot: 1,
+                rounding,
+                residual,
+                gate: upload_words(client, &[gate]),
             },
-        )?;
-        Ok(squares)
+        )
+    }
+
+    /// The sum of squares.
+    fn merge(&self, client: &Client, rounding: Rounding) -> f32 {
+        let squares = self.gated(client, rounding, None, 0).unwrap();
+        download(client, &squares, 1, FloatType::F32)[0]
     }
 }
 
@@ -91,7 +73,7 @@ fn f32_merge_is_within_the_rounding_bound() {
         let exact = reference::update(&shards, [d_input, rank, d_output]);
         let before = random.values(d_input * d_output, 1.0);
         for layout in Layout::ALL {
-            for packing in [TIGHT, LOOSE, ALIGNED] {
+            {
                 let weight = matrix(
                     &client,
                     &before,
@@ -103,11 +85,8 @@ fn f32_merge_is_within_the_rounding_bound() {
                     weight,
                     shards: shards.clone(),
                     rank,
-                    packing,
                 };
-                let squares = run
-                    .merge(&client, MergePrecision::Split, None, &new_counter(&client))
-                    .unwrap();
+                let squares = run.merge(&client, Rounding::Nearest);
                 let after = read(&client, &run.weight);
                 // Each of the n products and sums rounds once (with or without fma: twice), the
                 // sum with W once more.
@@ -121,25 +100,16 @@ fn f32_merge_is_within_the_rounding_bound() {
                     let error = (f64::from(after[place]) - expected).abs();
                     assert!(
                         error <= bound,
-                        "{d_input}x{d_output} r {rank} K {count} {layout:?} {packing:?}: \
+                        "{d_input}x{d_output} r {rank} K {count} {layout:?}: \
                          element {place} is off by {error:e}, more than {bound:e}"
                     );
                     sum += exact.value[place].powi(2);
                     slack += 2.0 * exact.value[place].abs() * update_error + update_error.powi(2);
                 }
-                let squares = download(&client, &squares, 3, FloatType::F32);
-                assert!(
-                    squares[0].is_nan() && squares[2].is_nan(),
-                    "another slot was written"
-                );
                 // The longest chain of sums is shorter than the number of elements, and each
                 // rounds a sum of positive terms.
                 let bound = slack + eps * (after.len() + 2) as f64 * (sum + slack);
-                assert!(
-                    (f64::from(squares[1]) - sum).abs() <= bound,
-                    "{} {sum}",
-                    squares[1]
-                );
+                assert!((f64::from(squares) - sum).abs() <= bound, "{squares} {sum}");
             }
         }
     }
@@ -155,7 +125,7 @@ fn f16_merges_round_the_f32_merge() {
     let key = StochasticKey {
         seed: 42,
         step: 7,
-        path: path_hash("layers.0.attention.query"),
+        path: 0x1234_5678_9abc_def0,
     };
     for (case, (d_input, rank, d_output, count)) in SHAPES.into_iter().enumerate() {
         let random = &mut Random(100 + case as u64);
@@ -167,30 +137,24 @@ fn f16_merges_round_the_f32_merge() {
                 weight: matrix(&client, &before, shape, layout, dtype),
                 shards: shards.clone(),
                 rank,
-                packing: ALIGNED,
             };
-            let counter = new_counter(&client);
             let wide = run(FloatType::F32);
-            wide.merge(&client, MergePrecision::Plain, None, &counter)
-                .unwrap();
+            wide.merge(&client, Rounding::Nearest);
             let wide = read(&client, &wide.weight);
 
             let plain = run(FloatType::F16);
-            plain
-                .merge(&client, MergePrecision::Plain, None, &counter)
-                .unwrap();
+            plain.merge(&client, Rounding::Nearest);
             assert_eq!(read(&client, &plain.weight), rounded(&wide, FloatType::F16));
 
             let random = run(FloatType::F16);
-            random
-                .merge(&client, MergePrecision::Stochastic(key), None, &counter)
-                .unwrap();
+            random.merge(&client, Rounding::Stochastic(key));
+            let words = key.generator();
             let expected: Vec<f32> = wide
                 .iter()
                 .enumerate()
                 .map(|(place, value)| {
-                    let index = [place / d_output, place % d_output].map(|index| index as u32);
-                    reference::stochastic(*value, index, key, FloatType::F16)
+                    let (row, column) = (place / d_output, place % d_output);
+                    f16::stochastic(*value, words(row as u32, column as u32)).widen()
                 })
                 .collect();
             assert_eq!(
@@ -202,8 +166,8 @@ fn f16_merges_round_the_f32_merge() {
     }
 }
 
-/// The companion's half of every element, row by row.
-fn companion_of(weight: &Matrix, words: &[u32]) -> Vec<u16> {
+/// The residual half of every element, row by row.
+fn residual_of(weight: &Matrix, words: &[u32]) -> Vec<u16> {
     let [rows, columns] = weight.shape;
     let column_major = weight.strides[0] < weight.strides[1] && rows > 1 && columns > 1;
     let mut halves = Vec::new();
@@ -223,7 +187,7 @@ fn companion_of(weight: &Matrix, words: &[u32]) -> Vec<u16> {
 }
 
 #[test]
-fn split_f16_follows_the_f32_trajectory_bit_for_bit() {
+fn compensated_f16_follows_the_f32_trajectory_bit_for_bit() {
     let Some(client) = client() else { return };
     if !FloatType::F16.is_supported(&client) {
         return eprintln!("skipped: the device has no f16");
@@ -244,28 +208,25 @@ fn split_f16_follows_the_f32_trajectory_bit_for_bit() {
         let before = rounded(&before, FloatType::F16);
         let wide = matrix(&client, &before, shape, layout, FloatType::F32);
         let high = matrix(&client, &before, shape, layout, FloatType::F16);
-        let words = companion_len(&high);
-        let companion = upload_words(&client, &vec![0; words]);
+        let words = residual_shape(&high).iter().product();
+        let residual = upload_words(&client, &vec![0; words]);
         let mut changed = false;
         for _ in 0..6 {
             let shards = shards(random, count, [d_input, rank, d_output], 2e-5);
-            let counter = new_counter(&client);
-            for (weight, companion) in [(&wide, None), (&high, Some(companion.clone()))] {
+            for (weight, residual) in [(&wide, None), (&high, Some(residual.clone()))] {
                 let run = Run {
                     weight: weight.clone(),
                     shards: shards.clone(),
                     rank,
-                    packing: TIGHT,
                 };
-                run.merge(&client, MergePrecision::Split, companion, &counter)
-                    .unwrap();
+                run.gated(&client, Rounding::Nearest, residual, 0).unwrap();
             }
             let expected = read(&client, &wide);
-            let halves = companion_of(&high, &download_words(&client, &companion));
+            let halves = residual_of(&high, &download_words(&client, &residual));
             let pairs: Vec<f32> = read(&client, &high)
                 .iter()
                 .zip(&halves)
-                .map(|(high, low)| reference::join_f16(f16::from_f32(*high), *low))
+                .map(|(high, low)| f16::from_f32(*high).join(*low))
                 .collect();
             assert_eq!(pairs, expected, "{shape:?} {layout:?}");
             changed |= expected != before;
@@ -275,68 +236,22 @@ fn split_f16_follows_the_f32_trajectory_bit_for_bit() {
 }
 
 #[test]
-fn a_non_finite_delta_closes_the_gate() {
+fn a_closed_gate_leaves_the_weight_and_gives_zero() {
     let Some(client) = client() else { return };
-    for poison in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+    for poison in [1.0, f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let random = &mut Random(3);
         let mut shards = shards(random, 2, [40, 4, 36], 1e-2);
         shards[1].delta_b[17] = poison;
         let before = random.values(40 * 36, 1.0);
         let weight = matrix(&client, &before, [40, 36], Layout::RowMajor, FloatType::F32);
-        let counter = new_counter(&client);
-        let gathered = pack(&client, &deltas(&shards), TIGHT).buffer;
-        count_non_finite(&client, gathered, &counter).unwrap();
         let run = Run {
             weight,
             shards,
             rank: 4,
-            packing: TIGHT,
         };
-        let squares = run
-            .merge(&client, MergePrecision::Split, None, &counter)
-            .unwrap();
+        let squares = run.gated(&client, Rounding::Nearest, None, 3).unwrap();
         assert_eq!(read(&client, &run.weight), before);
-        assert_eq!(download(&client, &squares, 3, FloatType::F32)[1], 0.0);
-        assert_eq!(download_words(&client, &counter), [1]);
-    }
-}
-
-#[test]
-fn count_finds_every_non_finite_value() {
-    let Some(client) = client() else { return };
-    for dtype in [FloatType::F32, FloatType::F16, FloatType::BF16] {
-        if !dtype.is_supported(&client) {
-            eprintln!("skipped: the device has no {dtype:?}");
-            continue;
-        }
-        for len in [0, 1, 255, 257, 4099, 300_007] {
-            let mut values = Random(len as u64).values(len, 4.0);
-            let odd = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -f32::NAN];
-            for (k, value) in values.iter_mut().enumerate() {
-                match k % 97 {
-                    0 => *value = odd[k / 97 % 4],
-                    1 => *value = 6e4,
-                    2 => *value = 6e-8,
-                    _ => {}
-                }
-            }
-            let counter = new_counter(&client);
-            let handle = upload(&client, &values, dtype);
-            for round in 1..3 {
-                let buffer = Buffer {
-                    handle: handle.clone(),
-                    len,
-                    dtype,
-                };
-                count_non_finite(&client, buffer, &counter).unwrap();
-                let found = download_words(&client, &counter);
-                assert_eq!(
-                    found,
-                    [round * reference::count_non_finite(&values)],
-                    "{len}"
-                );
-            }
-        }
+        assert_eq!(download(&client, &squares, 1, FloatType::F32), [0.0]);
     }
 }
 
@@ -358,21 +273,17 @@ fn equal_inputs_give_equal_bits() {
             weight,
             shards: shards.clone(),
             rank: 6,
-            packing: LOOSE,
         };
-        let counter = new_counter(&client);
-        let squares = run
-            .merge(&client, MergePrecision::Split, None, &counter)
-            .unwrap();
+        let squares = run.merge(&client, Rounding::Nearest);
         let mut values = read(&client, &run.weight);
-        values.push(download(&client, &squares, 3, FloatType::F32)[1]);
+        values.push(squares);
         values
     });
     assert_eq!(first, second);
 }
 
 #[test]
-fn nothing_to_merge_leaves_the_weight_and_writes_zero() {
+fn nothing_to_merge_leaves_the_weight_and_gives_zero() {
     let Some(client) = client() else { return };
     for (shape, count) in [([0, 5], 1), ([5, 0], 1), ([3, 4], 0)] {
         let random = &mut Random(5);
@@ -383,14 +294,9 @@ fn nothing_to_merge_leaves_the_weight_and_writes_zero() {
             weight,
             shards,
             rank: 2,
-            packing: TIGHT,
         };
-        let counter = new_counter(&client);
-        let squares = run
-            .merge(&client, MergePrecision::Plain, None, &counter)
-            .unwrap();
+        assert_eq!(run.merge(&client, Rounding::Nearest), 0.0);
         assert_eq!(read(&client, &run.weight), before);
-        assert_eq!(download(&client, &squares, 3, FloatType::F32)[1], 0.0);
     }
 }
 
@@ -406,20 +312,18 @@ fn unfit_operands_are_refused() {
         Layout::RowMajor,
         FloatType::F32,
     );
-    let counter = new_counter(&client);
-    let run = |weight: Matrix, rank| {
+    let run = |weight: Matrix, rank, residual| {
         let run = Run {
             weight,
             shards: shards.clone(),
             rank,
-            packing: TIGHT,
         };
-        run.merge(&client, MergePrecision::Split, None, &counter)
+        run.gated(&client, Rounding::Nearest, residual, 0)
             .map(|_| ())
     };
-    assert_eq!(run(weight.clone(), 2), Ok(()));
+    assert_eq!(run(weight.clone(), 2, None), Ok(()));
     assert!(matches!(
-        run(weight.clone(), 3),
+        run(weight.clone(), 3, None),
         Err(KernelError::OutOfBounds {
             operand: "frames",
             ..
@@ -430,7 +334,7 @@ fn unfit_operands_are_refused() {
         ..weight.clone()
     };
     assert!(matches!(
-        run(overlapping, 2),
+        run(overlapping, 2, None),
         Err(KernelError::Overlap {
             operand: "weight",
             strides: [4, 1]
@@ -441,7 +345,7 @@ fn unfit_operands_are_refused() {
         ..weight.clone()
     };
     assert!(matches!(
-        run(long, 2),
+        run(long, 2, None),
         Err(KernelError::OutOfBounds {
             operand: "weight",
             needed: 56,
@@ -456,9 +360,14 @@ fn unfit_operands_are_refused() {
             Layout::RowMajor,
             FloatType::F16,
         );
+        let short = upload_words(&client, &[0; 23]);
         assert_eq!(
-            run(half, 2),
-            Err(KernelError::MissingCompanion(FloatType::F16))
+            run(half, 2, Some(short)),
+            Err(KernelError::OutOfBounds {
+                operand: "residual",
+                needed: 24,
+                available: 23
+            })
         );
     }
     if !FloatType::BF16.is_supported(&client) {
@@ -470,7 +379,7 @@ fn unfit_operands_are_refused() {
             FloatType::BF16,
         );
         assert_eq!(
-            run(weight, 2),
+            run(weight, 2, None),
             Err(KernelError::Unsupported(FloatType::BF16))
         );
     }

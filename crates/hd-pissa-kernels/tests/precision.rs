@@ -1,5 +1,5 @@
 //! 200 steps of Adam at a learning rate of 2e-5 into a half-precision weight: what each
-//! [`MergePrecision`] keeps of the `f32` trajectory. On the device in the types that it has, and in
+//! way of rounding keeps of the `f32` trajectory. On the device in the types that it has, and in
 //! `bf16` (which WGSL lacks) through the references that define the kernels' bits.
 //!
 //! `cargo test --release -p hd-pissa-kernels --test precision -- --nocapture` prints a table for
@@ -8,11 +8,11 @@
 mod common;
 
 use common::*;
+use cubecl::server::Handle;
 use half::{bf16, f16};
+use hd_pissa_bits::{Half, Rounding, StochasticKey};
 use hd_pissa_kernels::reference::{self, Shard};
-use hd_pissa_kernels::{
-    FloatType, Merge, MergePrecision, StochasticKey, companion_len, merge, new_counter, path_hash,
-};
+use hd_pissa_kernels::{FloatType, Merge, merge};
 
 const SHAPE: [usize; 2] = [72, 54];
 const RANK: usize = 4;
@@ -89,15 +89,15 @@ fn key(seed: u64, step: usize) -> StochasticKey {
     StochasticKey {
         seed,
         step: step as u64,
-        path: path_hash("layers.3.feed_forward.up"),
+        path: 0x0123_4567_89ab_cdef,
     }
 }
 
 /// Final weights of every way.
 struct Outcome {
     wide: Vec<f32>,
-    split: Vec<f32>,
-    plain: Vec<f32>,
+    compensated: Vec<f32>,
+    nearest: Vec<f32>,
     stochastic: Vec<Vec<f32>>,
 }
 
@@ -138,7 +138,7 @@ fn dot(left: &[f64], right: &[f64]) -> f64 {
     left.iter().zip(right).map(|(l, r)| l * r).sum()
 }
 
-/// Prints the table and checks its claims; the share of the update that plain merges lose.
+/// Prints the table and checks its claims; the share of the update that merges to the nearest value lose.
 fn judge(name: &str, start: &[f32], outcome: &Outcome) -> f64 {
     let update = difference(&outcome.wide, start);
     let signal = dot(&update, &update).sqrt();
@@ -159,8 +159,8 @@ fn judge(name: &str, start: &[f32], outcome: &Outcome) -> f64 {
         (start.iter().map(|w| f64::from(w * w)).sum::<f64>() / start.len() as f64).sqrt(),
     );
     row("f32", &outcome.wide, "|");
-    row("split", &outcome.split, "|");
-    row("plain", &outcome.plain, "|");
+    row("compensated", &outcome.compensated, "|");
+    row("nearest", &outcome.nearest, "|");
 
     let errors: Vec<Vec<f64>> = outcome
         .stochastic
@@ -188,12 +188,12 @@ fn judge(name: &str, start: &[f32], outcome: &Outcome) -> f64 {
     row("stochastic, mean of the seeds", &mean_weight, "|");
 
     assert_eq!(
-        outcome.split, outcome.wide,
+        outcome.compensated, outcome.wide,
         "the pair left the f32 trajectory"
     );
     along.assert_zero("bias along the update");
     overall.assert_zero("mean of all errors");
-    let lost = difference(&outcome.plain, &outcome.wide);
+    let lost = difference(&outcome.nearest, &outcome.wide);
     dot(&lost, &lost).sqrt() / signal
 }
 
@@ -220,17 +220,18 @@ fn bf16_by_the_references() {
     let mut pairs: Vec<(bf16, u16)> = start.iter().map(|v| (bf16::from_f32(*v), 0)).collect();
     let outcome = Outcome {
         wide: run(&mut |_, _, old, update| old + update),
-        split: run(&mut |_, place, _, update| {
+        compensated: run(&mut |_, place, _, update| {
             let (high, low) = pairs[place];
-            pairs[place] = reference::split_bf16(reference::join_bf16(high, low) + update);
-            reference::join_bf16(pairs[place].0, pairs[place].1)
+            pairs[place] = bf16::split(high.join(low) + update);
+            pairs[place].0.join(pairs[place].1)
         }),
-        plain: run(&mut |_, _, old, update| bf16::from_f32(old + update).to_f32()),
+        nearest: run(&mut |_, _, old, update| bf16::from_f32(old + update).to_f32()),
         stochastic: (0..SEEDS)
             .map(|seed| {
                 run(&mut |step, place, old, update| {
-                    let index = [place / SHAPE[1], place % SHAPE[1]].map(|index| index as u32);
-                    reference::stochastic(old + update, index, key(seed, step), dtype)
+                    let [row, column] = [place / SHAPE[1], place % SHAPE[1]].map(|i| i as u32);
+                    let word = key(seed, step).generator()(row, column);
+                    bf16::stochastic(old + update, word).widen()
                 })
             })
             .collect(),
@@ -238,7 +239,7 @@ fn bf16_by_the_references() {
     let lost = judge("bf16 by the references", &start, &outcome);
     assert!(
         lost > 0.5,
-        "plain merges keep more than the documentation says"
+        "merges to the nearest value keep more than the documentation says"
     );
 }
 
@@ -248,25 +249,13 @@ fn on_the_device(dtype: FloatType) {
         return eprintln!("skipped: the device has no {dtype:?}");
     }
     let start = start(dtype);
-    let packing = Packing {
-        before: 0,
-        between: 0,
-        after: 0,
-    };
     let steps: Vec<_> = steps()
         .iter()
-        .map(|shards| {
-            (
-                pack(&client, &frames(shards), packing),
-                pack(&client, &deltas(shards), packing),
-            )
-        })
+        .map(|shards| (frames(&client, shards), deltas(&client, shards)))
         .collect();
-    let counter = new_counter(&client);
-    let run = |dtype: FloatType, precision: &dyn Fn(usize) -> MergePrecision| {
+    let gate = upload_words(&client, &[0]);
+    let run = |dtype: FloatType, residual: Option<Handle>, rounding: &dyn Fn(usize) -> Rounding| {
         let weight = matrix(&client, &start, SHAPE, Layout::RowMajor, dtype);
-        let companion = upload_words(&client, &vec![0; companion_len(&weight)]);
-        let squares = new_counter(&client);
         for (step, (frames, deltas)) in steps.iter().enumerate() {
             let arguments = Merge {
                 weight: weight.clone(),
@@ -274,32 +263,35 @@ fn on_the_device(dtype: FloatType) {
                 deltas: deltas.clone(),
                 rank: RANK,
                 shards: SHARDS,
-                precision: precision(step),
-                companion: Some(companion.clone()),
-                non_finite: counter.clone(),
-                squares: squares.clone(),
-                square_slot: 0,
+                rounding: rounding(step),
+                residual: residual.clone(),
+                gate: gate.clone(),
             };
             merge(&client, arguments).unwrap();
         }
-        (read(&client, &weight), download_words(&client, &companion))
+        read(&client, &weight)
     };
-    let (high, words) = run(dtype, &|_| MergePrecision::Split);
-    let split = high.iter().enumerate().map(|(place, high)| {
+    let to_nearest = |_| Rounding::Nearest;
+    // Row by row, two elements to a word.
+    let words = SHAPE[0] * SHAPE[1].div_ceil(2);
+    let residual = upload_words(&client, &vec![0; words]);
+    let high = run(dtype, Some(residual.clone()), &to_nearest);
+    let words = download_words(&client, &residual);
+    let compensated = high.iter().enumerate().map(|(place, high)| {
         let (row, column) = (place / SHAPE[1], place % SHAPE[1]);
         let word = words[row * SHAPE[1].div_ceil(2) + column / 2];
         let low = (word >> (16 * (column % 2))) as u16;
         match dtype {
-            FloatType::BF16 => reference::join_bf16(bf16::from_f32(*high), low),
-            _ => reference::join_f16(f16::from_f32(*high), low),
+            FloatType::BF16 => bf16::from_f32(*high).join(low),
+            _ => f16::from_f32(*high).join(low),
         }
     });
     let outcome = Outcome {
-        split: split.collect(),
-        wide: run(FloatType::F32, &|_| MergePrecision::Plain).0,
-        plain: run(dtype, &|_| MergePrecision::Plain).0,
+        compensated: compensated.collect(),
+        wide: run(FloatType::F32, None, &to_nearest),
+        nearest: run(dtype, None, &to_nearest),
         stochastic: (0..SEEDS)
-            .map(|seed| run(dtype, &|step| MergePrecision::Stochastic(key(seed, step))).0)
+            .map(|seed| run(dtype, None, &|step| Rounding::Stochastic(key(seed, step))))
             .collect(),
     };
     judge(&format!("{dtype:?} on {}", client.name()), &start, &outcome);

@@ -1,15 +1,15 @@
-//! The low-rank product on a device against its definition.
+//! The low-rank product on a device against its definition, with a weight and without.
 
 mod common;
 
 use common::*;
 use cubecl::client::Client;
 use hd_pissa_kernels::{
-    Buffer, FloatType, KernelError, LowRankProduct, Matrix, low_rank_product, reference,
+    DenseProduct, FloatType, KernelError, LowRankProduct, Matrix, low_rank_product, reference,
 };
 
-/// (tokens, d_input, rank, d_output): tiny, prime, wide, deep, larger than every tile, empty.
-const SHAPES: [[usize; 4]; 14] = [
+/// (rows, depth, rank, columns of the weight): tiny, prime, wide, deep, larger than every tile, empty.
+const WITH_WEIGHT: [[usize; 4]; 14] = [
     [1, 1, 1, 1],
     [3, 2, 1, 5],
     [7, 13, 3, 11],
@@ -26,202 +26,185 @@ const SHAPES: [[usize; 4]; 14] = [
     [768, 40, 64, 776],
 ];
 
-const ROWS: [Layout; 3] = [Layout::RowMajor; 3];
+/// (rows, depth, rank): as above, and deep enough for many chunks and for a last one that is short.
+const WITHOUT: [[usize; 3]; 12] = [
+    [1, 1, 1],
+    [7, 13, 3],
+    [33, 64, 16],
+    [20, 36, 256],
+    [5, 300, 4],
+    [12, 2084, 8],
+    [129, 1031, 17],
+    [260, 516, 33],
+    [300, 24, 65],
+    [0, 8, 4],
+    [8, 0, 4],
+    [8, 12, 0],
+];
 
-/// The kernel of ours, and the pipeline in a build that has it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Way {
-    Kernel,
-    #[cfg(feature = "pipeline")]
-    Pipeline,
-}
-
-impl Way {
-    const ALL: &[Self] = &[
-        Self::Kernel,
-        #[cfg(feature = "pipeline")]
-        Self::Pipeline,
-    ];
-
-    fn run(self, client: &Client, product: LowRankProduct) -> Result<(), KernelError> {
-        match self {
-            Self::Kernel => low_rank_product(client, product),
-            #[cfg(feature = "pipeline")]
-            Self::Pipeline => hd_pissa_kernels::low_rank_product_by_pipeline(client, product),
-        }
-    }
-}
+const TYPES: [FloatType; 3] = [FloatType::F32, FloatType::F16, FloatType::BF16];
 
 /// Operands in row-major order on the host.
 #[derive(Clone)]
 struct Case {
-    way: Way,
-    sizes: [usize; 4],
+    rows: usize,
+    depth: usize,
+    rank: usize,
+    /// Of the weight; `None` for a product with the factor alone.
+    columns: Option<usize>,
     dtype: FloatType,
-    /// Of input, weight and factor; output and projection lie as the input.
+    /// Of the input, the right operands and the results.
     layouts: [Layout; 3],
-    /// Whether weight and factor are views of transposed matrices.
+    /// Whether the right operands are views of transposed matrices.
     transposed: bool,
-    x: Vec<f32>,
-    w: Vec<f32>,
-    a: Vec<f32>,
-    bias: Option<Vec<f32>>,
+    input: Vec<f32>,
+    weight: Vec<f32>,
+    factor: Vec<f32>,
 }
 
 impl Case {
-    fn random(way: Way, sizes: [usize; 4], dtype: FloatType, seed: u64) -> Self {
-        let [tokens, d_input, rank, d_output] = sizes;
-        let random = &mut Random(seed);
+    fn random(
+        [rows, depth, rank]: [usize; 3],
+        columns: Option<usize>,
+        dtype: FloatType,
+        layouts: [Layout; 3],
+    ) -> Self {
+        let random = &mut Random(rows as u64 + 31 * depth as u64);
+        let weight = depth * columns.unwrap_or(0);
         Self {
-            way,
-            sizes,
+            rows,
+            depth,
+            rank,
+            columns,
             dtype,
-            layouts: ROWS,
+            layouts,
             transposed: false,
-            x: rounded(&random.values(tokens * d_input, 1.0), dtype),
-            w: rounded(&random.values(d_input * d_output, 1.0), dtype),
-            a: random.values(d_input * rank, 1.0),
-            bias: Some(rounded(&random.values(d_output, 1.0), dtype)),
+            input: rounded(&random.values(rows * depth, 1.0), dtype),
+            weight: rounded(&random.values(weight, 1.0), dtype),
+            factor: random.values(depth * rank, 1.0),
         }
     }
 
     /// A right operand, its transpose transposed again if the case says so.
-    fn right(
-        &self,
-        client: &Client,
-        values: &[f32],
-        [rows, columns]: [usize; 2],
-        layout: Layout,
-        dtype: FloatType,
-    ) -> Matrix {
+    fn right(&self, client: &Client, values: &[f32], columns: usize, dtype: FloatType) -> Matrix {
+        let (depth, layout) = (self.depth, self.layouts[1]);
         if !self.transposed {
-            return matrix(client, values, [rows, columns], layout, dtype);
+            return matrix(client, values, [depth, columns], layout, dtype);
         }
-        let flipped: Vec<f32> = (0..columns * rows)
-            .map(|k| values[k % rows * columns + k / rows])
+        let flipped: Vec<f32> = (0..columns * depth)
+            .map(|k| values[k % depth * columns + k / depth])
             .collect();
-        matrix(client, &flipped, [columns, rows], layout, dtype).transposed()
+        matrix(client, &flipped, [columns, depth], layout, dtype).transposed()
     }
 
-    /// The product on the device: `y` and `p`, row by row.
-    fn run(&self, client: &Client) -> (Vec<f32>, Vec<f32>) {
-        let [tokens, d_input, rank, d_output] = self.sizes;
-        let [input, weight, factor] = self.layouts;
-        let dtype = self.dtype;
-        let poison = vec![f32::NAN; tokens * d_output.max(rank)];
-        let product = LowRankProduct {
-            input: matrix(client, &self.x, [tokens, d_input], input, dtype),
-            weight: self.right(client, &self.w, [d_input, d_output], weight, dtype),
-            factor: self.right(client, &self.a, [d_input, rank], factor, FloatType::F32),
-            bias: self.bias.as_ref().map(|bias| Buffer {
-                handle: upload(client, bias, dtype),
-                len: bias.len(),
-                dtype,
-            }),
-            output: matrix(client, &poison, [tokens, d_output], input, dtype),
-            projection: matrix(client, &poison, [tokens, rank], input, FloatType::F32),
+    /// The products on the device, row by row: with the factor, and with the weight.
+    fn run(&self, client: &Client) -> (Vec<f32>, Option<Vec<f32>>) {
+        let [input, _, result] = self.layouts;
+        let poison = |columns: usize, dtype| {
+            let values = vec![f32::NAN; self.rows * columns];
+            matrix(client, &values, [self.rows, columns], result, dtype)
         };
-        let (output, projection) = (product.output.clone(), product.projection.clone());
-        self.way.run(client, product).unwrap();
-        (read(client, &output), read(client, &projection))
+        let shape = [self.rows, self.depth];
+        let product = LowRankProduct {
+            input: matrix(client, &self.input, shape, input, self.dtype),
+            factor: self.right(client, &self.factor, self.rank, FloatType::F32),
+            projection: poison(self.rank, FloatType::F32),
+            dense: self.columns.map(|columns| DenseProduct {
+                weight: self.right(client, &self.weight, columns, self.dtype),
+                output: poison(columns, self.dtype),
+            }),
+        };
+        let projection = product.projection.clone();
+        let output = product.dense.as_ref().map(|dense| dense.output.clone());
+        low_rank_product(client, product).unwrap();
+        (
+            read(client, &projection),
+            output.map(|output| read(client, &output)),
+        )
     }
 
     fn check(&self, client: &Client) {
-        let [tokens, d_input, rank, d_output] = self.sizes;
-        let (y, p) = self.run(client);
-        let wide = f64::from(f32::EPSILON) / 2.0;
-        let narrow = match self.dtype {
-            FloatType::F32 => 0.0,
-            FloatType::F16 => 2f64.powi(-11),
-            FloatType::BF16 => 2f64.powi(-8),
-        };
-        let (operand, factor) = match self.way {
-            Way::Kernel => (0.0, 0.0),
-            // The factor rounded to the type of the others; on matrix units `f32` to `tf32`.
-            #[cfg(feature = "pipeline")]
-            Way::Pipeline if !hd_pissa_kernels::has_matrix_units(client, self.dtype) => {
-                (0.0, narrow)
+        let (projection, output) = self.run(client);
+        self.compare("projection", &projection, &self.factor, self.rank, 0.0);
+        if let (Some(output), Some(columns)) = (output, self.columns) {
+            let store = match self.dtype {
+                FloatType::F32 => 0.0,
+                FloatType::F16 => 2f64.powi(-11),
+                FloatType::BF16 => 2f64.powi(-8),
+            };
+            self.compare("output", &output, &self.weight, columns, store);
+        }
+    }
+
+    fn compare(&self, name: &str, found: &[f32], right: &[f32], columns: usize, store: f64) {
+        let exact = reference::product(&self.input, right, [self.rows, self.depth, columns]);
+        assert_eq!(found.len(), exact.value.len());
+        for (place, found) in found.iter().enumerate() {
+            let expected = exact.value[place];
+            // A product and a sum per step, each rounded (with fma once), in some order; then the
+            // store in a narrow type. Below its normal range f16 has steps of 2^-24.
+            let rounding = (2 * self.depth + 1) as f64 * f64::from(f32::EPSILON) / 2.0;
+            let sum = rounding * exact.magnitude[place];
+            let bound = sum + store * (expected.abs() + sum) + f64::from(store > 0.0) * 6e-8;
+            assert!(
+                (f64::from(*found) - expected).abs() <= bound,
+                "{name}[{place}] of {}x{} r {} columns {:?} {:?} {:?} is {found}, not {expected} \
+                 within {bound:e}",
+                self.rows,
+                self.depth,
+                self.rank,
+                self.columns,
+                self.dtype,
+                self.layouts
+            );
+        }
+    }
+}
+
+fn types(client: &Client) -> impl Iterator<Item = FloatType> {
+    TYPES.into_iter().filter(|dtype| {
+        let supported = dtype.is_supported(client);
+        if !supported {
+            eprintln!("skipped: the device has no {dtype:?}");
+        }
+        supported
+    })
+}
+
+#[test]
+fn with_a_weight_both_products_are_within_the_rounding_bound() {
+    let Some(client) = client() else { return };
+    for dtype in types(&client) {
+        for (seed, [rows, depth, rank, columns]) in WITH_WEIGHT.into_iter().enumerate() {
+            let check = |layouts| {
+                Case::random([rows, depth, rank], Some(columns), dtype, layouts).check(&client);
+            };
+            // Each shape in two of the layouts, and rows without gaps; a software driver takes
+            // seconds to compile each combination.
+            for which in [seed % 4, (seed + 1) % 4] {
+                let all = Layout::ALL;
+                check([all[(which + seed) % 4], all[which], all[3 - which]]);
             }
-            #[cfg(feature = "pipeline")]
-            Way::Pipeline => match self.dtype {
-                FloatType::F32 => (2f64.powi(-9), 2f64.powi(-9)),
-                _ => (0.0, narrow),
-            },
-        };
-        for (name, result, right, columns, read, store, bias) in [
-            (
-                "y",
-                y,
-                &self.w,
-                d_output,
-                operand,
-                narrow,
-                self.bias.as_ref(),
-            ),
-            ("p", p, &self.a, rank, factor, 0.0, None),
-        ] {
-            let exact = reference::product(&self.x, right, [tokens, d_input, columns]);
-            assert_eq!(result.len(), exact.value.len());
-            for (place, found) in result.iter().enumerate() {
-                let shift = bias.map_or(0.0, |bias| f64::from(bias[place % columns]));
-                let expected = exact.value[place] + shift;
-                // A product and a sum per step, each rounded (with fma once), the bias, and the
-                // store in a narrow type. Below its normal range f16 has steps of 2^-24.
-                let sum = (2 * d_input + 1) as f64 * wide * (exact.magnitude[place] + shift.abs())
-                    + read * exact.magnitude[place];
-                let bound = sum + store * (expected.abs() + sum) + f64::from(store > 0.0) * 6e-8;
-                assert!(
-                    (f64::from(*found) - expected).abs() <= bound,
-                    "{:?}: {name}[{place}] of {:?} {:?} {:?} is {found}, not {expected} within {bound:e}",
-                    self.way,
-                    self.sizes,
-                    self.dtype,
-                    self.layouts
-                );
-            }
+            check([Layout::RowMajor; 3]);
         }
     }
 }
 
 #[test]
-fn product_is_within_the_rounding_bound() {
-    check_all(Way::Kernel);
-}
-
-#[cfg(feature = "pipeline")]
-#[test]
-fn product_by_pipeline_is_within_the_rounding_bound() {
-    check_all(Way::Pipeline);
-}
-
-fn check_all(way: Way) {
+fn without_one_the_projection_is_within_the_rounding_bound() {
     let Some(client) = client() else { return };
-    for dtype in [FloatType::F32, FloatType::F16, FloatType::BF16] {
-        if !dtype.is_supported(&client) {
-            eprintln!("skipped: the device has no {dtype:?}");
-            continue;
-        }
-        for (seed, sizes) in SHAPES.into_iter().enumerate() {
-            let case = Case::random(way, sizes, dtype, seed as u64);
-            // Each shape in two of the layouts, and rows without gaps; a software driver takes
-            // seconds to compile each combination, and a pipeline longer: one layout there.
-            let layouts = [seed % 4, (seed + 1) % 4].into_iter();
-            for which in layouts.take(if way == Way::Kernel { 2 } else { 1 }) {
-                // Every layout meets the bias in every other shape.
-                let with_bias = (which + seed).is_multiple_of(2);
-                let layouts = [
-                    Layout::ALL[(which + seed) % 4],
-                    Layout::ALL[which],
-                    Layout::ALL[3 - which],
-                ];
-                Case {
-                    layouts,
-                    bias: case.bias.clone().filter(|_| with_bias),
-                    ..case.clone()
-                }
-                .check(&client);
+    for dtype in types(&client) {
+        for (seed, shape) in WITHOUT.into_iter().enumerate() {
+            let all = Layout::ALL;
+            let layouts = |which: usize| {
+                let [factor, result] = [seed, 2 * seed].map(|turn| all[(which + turn) % 4]);
+                [all[which], factor, result]
+            };
+            // The input of a gradient: its rows are the columns of what is in memory.
+            let gradient = [Layout::ColumnMajor, Layout::RowMajor, Layout::ColumnMajor];
+            for layouts in [layouts(0), layouts(seed % 4), gradient] {
+                Case::random(shape, None, dtype, layouts).check(&client);
             }
-            Case { bias: None, ..case }.check(&client);
         }
     }
 }
@@ -230,17 +213,11 @@ fn check_all(way: Way) {
 #[test]
 fn transposed_operands_give_the_backward_products() {
     let Some(client) = client() else { return };
-    for &way in Way::ALL {
-        let case = Case::random(way, [37, 44, 8, 52], FloatType::F32, 9);
-        for layout in Layout::ALL {
-            Case {
-                layouts: [Layout::RowMajor, layout, layout],
-                transposed: true,
-                bias: None,
-                ..case.clone()
-            }
-            .check(&client);
-        }
+    for layout in Layout::ALL {
+        let layouts = [Layout::RowMajor, layout, Layout::RowMajor];
+        let mut case = Case::random([37, 44, 8], Some(52), FloatType::F32, layouts);
+        case.transposed = true;
+        case.check(&client);
     }
 }
 
@@ -248,95 +225,119 @@ fn transposed_operands_give_the_backward_products() {
 #[test]
 fn a_non_finite_operand_stays_on_its_side() {
     let Some(client) = client() else { return };
-    let sizes @ [_, _, rank, d_output] = [9, 10, 3, 70];
+    let (rank, columns) = (3, 70);
     let finite = |values: &[f32], columns: usize, except: usize| {
         let mut places = values.iter().enumerate();
         places.all(|(place, value)| value.is_finite() == (place % columns != except))
     };
-    for &way in Way::ALL {
-        let case = Case::random(way, sizes, FloatType::F32, 1);
-        let mut poisoned = case.clone();
-        poisoned.w[d_output - 1] = f32::INFINITY;
-        let (y, p) = poisoned.run(&client);
-        assert!(finite(&y, d_output, d_output - 1) && finite(&p, rank, rank));
-        let mut poisoned = case;
-        poisoned.a[0] = f32::NAN;
-        let (y, p) = poisoned.run(&client);
-        assert!(finite(&y, d_output, d_output) && finite(&p, rank, 0));
+    let case = Case::random(
+        [9, 10, rank],
+        Some(columns),
+        FloatType::F32,
+        [Layout::RowMajor; 3],
+    );
+    let mut poisoned = case.clone();
+    poisoned.weight[columns - 1] = f32::INFINITY;
+    let (projection, output) = poisoned.run(&client);
+    assert!(finite(&output.unwrap(), columns, columns - 1) && finite(&projection, rank, rank));
+    let mut poisoned = case;
+    poisoned.factor[0] = f32::NAN;
+    let (projection, output) = poisoned.run(&client);
+    assert!(finite(&output.unwrap(), columns, columns) && finite(&projection, rank, 0));
+}
+
+#[test]
+fn equal_inputs_give_equal_bits() {
+    let Some(client) = client() else { return };
+    let rows = [Layout::RowMajor; 3];
+    for columns in [None, Some(130)] {
+        let case = Case::random([140, 1500, 9], columns, FloatType::F32, rows);
+        let bits = || {
+            let (projection, output) = case.run(&client);
+            let values = projection.into_iter().chain(output.unwrap_or_default());
+            values.map(f32::to_bits).collect::<Vec<_>>()
+        };
+        assert_eq!(bits(), bits());
     }
 }
 
 #[test]
 fn unfit_operands_are_refused() {
     let Some(client) = client() else { return };
-    for &way in Way::ALL {
-        refuse_unfit(&client, way);
-    }
-}
-
-fn refuse_unfit(client: &Client, way: Way) {
     let zeros = |shape: [usize; 2], dtype| {
-        matrix(
-            client,
-            &vec![0.0; shape[0] * shape[1]],
-            shape,
-            Layout::RowMajor,
-            dtype,
-        )
+        let values = vec![0.0; shape[0] * shape[1]];
+        matrix(&client, &values, shape, Layout::RowMajor, dtype)
+    };
+    let dense = DenseProduct {
+        weight: zeros([6, 8], FloatType::F32),
+        output: zeros([4, 8], FloatType::F32),
     };
     let product = LowRankProduct {
         input: zeros([4, 6], FloatType::F32),
-        weight: zeros([6, 8], FloatType::F32),
         factor: zeros([6, 2], FloatType::F32),
-        bias: None,
-        output: zeros([4, 8], FloatType::F32),
         projection: zeros([4, 2], FloatType::F32),
+        dense: Some(dense.clone()),
     };
-    let run = |product| way.run(client, product);
-    assert_eq!(run(product.clone()), Ok(()));
-    let weight = zeros([5, 8], FloatType::F32);
-    assert_eq!(
-        run(LowRankProduct {
-            weight,
-            ..product.clone()
-        }),
+    let run = |change: &dyn Fn(&mut LowRankProduct, &mut DenseProduct)| {
+        let (mut product, mut dense) = (product.clone(), dense.clone());
+        change(&mut product, &mut dense);
+        product.dense = Some(dense);
+        low_rank_product(&client, product)
+    };
+    let shape = |operand, expected, found| {
         Err(KernelError::Shape {
-            operand: "weight",
-            expected: [6, 8],
-            found: [5, 8]
+            operand,
+            expected,
+            found,
         })
+    };
+    let element = |operand, expected, found| {
+        Err(KernelError::ElementType {
+            operand,
+            expected,
+            found,
+        })
+    };
+    assert_eq!(run(&|_, _| ()), Ok(()));
+    let half = FloatType::F16;
+    assert_eq!(
+        run(&|_, dense| dense.weight = zeros([5, 8], FloatType::F32)),
+        shape("weight", [6, 8], [5, 8])
     );
-    let projection = zeros([4, 3], FloatType::F32);
+    assert_eq!(
+        run(&|product, _| product.factor = zeros([5, 2], FloatType::F32)),
+        shape("factor", [6, 2], [5, 2])
+    );
+    assert_eq!(
+        run(&|product, _| product.projection = zeros([4, 3], FloatType::F32)),
+        shape("projection", [4, 2], [4, 3])
+    );
+    assert_eq!(
+        run(&|product, _| product.factor = zeros([6, 2], half)),
+        element("factor", FloatType::F32, half)
+    );
+    assert_eq!(
+        run(&|_, dense| dense.output = zeros([4, 8], half)),
+        element("output", FloatType::F32, half)
+    );
     assert!(matches!(
-        run(LowRankProduct {
-            projection,
-            ..product.clone()
-        }),
-        Err(KernelError::Shape {
-            operand: "projection",
+        run(&|product, _| product.input.strides = [600, 1]),
+        Err(KernelError::OutOfBounds {
+            operand: "input",
             ..
         })
     ));
-    let factor = zeros([6, 2], FloatType::F16);
-    assert_eq!(
-        run(LowRankProduct {
-            factor,
-            ..product.clone()
-        }),
-        Err(KernelError::ElementType {
-            operand: "factor",
-            expected: FloatType::F32,
-            found: FloatType::F16
-        })
-    );
-    let output = Matrix {
-        strides: [8, 0],
-        ..product.output.clone()
-    };
     assert!(matches!(
-        run(LowRankProduct { output, ..product }),
+        run(&|_, dense| dense.output.strides = [8, 0]),
         Err(KernelError::Overlap {
             operand: "output",
+            ..
+        })
+    ));
+    assert!(matches!(
+        run(&|product, _| product.projection.strides = [0, 1]),
+        Err(KernelError::Overlap {
+            operand: "projection",
             ..
         })
     ));

@@ -3,8 +3,9 @@
 use std::f64::consts::TAU;
 
 use faer::{Mat, MatRef};
+use hd_pissa_bits::splitmix;
 
-use crate::adapter::path::hash;
+use crate::path::hash;
 
 /// `count` random orthonormal columns that are orthogonal to the orthonormal columns of `given`, in
 /// all at most as many as these have rows. Uniformly distributed: the orthonormal factor of a
@@ -45,12 +46,7 @@ impl Normal {
 
     /// A multiple of 2⁻⁵³ from 0 to below 1.
     fn uniform(&mut self) -> f64 {
-        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut bits = self.state;
-        bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        bits ^= bits >> 31;
-        (bits >> 11) as f64 / (1u64 << 53) as f64
+        (splitmix(&mut self.state) >> 11) as f64 / (1u64 << 53) as f64
     }
 }
 

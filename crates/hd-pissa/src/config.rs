@@ -26,11 +26,11 @@ pub enum SvdMethod {
 /// An `f32` weight takes every update as it is, whatever the choice.
 #[derive(Config, Debug, Copy, PartialEq, Eq)]
 pub enum MergePrecision {
-    /// Everything: a companion parameter holds 16 more bits of every element, so that weight and
-    /// companion together follow the trajectory of an `f32` weight (with `f16` within its range;
+    /// Everything: a parameter of residual bits holds 16 more bits of every element, so that weight
+    /// and residual bits together follow the trajectory of an `f32` weight (with `f16` within its range;
     /// below `2^-16` to within `2^-39`). It takes as much memory as the weight, is part of the
     /// model's record, and goes with the adapter when the model is materialized.
-    Split,
+    Compensated,
     /// The sum, rounded up or down at random with the sum as its mean: no memory, no bias, but noise
     /// of the size of the weight's rounding step in every step. The random bits depend on the
     /// seed, the optimizer's step, the path of the weight and the element alone.
@@ -40,7 +40,7 @@ pub enum MergePrecision {
     },
     /// The sum, rounded to the nearest value. Updates below half a rounding step are lost, which
     /// is most of them at ordinary learning rates.
-    Plain,
+    Nearest,
 }
 
 /// Which gradients a shard learns from.
@@ -111,7 +111,7 @@ pub struct HdPissaConfig {
     #[config(default = "SvdMethod::Exact(SvdPrecision::F32)")]
     pub svd: SvdMethod,
     /// What half-precision weights keep of an update.
-    #[config(default = "MergePrecision::Split")]
+    #[config(default = "MergePrecision::Compensated")]
     pub precision: MergePrecision,
     /// Which gradients a shard learns from.
     #[config(default = "GradientMode::PerShard")]

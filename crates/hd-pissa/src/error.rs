@@ -153,6 +153,23 @@ pub enum HdPissaError {
         /// Number of shards of the configuration.
         shards: usize,
     },
+    /// A shard was selected that no adapter of the model has.
+    #[error("shard {index} cannot be selected: the model's adapters have the shards {hosted:?}")]
+    NotHosted {
+        /// The index given.
+        index: usize,
+        /// The shards of the model's adapters; none if it has no adapter.
+        hosted: Vec<usize>,
+    },
+    /// A shard was selected in a model whose shards share gradients.
+    #[error(
+        "shard {index} cannot be selected: the shards share gradients, so that every forward pass \
+         serves all of them"
+    )]
+    SharesGradients {
+        /// The index given.
+        index: usize,
+    },
     /// Another worker could not prepare its share.
     #[error("worker {worker}: {reason}")]
     OtherWorker {

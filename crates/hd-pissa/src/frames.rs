@@ -22,7 +22,7 @@ pub(crate) struct WeightFrames {
     rank: usize,
     /// Share of the weight's squared Frobenius norm in the window of each shard,
     /// `‖U_kᵀ W V_k‖² / ‖W‖²`.
-    pub(crate) energy: Vec<f64>,
+    pub(crate) explained_variance: Vec<f64>,
 }
 
 impl WeightFrames {
@@ -40,13 +40,14 @@ impl WeightFrames {
                 let none = [weight.rows(), weight.cols()].map(|rows| Mat::zeros(rows, 0));
                 let [u, v] =
                     orthogonal_to(none.each_ref(), count, &format!("random/{seed}/{path}"));
-                let energy = on_one_thread(|| energy_of_directions(&weight, &u, &v, rank));
+                let explained_variance =
+                    on_one_thread(|| explained_by_directions(&weight, &u, &v, rank));
                 Ok(Self {
                     u,
                     v,
                     scales: vec![mean_singular_value(&weight); count],
                     rank,
-                    energy,
+                    explained_variance,
                 })
             }
             windows => {
@@ -100,7 +101,7 @@ impl WeightFrames {
                 None => components.to_vec(),
             })
         })?;
-        let energy = energy_of_components(&values, components, rank);
+        let explained_variance = explained_by_components(&values, components, rank);
         let [u, v] = match numeric_rank {
             Some(numeric_rank) => {
                 let null = orthogonal_to(
@@ -121,7 +122,7 @@ impl WeightFrames {
             v,
             scales,
             rank,
-            energy,
+            explained_variance,
         })
     }
 
@@ -144,7 +145,7 @@ impl WeightFrames {
 
     /// Largest absolute inner product of two directions of different shards, over both sides: 0 for
     /// exactly orthogonal shards.
-    pub(crate) fn overlap(&self) -> f64 {
+    pub(crate) fn orthogonality_error(&self) -> f64 {
         let largest = |vectors: &Mat<f64>| {
             let gram = vectors.transpose() * vectors;
             let count = gram.ncols();
@@ -158,9 +159,9 @@ impl WeightFrames {
     }
 }
 
-/// What [`WeightFrames::energy`] would be, and the errors of [`WeightFrames::compute`], without
+/// What [`WeightFrames::explained_variance`] would be, and the errors of [`WeightFrames::compute`], without
 /// singular vectors.
-pub(crate) fn energy(
+pub(crate) fn explained_variance(
     path: &str,
     weight: &Tensor<2>,
     rank: usize,
@@ -168,12 +169,12 @@ pub(crate) fn energy(
 ) -> Result<Vec<f64>, HdPissaError> {
     let n = weight.dims().into_iter().min().unwrap_or(0);
     let Some(components) = config.windows.components(config.shards, rank, n) else {
-        return Ok(WeightFrames::compute(path, weight, rank, config)?.energy);
+        return Ok(WeightFrames::compute(path, weight, rank, config)?.explained_variance);
     };
     let weight = HostMatrix::read(path, weight)?;
     let values = singular_values(path, &weight, config.svd)?;
     check_rank(path, &weight, &values, &components, config.frame_scale)?;
-    Ok(energy_of_components(&values, &components, rank))
+    Ok(explained_by_components(&values, &components, rank))
 }
 
 /// The numeric rank of the weight, if it leaves some of `components` without a direction of their own:
@@ -227,7 +228,7 @@ fn mean_singular_value(weight: &HostMatrix) -> f64 {
     (weight.squared_norm() / weight.rows().min(weight.cols()) as f64).sqrt()
 }
 
-fn energy_of_components(values: &[f64], components: &[usize], rank: usize) -> Vec<f64> {
+fn explained_by_components(values: &[f64], components: &[usize], rank: usize) -> Vec<f64> {
     let square = |value: f64| value * value;
     let total: f64 = values.iter().copied().map(square).sum();
     let of_window = |window: &[usize]| window.iter().map(|&i| square(values[i])).sum::<f64>();
@@ -235,7 +236,12 @@ fn energy_of_components(values: &[f64], components: &[usize], rank: usize) -> Ve
     windows.map(|window| of_window(window) / total).collect()
 }
 
-fn energy_of_directions(weight: &HostMatrix, u: &Mat<f64>, v: &Mat<f64>, rank: usize) -> Vec<f64> {
+fn explained_by_directions(
+    weight: &HostMatrix,
+    u: &Mat<f64>,
+    v: &Mat<f64>,
+    rank: usize,
+) -> Vec<f64> {
     let projected = u.transpose() * weight.f64();
     let total = weight.squared_norm();
     let of_window = |start: usize| {
@@ -276,12 +282,15 @@ mod tests {
     }
 
     #[test]
-    fn energy_of_a_known_spectrum() {
+    fn explained_variance_of_a_known_spectrum() {
         let values = [4.0, 3.0, 0.0, 0.0];
         assert_eq!(
-            energy_of_components(&values, &[1, 0], 1),
+            explained_by_components(&values, &[1, 0], 1),
             [9.0 / 25.0, 16.0 / 25.0]
         );
-        assert_eq!(energy_of_components(&values, &[0, 1, 2, 3], 2), [1.0, 0.0]);
+        assert_eq!(
+            explained_by_components(&values, &[0, 1, 2, 3], 2),
+            [1.0, 0.0]
+        );
     }
 }

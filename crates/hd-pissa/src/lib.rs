@@ -40,13 +40,16 @@
 //!
 //! No backend by default. `flex` (CPU), `wgpu`, `vulkan`, `metal`, `cuda`, `rocm` and `cpu` enable
 //! Burn's feature of the same name and this crate's operations on it; `fusion` adds kernel fusion
-//! on the GPU backends. `learner` adds the module of that name, HD-PiSSA in Burn's own training loop.
+//! on the GPU backends. `checkpoint` adds the module of that name, `learner` HD-PiSSA in Burn's own
+//! training loop, `mpi` and `collectives` their [transports](comm).
 
-#![warn(missing_docs)]
+#![warn(missing_debug_implementations, missing_docs)]
 #![forbid(unsafe_code)]
 
 mod adapter;
 mod basis;
+mod cause;
+#[cfg(feature = "checkpoint")]
 pub mod checkpoint;
 mod config;
 mod error;
@@ -58,7 +61,9 @@ pub mod learner;
 mod linear;
 pub mod ops;
 mod optim;
+mod optimizer_state;
 mod parallel;
+mod path;
 mod pissa;
 mod plan;
 mod settings;
@@ -68,14 +73,15 @@ mod windows;
 pub use hd_pissa_comm as comm;
 
 pub use adapter::{HdPissa, HdPissaAdapter, HdPissaModule, HdPissaShard, LayerProgress};
+pub use cause::Cause;
 pub use config::{
     GradientMode, HdPissaConfig, MergePrecision, SvdMethod, SvdPrecision, TargetRank,
 };
 pub use error::HdPissaError;
 pub use linear::{HdPissaLinear, HdPissaLinearConfig};
 pub use optim::{
-    HdPissaOptimizer, OptimizerError, ShardGradients, SharedGradients, StepError, StepGradients,
-    WireDtype,
+    CommunicationDtype, HdPissaOptimizer, HdPissaOptimizerConfig, HdPissaOptimizerRecord,
+    OptimizerError, ShardGradients, SharedGradients, StepError, StepGradients,
 };
 pub use parallel::side_by_side;
 pub use pissa::{Pissa, PissaConfig, PissaModule};

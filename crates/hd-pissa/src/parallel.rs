@@ -35,14 +35,14 @@ use crate::settings::Settings;
 /// use burn::nn::LinearConfig;
 /// use burn::optim::{AdamConfig, GradientsParams};
 /// use burn::tensor::{Device, Distribution, Tensor};
-/// use hd_pissa::{HdPissaConfig, HdPissaModule, HdPissaOptimizer, ShardGradients, comm::Solo};
+/// use hd_pissa::{HdPissaConfig, HdPissaModule, HdPissaOptimizerConfig, ShardGradients, comm::Solo};
 /// use hd_pissa::side_by_side;
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// let device = Device::flex().autodiff();
 /// let config = HdPissaConfig::new().with_rank(2).with_shards(2);
 /// let mut model = LinearConfig::new(8, 8).init(&device).apply_hd_pissa(&config, 0..2)?;
-/// let mut optim = HdPissaOptimizer::new(AdamConfig::new().init(), Solo)?;
+/// let mut optim = HdPissaOptimizerConfig::new().init(AdamConfig::new().init(), Solo)?;
 ///
 /// // Two micro-batches for each of two shards.
 /// let batch = || Tensor::<2>::random([4, 8], Distribution::Default, &device);
@@ -52,7 +52,7 @@ use crate::settings::Settings;
 ///     &model,
 ///     batches,
 ///     |model, (shard, batch)| {
-///         let model = model.clone().select_shard(shard);
+///         let model = model.clone().select_shard(shard).unwrap();
 ///         let loss = model.forward(batch).square().mean();
 ///         (shard, GradientsParams::from_grads(loss.backward(), &model))
 ///     },

@@ -5,9 +5,9 @@ use std::fmt::{self, Display, Formatter};
 use burn::module::{Module, ModuleVisitor, Param, ParamGroup, ParamId};
 use burn::tensor::{DType, Tensor};
 
-use crate::adapter::path::REPARAMETERIZATION;
 use crate::frames;
-use crate::{FrameScale, HdPissaConfig, HdPissaError, Windows, ops};
+use crate::path::REPARAMETERIZATION;
+use crate::{FrameScale, GradientMode, HdPissaConfig, HdPissaError, MergePrecision, Windows, ops};
 
 /// Names of the layers that are not adapted by default: heads, whose outputs are logits.
 const HEADS: [&str; 2] = ["lm_head", "head"];
@@ -219,7 +219,13 @@ impl HdPissaConfig {
             .map(|target| {
                 Ok(PlannedWeight {
                     shape: target.weight.dims(),
-                    energy: frames::energy(&target.path, &target.weight, target.rank, self)?,
+                    dtype: target.weight.dtype(),
+                    explained_variance: frames::explained_variance(
+                        &target.path,
+                        &target.weight,
+                        target.rank,
+                        self,
+                    )?,
                     path: target.path,
                     rank: target.rank,
                 })
@@ -229,6 +235,8 @@ impl HdPissaConfig {
             weights,
             left_out,
             shards: self.shards,
+            gradients: self.gradients,
+            precision: self.precision,
             parameters,
         })
     }
@@ -241,11 +249,13 @@ pub struct PlannedWeight {
     pub path: String,
     /// `[d_input, d_output]`.
     pub shape: [usize; 2],
+    /// Its dtype.
+    pub dtype: DType,
     /// Rank of each shard.
     pub rank: usize,
     /// Share of the weight's squared Frobenius norm in the window of each shard,
     /// `‖U_kᵀ W V_k‖² / ‖W‖²`.
-    pub energy: Vec<f64>,
+    pub explained_variance: Vec<f64>,
 }
 
 impl PlannedWeight {
@@ -296,6 +306,10 @@ pub struct HdPissaPlan {
     pub left_out: Vec<LeftOut>,
     /// Number of shards.
     pub shards: usize,
+    /// Which gradients the shards learn from.
+    pub gradients: GradientMode,
+    /// What half-precision weights keep of an update.
+    pub precision: MergePrecision,
     /// Float parameters of the model without adapters.
     pub parameters: usize,
 }
@@ -318,6 +332,101 @@ impl HdPissaPlan {
     pub fn bytes_per_shard_and_step(&self) -> usize {
         4 * self.parameters_per_shard()
     }
+
+    /// Bytes that each of `workers` sends in a step, once for each worker that it sends them to: `f32`
+    /// deltas, and with [`GradientMode::Shared`] the gradients of the shards that others host.
+    ///
+    /// Counts of bad values, and gradients of dense parameters, come on top.
+    ///
+    /// # Panics
+    ///
+    /// If `workers` is 0.
+    pub fn bytes_sent_per_step(&self, workers: usize) -> usize {
+        let hosted = self.shards.div_ceil(workers);
+        let deltas = (workers - 1) * hosted * self.bytes_per_shard_and_step();
+        match self.gradients {
+            GradientMode::PerShard => deltas,
+            // To each worker the gradients of its shards, which are as large as the deltas.
+            GradientMode::Shared => 2 * deltas,
+        }
+    }
+
+    /// What the adapters take on the device of each of `workers` that share the shards evenly.
+    ///
+    /// # Panics
+    ///
+    /// If `workers` is 0.
+    pub fn memory_per_worker(&self, workers: usize) -> PlannedMemory {
+        let of_shards = |shards: usize| shards * self.bytes_per_shard_and_step();
+        let hosted = self.shards.div_ceil(workers);
+        let known = match self.gradients {
+            GradientMode::PerShard => hosted,
+            GradientMode::Shared => self.shards,
+        };
+        let weights = self.weights.iter();
+        let halves = weights.filter(|weight| weight.dtype != DType::F32);
+        let words = halves.map(|weight| weight.shape[0] * weight.shape[1].div_ceil(2));
+        PlannedMemory {
+            factors: of_shards(known),
+            frames: of_shards(self.shards),
+            gradients: of_shards(known),
+            moments: 2 * of_shards(hosted),
+            residuals: match self.precision {
+                MergePrecision::Compensated => 4 * words.sum::<usize>(),
+                _ => 0,
+            },
+        }
+    }
+}
+
+/// Bytes that the adapters take on the device of a worker, between steps. Prints as a clause.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlannedMemory {
+    /// The factors in the model: those of the hosted shards, or of all shards where these share
+    /// gradients.
+    pub factors: usize,
+    /// The packed frames of all shards, which every worker keeps for its merges from the first step
+    /// on.
+    pub frames: usize,
+    /// One gradient for each factor in the model.
+    pub gradients: usize,
+    /// Two moments for each factor of the hosted shards, as Adam keeps them. Twice as much during a
+    /// step, which keeps those from before it until it succeeds.
+    pub moments: usize,
+    /// The residual bits of half-precision weights.
+    pub residuals: usize,
+}
+
+impl PlannedMemory {
+    /// All of them.
+    pub fn total(&self) -> usize {
+        let Self {
+            factors,
+            frames,
+            gradients,
+            moments,
+            residuals,
+        } = self;
+        factors + frames + gradients + moments + residuals
+    }
+}
+
+impl Display for PlannedMemory {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let megabytes = |bytes: usize| format!("{:.1} MB", bytes as f64 / 1e6);
+        write!(
+            f,
+            "factors {}, frames of all shards {}, gradients {}, two moments {}",
+            megabytes(self.factors),
+            megabytes(self.frames),
+            megabytes(self.gradients),
+            megabytes(self.moments)
+        )?;
+        if self.residuals > 0 {
+            write!(f, ", residual bits {}", megabytes(self.residuals))?;
+        }
+        write!(f, ": {} in all", megabytes(self.total()))
+    }
 }
 
 impl Display for HdPissaPlan {
@@ -332,20 +441,26 @@ impl Display for HdPissaPlan {
             .max("weight".len());
         writeln!(
             f,
-            "{:width$}  {:>14}  {:>5}  {:>9}  {:>21}  {:>12}  {:>12}",
-            "weight", "shape", "rank", "energy %", "first..last shard %", "trainable", "bytes/step"
+            "{:width$}  {:>14}  {:>5}  {:>10}  {:>21}  {:>12}  {:>12}",
+            "weight",
+            "shape",
+            "rank",
+            "variance %",
+            "first..last shard %",
+            "trainable",
+            "bytes/step"
         )?;
         for weight in &self.weights {
             let percent = |share: f64| format!("{:.2}", 100.0 * share);
-            let first = weight.energy.first().copied().unwrap_or(0.0);
-            let last = weight.energy.last().copied().unwrap_or(0.0);
+            let first = weight.explained_variance.first().copied().unwrap_or(0.0);
+            let last = weight.explained_variance.last().copied().unwrap_or(0.0);
             writeln!(
                 f,
-                "{:width$}  {:>14}  {:>5}  {:>9}  {:>21}  {:>12}  {:>12}",
+                "{:width$}  {:>14}  {:>5}  {:>10}  {:>21}  {:>12}  {:>12}",
                 weight.path,
                 format!("{}x{}", weight.shape[0], weight.shape[1]),
                 weight.rank,
-                percent(weight.energy.iter().sum()),
+                percent(weight.explained_variance.iter().sum()),
                 format!("{}..{}", percent(first), percent(last)),
                 self.shards * weight.parameters_per_shard(),
                 self.shards * 4 * weight.parameters_per_shard(),
@@ -370,6 +485,19 @@ impl Display for HdPissaPlan {
             self.parameters,
             100.0 * self.trainable_parameters() as f64 / self.parameters.max(1) as f64,
             self.bytes_per_shard_and_step(),
-        )
+        )?;
+        let mut layouts = vec![1, self.shards];
+        layouts.dedup();
+        for workers in layouts {
+            let hosted = self.shards / workers;
+            write!(
+                f,
+                "\nworker with {hosted} of {} shards: {}; {} bytes sent per step",
+                self.shards,
+                self.memory_per_worker(workers),
+                self.bytes_sent_per_step(workers)
+            )?;
+        }
+        Ok(())
     }
 }

@@ -103,33 +103,12 @@ pub(crate) struct FrameChoice {
 }
 
 impl FrameChoice {
+    #[cfg(any(feature = "checkpoint", test))]
     pub(crate) fn published() -> Self {
         Self {
             windows: Windows::Leading,
             scale: FrameScale::Balanced,
         }
-    }
-
-    /// Settings and values for a comparison of numbers.
-    pub(crate) fn numbers(self) -> [(&'static str, u64); 3] {
-        let (windows, seed) = match self.windows {
-            Windows::Leading => (0, 0),
-            Windows::Spread => (1, 0),
-            Windows::Trailing => (2, 0),
-            Windows::Random { seed } => (3, seed),
-        };
-        let scale = match self.scale {
-            FrameScale::Balanced => 0,
-            FrameScale::Unit => 1,
-        };
-        [
-            (
-                "windows, 0 Leading, 1 Spread, 2 Trailing, 3 Random:",
-                windows,
-            ),
-            ("the seed of random windows", seed),
-            ("frame_scale, 0 Balanced, 1 Unit:", scale),
-        ]
     }
 
     /// Of what it prints.

@@ -5,11 +5,16 @@ use std::time::Duration;
 
 use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
-use hd_pissa::{FrameScale, GradientMode, Windows, WireDtype};
+use hd_pissa::{CommunicationDtype, FrameScale, GradientMode, Windows};
 
 use crate::batch::FeedConfig;
 use crate::compare::Comparison;
 use crate::data::Fields;
+use crate::evidence::children::{self, Children};
+use crate::evidence::results;
+use crate::evidence::row::Row;
+use crate::evidence::sweep::Sweep;
+use crate::evidence::task::Task;
 use crate::export::{ExportConfig, OutputDtype, Rounding};
 use crate::finetune::{Change, FineTuning, Resume, SaveOptions};
 use crate::method::{Adaptation, Method, WindowsOption, gradients_name};
@@ -19,7 +24,7 @@ use crate::scaling::cost::{Layout, Work};
 use crate::scaling::{Question, Scaling};
 use crate::schedule::Decay;
 use crate::train::OptimizerSettings;
-use crate::{Error, compare, device, memory, mpi};
+use crate::{Error, device, memory, mpi};
 
 /// Where the comparison writes unless told otherwise; replaced by the next run.
 const COMPARISON_OUTPUT: &str = "target/llama_math";
@@ -32,18 +37,20 @@ const LLAMA_2_7B: &str = "4096x4096x128,4096x11008x64,11008x4096x32";
 /// Fine-tunes Llama-family models on word problems with HD-PiSSA and its baselines.
 ///
 /// Without arguments it compares LoRA, PiSSA, HD-PiSSA and full fine-tuning on a tiny model and
-/// generated problems. With --model and --data it fine-tunes a Hugging Face checkpoint.
+/// generated data, each at the learning rate that a sweep has found. With --model and --data it
+/// fine-tunes a Hugging Face checkpoint, by default with HD-PiSSA whose shards share gradients and
+/// hold random directions; --published has everything as in the paper.
 #[derive(Parser, Debug)]
 #[command(name = "llama_math", version, args_conflicts_with_subcommands = true)]
 pub struct Cli {
     #[command(subcommand)]
-    command: Option<Task>,
+    command: Option<Command>,
     #[command(flatten)]
     options: Options,
 }
 
 #[derive(Subcommand, Debug)]
-enum Task {
+enum Command {
     /// Pre-trains the tiny model whose weights are part of this example.
     Pretrain(PretrainOptions),
     /// Shows what more shards do to loss, rank and time, and predicts a run on many devices.
@@ -52,9 +59,14 @@ enum Task {
     /// fits the constants of a cost model to the times, and predicts the time of a step on many
     /// such devices.
     Scaling(ScalingOptions),
-    /// One method of the comparison, in a process of its own.
+    /// Searches the learning rate of every method on the tiny model's tasks, and repeats the best.
+    ///
+    /// Every training is a process of its own with one compute thread, and leaves a file in the
+    /// output: a sweep that is started again goes on where it stopped.
+    Sweep(SweepOptions),
+    /// One training of a sweep or of the comparison, in a process of its own.
     #[command(hide = true)]
-    CompareMethod(MethodOptions),
+    Trial(TrialOptions),
 }
 
 #[derive(Args, Debug)]
@@ -84,16 +96,21 @@ struct Options {
     /// Shards of HD-PiSSA; the other methods average the gradients of as many micro-batches
     #[arg(long, default_value_t = 8, value_parser = at_least(1))]
     shards: usize,
-    /// Which gradients a shard of HD-PiSSA learns from: those of its own micro-batches, as published,
-    /// or the mean over all micro-batches of a step
-    #[arg(long, requires = "model", default_value = "per-shard", value_parser = gradients())]
-    gradients: GradientMode,
-    /// Which directions of a weight the shards of HD-PiSSA hold
-    #[arg(long, requires = "model", default_value = "leading")]
-    windows: WindowsOption,
-    /// How long the frames of HD-PiSSA are: roots of singular values, or all the same
-    #[arg(long, requires = "model", default_value = "balanced", value_parser = frame_scale())]
-    frame_scale: FrameScale,
+    /// HD-PiSSA as published: --gradients per-shard --windows leading --frame-scale balanced
+    #[arg(long, requires = "model", conflicts_with_all = ["gradients", "windows", "frame_scale"])]
+    published: bool,
+    /// Which gradients a shard of HD-PiSSA learns from: those of its own micro-batches, or the mean
+    /// over all micro-batches of a step [default: shared]
+    #[arg(long, requires = "model", value_parser = gradients())]
+    gradients: Option<GradientMode>,
+    /// Which directions of a weight the shards of HD-PiSSA hold [default: random; with --frame-scale
+    /// balanced leading]
+    #[arg(long, requires = "model")]
+    windows: Option<WindowsOption>,
+    /// How long the frames of HD-PiSSA are: roots of singular values, or all the same [default: unit;
+    /// with --windows leading balanced]
+    #[arg(long, requires = "model", value_parser = frame_scale())]
+    frame_scale: Option<FrameScale>,
     /// Numerator of the adapters' scale alpha / rank [default: the rank]
     #[arg(long, requires = "model", value_parser = positive)]
     alpha: Option<f64>,
@@ -119,9 +136,9 @@ struct Options {
     #[arg(long, requires = "model", default_value_t = 1, value_parser = at_least(1))]
     batch_size: usize,
     /// Micro-batches per step; with --gradients per-shard, and other methods than hd-pissa, times
-    /// --shards
-    #[arg(long, requires = "model", default_value_t = 1, value_parser = at_least(1))]
-    accumulation: usize,
+    /// --shards [default: 1; with shared gradients as many as --shards]
+    #[arg(long, requires = "model", value_parser = at_least(1))]
+    accumulation: Option<usize>,
     /// Largest global gradient norm; of each shard where it has gradients of its own
     #[arg(long, requires = "model", value_parser = positive)]
     clip: Option<f64>,
@@ -137,8 +154,8 @@ struct Options {
     /// Threads that share the shards of HD-PiSSA; must divide their number. The result is the same
     #[arg(long, value_name = "N", requires = "model", default_value_t = 1, value_parser = at_least(1))]
     workers: usize,
-    /// Compute threads of this process, shared out among its workers; the result is the same
-    /// [default: as many as cores]
+    /// Compute threads of this process, shared out among its workers; without --model trainings at a
+    /// time. The result is the same [default: as many as cores]
     #[arg(long, value_name = "N", value_parser = at_least(1))]
     threads: Option<usize>,
     /// One worker in each of the processes that an MPI launcher starts, as in `mpirun -np 4
@@ -152,7 +169,7 @@ struct Options {
     /// In what precision deltas of HD-PiSSA travel between workers; bf16 halves the traffic and
     /// rounds them, also where one worker has them all
     #[arg(long, requires = "model", default_value = "f32", value_parser = wire())]
-    wire: WireDtype,
+    wire: CommunicationDtype,
     /// Backend, such as flex, wgpu or cuda:0, as far as built in; with several workers and no index
     /// each takes a CUDA or ROCm device of its own
     #[arg(long)]
@@ -269,6 +286,83 @@ struct ScalingOptions {
     quick: bool,
 }
 
+#[derive(Args, Debug)]
+struct SweepOptions {
+    /// Tasks
+    #[arg(long, value_delimiter = ',', default_values_t = Task::ALL)]
+    tasks: Vec<Task>,
+    /// Methods
+    #[arg(long, value_delimiter = ',', default_values_t = Row::ALL)]
+    rows: Vec<Row>,
+    /// Seeds by which learning rates are chosen
+    #[arg(long, value_delimiter = ',', default_values_t = [1])]
+    tuning_seeds: Vec<u64>,
+    /// Seeds of the results
+    #[arg(long, value_delimiter = ',', default_values_t = [2, 3, 4])]
+    seeds: Vec<u64>,
+    /// Trainings at a time [default: as many as cores]
+    #[arg(long, value_name = "N", value_parser = at_least(1))]
+    threads: Option<usize>,
+    /// Backend
+    #[arg(long)]
+    device: Option<String>,
+    /// Folder with a file for each training
+    #[arg(long, value_name = "DIR")]
+    output: PathBuf,
+    /// Folder of table, picture and best learning rates [default: that of --output]
+    #[arg(long, value_name = "DIR")]
+    results: Option<PathBuf>,
+    /// Few steps and few test problems or facts
+    #[arg(long)]
+    quick: bool,
+}
+
+impl SweepOptions {
+    fn run(self) -> Result<(), Error> {
+        let device = device::parse(self.device.as_deref())?;
+        let children = Children {
+            folder: self.output,
+            processes: self.threads.unwrap_or_else(cores),
+            device: self.device,
+            program: children::this_program,
+        };
+        let sweep = Sweep {
+            tasks: self.tasks,
+            rows: self.rows,
+            tuning_seeds: self.tuning_seeds,
+            seeds: self.seeds,
+            rank: 4,
+            shards: 8,
+            quick: self.quick,
+        };
+        let findings = sweep.run(&children)?;
+        let mut base = Vec::new();
+        for &task in &sweep.tasks {
+            base.push((task, sweep.base(task, &device)?));
+        }
+        let folder = self.results.unwrap_or(children.folder);
+        results::write(&folder, &sweep, &findings, &base)
+    }
+}
+
+#[derive(Args, Debug)]
+struct TrialOptions {
+    /// The trial, as JSON
+    #[arg(long)]
+    settings: String,
+    /// File of the result
+    #[arg(long)]
+    result: PathBuf,
+    /// Backend
+    #[arg(long)]
+    device: Option<String>,
+}
+
+/// Number of cores.
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
 impl ScalingOptions {
     fn run(self) -> Result<(), Error> {
         let device = device::parse(self.device.as_deref())?;
@@ -301,28 +395,6 @@ impl ScalingOptions {
         };
         report.map(drop)
     }
-}
-
-#[derive(Args, Debug)]
-struct MethodOptions {
-    #[arg(long)]
-    method: Method,
-    #[arg(long)]
-    result: PathBuf,
-    #[arg(long)]
-    seed: u64,
-    #[arg(long)]
-    steps: usize,
-    #[arg(long)]
-    rank: usize,
-    #[arg(long)]
-    shards: usize,
-    #[arg(long)]
-    test_problems: usize,
-    #[arg(long)]
-    lr: Option<f64>,
-    #[arg(long)]
-    device: Option<String>,
 }
 
 /// A number that an option does not take.
@@ -377,8 +449,8 @@ fn frame_scale() -> impl TypedValueParser<Value = FrameScale> {
     })
 }
 
-fn wire() -> impl TypedValueParser<Value = WireDtype> {
-    let all = [WireDtype::F32, WireDtype::Bf16];
+fn wire() -> impl TypedValueParser<Value = CommunicationDtype> {
+    let all = [CommunicationDtype::F32, CommunicationDtype::Bf16];
     PossibleValuesParser::new(["f32", "bf16"]).map(move |name| {
         let named = all.into_iter().find(|wire| wire.to_string() == name);
         named.expect("one of the possible values")
@@ -393,7 +465,6 @@ impl Cli {
     /// Whatever goes wrong; [`Error::exit_code`] tells usage errors from others.
     pub fn run(self) -> Result<(), Error> {
         let threads = self.options.threads;
-        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
         let limit = |reason| Error::Environment {
             variable: "memory",
             reason,
@@ -408,7 +479,7 @@ impl Cli {
         }
         device::check_variable()?;
         match self.command {
-            Some(Task::Pretrain(options)) => {
+            Some(Command::Pretrain(options)) => {
                 let device = device::parse(options.device.as_deref())?;
                 let pretraining = Pretraining {
                     seed: options.seed,
@@ -418,20 +489,12 @@ impl Cli {
                 };
                 pretraining.run(&device, &options.output, options.overwrite)
             }
-            Some(Task::Scaling(options)) => options.run(),
-            Some(Task::CompareMethod(options)) => {
-                compare::end_with_parent();
+            Some(Command::Scaling(options)) => options.run(),
+            Some(Command::Sweep(options)) => options.run(),
+            Some(Command::Trial(options)) => {
+                children::end_with_parent();
                 let device = device::parse(options.device.as_deref())?;
-                let comparison = Comparison {
-                    seed: options.seed,
-                    steps: options.steps,
-                    rank: options.rank,
-                    shards: options.shards,
-                    lr: options.lr,
-                    test_problems: options.test_problems,
-                    device: options.device,
-                };
-                comparison.run_method(options.method, &device, &options.result)
+                children::run_trial(&options.settings, &device, &options.result)
             }
             None => match (
                 &self.options.model,
@@ -457,13 +520,14 @@ impl Cli {
 impl Options {
     fn compare(self) -> Result<(), Error> {
         let device = device::parse(self.device.as_deref())?;
-        let defaults = Comparison::new(self.quick);
+        let defaults = Comparison::new(self.threads.unwrap_or_else(cores));
         let comparison = Comparison {
             seed: self.seed,
-            steps: self.steps.unwrap_or(defaults.steps),
+            steps: self.steps,
             rank: self.rank.unwrap_or(defaults.rank),
             shards: self.shards,
             lr: self.lr,
+            quick: self.quick,
             device: self.device,
             ..defaults
         };
@@ -471,6 +535,26 @@ impl Options {
             Some(output) => comparison.run(&device, &output, self.overwrite),
             None => comparison.run(&device, COMPARISON_OUTPUT.as_ref(), true),
         }
+    }
+
+    /// Gradients, windows and scale of the frames: as given, and for the rest shared gradients and
+    /// random directions, which recall more facts than the published form in the sweep of the book.
+    /// Other methods than HD-PiSSA do not read them.
+    fn form(&self) -> (GradientMode, Windows, FrameScale) {
+        if self.published || self.method != Method::HdPissa {
+            let leading = Windows::Leading;
+            return (GradientMode::PerShard, leading, FrameScale::Balanced);
+        }
+        let windows = self.windows.unwrap_or(match self.frame_scale {
+            Some(FrameScale::Balanced) => WindowsOption::Leading,
+            _ => WindowsOption::Random,
+        });
+        let frame_scale = self.frame_scale.unwrap_or(match windows {
+            WindowsOption::Leading => FrameScale::Balanced,
+            _ => FrameScale::Unit,
+        });
+        let gradients = self.gradients.unwrap_or(GradientMode::Shared);
+        (gradients, windows.with_seed(self.seed), frame_scale)
     }
 
     fn fine_tuning(
@@ -487,28 +571,24 @@ impl Options {
                     .into(),
             });
         }
-        let windows = self.windows.with_seed(self.seed);
         let of_hd_pissa = [
+            ("published", self.published, "no form of its own"),
             (
                 "gradients",
-                self.gradients != GradientMode::PerShard,
+                self.gradients.is_some(),
                 "no shards that could share gradients",
             ),
             (
                 "wire",
-                self.wire != WireDtype::F32,
+                self.wire != CommunicationDtype::F32,
                 "no deltas that workers exchange",
             ),
             (
                 "windows",
-                windows != Windows::Leading,
+                self.windows.is_some(),
                 "no shards that hold directions",
             ),
-            (
-                "frame-scale",
-                self.frame_scale != FrameScale::Balanced,
-                "no frames",
-            ),
+            ("frame-scale", self.frame_scale.is_some(), "no frames"),
         ];
         for (option, is_given, lacks) in of_hd_pissa {
             if self.method != Method::HdPissa && is_given {
@@ -518,11 +598,16 @@ impl Options {
                 });
             }
         }
-        if let (Windows::Random { .. }, FrameScale::Balanced) = (windows, self.frame_scale) {
+        let (gradients, windows, frame_scale) = self.form();
+        let groups = match gradients {
+            GradientMode::PerShard => self.shards,
+            GradientMode::Shared => 1,
+        };
+        if let (Windows::Random { .. }, FrameScale::Balanced) = (windows, frame_scale) {
             return Err(Error::Usage {
                 option: "windows",
-                reason: "random directions have no singular values to balance: add --frame-scale \
-                         unit"
+                reason: "random directions have no singular values to balance: leave out \
+                         --frame-scale, or choose unit"
                     .into(),
             });
         }
@@ -550,10 +635,10 @@ impl Options {
                     rank: self.rank.unwrap_or(16),
                     shards: self.shards,
                     windows,
-                    frame_scale: self.frame_scale,
+                    frame_scale,
                     alpha: self.alpha,
                     targets: self.targets.clone(),
-                    gradients: self.gradients,
+                    gradients,
                 },
                 optimizer: OptimizerSettings {
                     clip: self.clip,
@@ -561,11 +646,8 @@ impl Options {
                     wire: self.wire,
                 },
                 feed: FeedConfig {
-                    shards: match self.gradients {
-                        GradientMode::PerShard => self.shards,
-                        GradientMode::Shared => 1,
-                    },
-                    accumulation: self.accumulation,
+                    shards: groups,
+                    accumulation: self.accumulation.unwrap_or(self.shards / groups),
                     batch_size: self.batch_size,
                     shuffle: (!self.no_shuffle).then_some(self.seed),
                 },

@@ -1,142 +1,158 @@
-//! The run without arguments: four methods on the tiny model and generated problems, each in a
-//! process of its own.
+//! The run without arguments: every method on both tasks, at the learning rates that a sweep has found.
 
-use std::io::Read;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::Path;
 use std::time::Instant;
 
-use burn::module::Module;
 use burn::tensor::Device;
-use hd_pissa::{FrameScale, GradientMode, Windows};
-use serde::{Deserialize, Serialize};
 
-use crate::batch::FeedConfig;
+use crate::chart::{self, Curve, Panel, Scale, Stroke};
 use crate::console::say;
-use crate::data::Record;
-use crate::evaluate::{Solver, mean_loss};
-use crate::method::{Adaptation, Method};
+use crate::evidence::children::{self, Children};
+use crate::evidence::learning_rates::{self, LearningRates};
+use crate::evidence::row::Row;
+use crate::evidence::statistics::Estimate;
+use crate::evidence::task::{Exam, Grade, SEQUENCES_PER_STEP, Task};
+use crate::evidence::trial::{Measured, Outcome, Trial, TrialResult};
+use crate::evidence::verdict::{Rival, against, why_unfit};
 use crate::output::Staged;
-use crate::problems::problems;
-use crate::progress::Progress;
-use crate::run::{Length, RunConfig};
-use crate::schedule::Decay;
-use crate::spectrum::{mean_ranks, projections};
-use crate::tokenize::Tokens;
-use crate::train::OptimizerSettings;
-use crate::{Error, Llama, picture, tiny};
+use crate::picture::{smooth, window};
+use crate::{Error, tiny};
 
-/// Longest sequence and longest answer, in tokens.
-const MAX_LENGTH: usize = 128;
-const MAX_NEW_TOKENS: usize = 48;
-const TRAIN_PROBLEMS: usize = 6000;
+/// HD-PiSSA with shared gradients, in the form that `llama_math` takes by default.
+const BEST: Row = Row::SharedRandom;
+/// What is compared.
+const ROWS: [Row; 6] = [
+    Row::Lora,
+    Row::Pissa,
+    Row::Published,
+    BEST,
+    Row::LoraWide,
+    Row::Full,
+];
 /// Test problems shown with their answers.
 const SHOWN: usize = 3;
 
 /// Settings of the comparison.
 #[derive(Clone, Debug)]
 pub struct Comparison {
-    /// Seed of problems, order and random adapters.
+    /// Seed of data, order and random adapters.
     pub seed: u64,
-    /// Steps of each method.
-    pub steps: usize,
+    /// Steps of each method; those of the task where `None`.
+    pub steps: Option<usize>,
     /// Rank of adapters; with HD-PiSSA of each shard's.
     pub rank: usize,
-    /// Shards of HD-PiSSA, and groups of micro-batches per step of every method.
+    /// Shards of HD-PiSSA.
     pub shards: usize,
-    /// Largest learning rate of every method; each its own where `None`.
+    /// Largest learning rate of every method; the recorded ones where `None`.
     pub lr: Option<f64>,
-    /// Test problems that are answered.
-    pub test_problems: usize,
+    /// A short run.
+    pub quick: bool,
+    /// Methods at a time.
+    pub processes: usize,
     /// Name of the device, for the child processes.
     pub device: Option<String>,
 }
 
-/// What a child process reports of its method.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct MethodResult {
-    /// The method.
-    pub method: Method,
-    /// Largest learning rate.
-    pub lr: f64,
-    /// Loss of each step.
-    pub losses: Vec<f64>,
-    /// Mean loss per target token on the test problems.
-    pub test_loss: f64,
-    /// Test problems answered with the right number.
-    pub correct: usize,
-    /// Mean numeric rank of the update of a projection.
-    pub numeric_rank: f64,
-    /// Mean effective rank of the update of a projection.
-    pub effective_rank: f64,
-    /// Parameters that gradients moved.
-    pub trainable: usize,
-    /// Seconds of preparation and steps.
-    pub seconds: f64,
-    /// Tokens per second of the steps.
-    pub tokens_per_second: f64,
-    /// Peak memory of the process up to the last step, in bytes.
-    pub peak_memory: Option<u64>,
-    /// The first answers.
-    pub answers: Vec<(String, bool)>,
+/// A task with what the methods reached.
+struct Part {
+    task: Task,
+    base: Grade,
+    exam: Exam,
+    results: Vec<TrialResult>,
 }
 
 impl Comparison {
-    /// The default run, or a short one.
-    pub fn new(quick: bool) -> Self {
-        let (steps, test_problems) = if quick { (12, 10) } else { (250, 200) };
+    /// The default run.
+    pub fn new(processes: usize) -> Self {
         Self {
             seed: 1,
-            steps,
+            steps: None,
             rank: 4,
             shards: 8,
             lr: None,
-            test_problems,
+            quick: false,
+            processes,
             device: None,
         }
+    }
+
+    /// Every training of the run.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Option`] for a number of shards that does not divide the sequences of a step.
+    pub fn trials(&self) -> Result<Vec<Trial>, Error> {
+        if !SEQUENCES_PER_STEP.is_multiple_of(self.shards) {
+            let reason = format!(
+                "{} does not divide the {SEQUENCES_PER_STEP} sequences of a step",
+                self.shards
+            );
+            return Err(Error::Option {
+                option: "shards",
+                reason,
+            });
+        }
+        let recorded = LearningRates::recorded();
+        let trial = |task: Task, row| {
+            let (steps, items) = task.length(self.quick);
+            let lr = self.lr.or_else(|| recorded.of(task, row));
+            Trial {
+                task,
+                row,
+                lr: lr.expect("the sweep had every row"),
+                seed: self.seed,
+                steps: self.steps.unwrap_or(steps),
+                items,
+                rank: self.rank,
+                shards: self.shards,
+            }
+        };
+        let of_task = |task| ROWS.map(|row| trial(task, row));
+        Ok(Task::ALL.into_iter().flat_map(of_task).collect())
     }
 
     /// Runs every method in a child process of this program and writes table and picture.
     ///
     /// # Errors
     ///
-    /// [`Error::Child`] if a method fails, and those of the output.
+    /// [`Error::Child`] if a method fails, and those of [`trials`](Self::trials) and of the output.
     pub fn run(&self, device: &Device, output: &Path, overwrite: bool) -> Result<(), Error> {
         let start = Instant::now();
+        let trials = self.trials()?;
         let staged = Staged::new(output, overwrite)?;
-        let (_, test) = self.problems();
-        say!(
-            "tiny Llama, {} steps of {} micro-batches, rank {}, {} shards, {} test problems",
-            self.steps,
-            self.shards,
-            self.rank,
-            self.shards,
-            test.len()
-        );
-        let checkpoint = tiny::checkpoint()?;
-        let model = checkpoint.load(device)?;
-        let (base_loss, base_answers) = self.evaluate(&model, "base model")?;
-        drop(model);
+        say!("{}", self.introduction());
+        let children = Children {
+            folder: staged.path().join("trials"),
+            processes: self.processes,
+            device: self.device.clone(),
+            program: children::this_program,
+        };
+        let results = children.run(&trials, "trainings")?;
 
-        let mut results = Vec::with_capacity(Method::ALL.len());
-        for method in Method::ALL {
-            results.push(self.child(method, staged.path())?);
+        let model = tiny::checkpoint()?.load(device)?;
+        let mut parts = Vec::new();
+        for task in Task::ALL {
+            let of_task = |result: &&TrialResult| result.trial.task == task;
+            let results: Vec<_> = results.iter().filter(of_task).cloned().collect();
+            let exam = Exam::new(task, self.seed, results[0].trial.items)?;
+            parts.push(Part {
+                task,
+                base: exam.grade(&model)?,
+                exam,
+                results,
+            });
         }
-
-        let table = self.table(base_loss, &base_answers, &results);
-        say!("\n{table}");
-        self.show_answers(&test, &base_answers, &results);
-        let path = staged.path().join("table.txt");
-        std::fs::write(&path, table).map_err(Error::io(&path))?;
-        let curves: Vec<(String, Vec<f64>)> = results
-            .iter()
-            .map(|result| (result.method.to_string(), result.losses.clone()))
-            .collect();
-        picture::losses(
-            &staged.path().join("loss.svg"),
-            "Generated problems, tiny Llama",
-            &curves,
-        )?;
+        let tables: Vec<String> = parts.iter().map(Part::table).collect();
+        let text = tables.join("\n") + COLUMNS;
+        say!("\n{text}");
+        parts.iter().for_each(Part::show_answers);
+        let write = |name: &str, content: &str| {
+            let path = staged.path().join(name);
+            std::fs::write(&path, content).map_err(Error::io(path))
+        };
+        write("table.txt", &text)?;
+        let panels: Vec<Panel> = parts.iter().map(Part::panel).collect();
+        write("loss.svg", &chart::svg("Tiny Llama", &panels))?;
         staged.commit()?;
         say!(
             "{:.0} s in all; table, losses and picture (loss.svg) are in {}",
@@ -146,148 +162,52 @@ impl Comparison {
         Ok(())
     }
 
-    /// Runs one method in this process and writes its result as JSON: the child's side.
-    ///
-    /// # Errors
-    ///
-    /// Those of the training.
-    pub fn run_method(&self, method: Method, device: &Device, result: &Path) -> Result<(), Error> {
-        let checkpoint = tiny::checkpoint()?;
-        let tokens = Tokens::of(&checkpoint)?;
-        let (train, _) = self.problems();
-        let sequences = tokens
-            .sequences(&train, &tiny::template(), MAX_LENGTH)?
-            .usable;
-        device.seed(self.seed);
-        let config = self.config(method);
-        let model = checkpoint.load(&device.clone().autodiff())?;
-        let trained = config.train(model, sequences, &method.to_string())?;
-
-        let model = trained.model.valid().materialize();
-        let before = projections(&checkpoint.load(device)?);
-        let (numeric_rank, effective_rank) = mean_ranks(&before, &projections(&model));
-        let (test_loss, answers) = self.evaluate(&model, &format!("{method} test"))?;
-        let report = MethodResult {
-            method,
-            lr: config.lr,
-            losses: trained.metrics.iter().map(|metrics| metrics.loss).collect(),
-            test_loss,
-            correct: answers.iter().filter(|(_, correct)| *correct).count(),
-            numeric_rank,
-            effective_rank,
-            trainable: trained.trainable,
-            seconds: trained.preparation + trained.seconds,
-            tokens_per_second: trained.tokens_per_second,
-            peak_memory: trained.peak_memory,
-            answers: answers.into_iter().take(SHOWN).collect(),
+    fn introduction(&self) -> String {
+        let recorded = LearningRates::recorded();
+        let rates = match self.lr {
+            Some(lr) => format!("learning rate {lr:e} for all, though the best differ by method"),
+            None => format!("learning rates from {}", learning_rates::PATH),
         };
-        let json = serde_json::to_vec(&report)
-            .map_err(|error| Error::field(result, "content", error.to_string()))?;
-        std::fs::write(result, json).map_err(Error::io(result))
-    }
-
-    fn problems(&self) -> (Vec<Record>, Vec<Record>) {
-        problems(self.seed, TRAIN_PROBLEMS, self.test_problems)
-    }
-
-    fn config(&self, method: Method) -> RunConfig {
-        RunConfig {
-            adaptation: Adaptation {
-                method,
-                rank: self.rank,
-                shards: self.shards,
-                windows: Windows::Leading,
-                frame_scale: FrameScale::Balanced,
-                alpha: None,
-                targets: None,
-                gradients: GradientMode::PerShard,
-            },
-            optimizer: OptimizerSettings::default(),
-            feed: FeedConfig {
-                shards: self.shards,
-                accumulation: 1,
-                batch_size: 4,
-                shuffle: Some(self.seed),
-            },
-            length: Length::Steps(self.steps),
-            lr: self.lr.unwrap_or(learning_rate(method)),
-            decay: Decay::Cosine,
-            warmup_ratio: 0.05,
-        }
-    }
-
-    /// Test loss, and each test problem's answer with whether it is right.
-    fn evaluate(&self, model: &Llama, label: &str) -> Result<(f64, Vec<(String, bool)>), Error> {
-        let tokens = Tokens::of(&tiny::checkpoint()?)?;
-        let template = tiny::template();
-        let (_, test) = self.problems();
-        let sequences = tokens.sequences(&test, &template, MAX_LENGTH)?.usable;
-        let loss = mean_loss(model, &sequences, || ());
-        let solver = Solver {
-            model,
-            tokens: &tokens,
-            template: &template,
-            max_new_tokens: MAX_NEW_TOKENS,
+        let swept = (recorded.rank, recorded.shards);
+        let doubt = match self.lr {
+            None if swept != (self.rank, self.shards) => format!(
+                ", found for {} shards of rank {} and not for these",
+                recorded.shards, recorded.rank
+            ),
+            _ => String::new(),
         };
-        let progress = Progress::new(label, test.len());
-        let mut answers = Vec::with_capacity(test.len());
-        for record in &test {
-            let answer = solver.answer(record)?;
-            answers.push((answer.text, answer.correct == Some(true)));
-            progress.tick();
-        }
-        progress.finish();
-        Ok((loss, answers))
-    }
-
-    fn child(&self, method: Method, folder: &Path) -> Result<MethodResult, Error> {
-        let failed = |reason: String| Error::Child {
-            method: method.to_string(),
-            reason,
+        let short = match self.quick {
+            true => "a run too short to compare methods: ",
+            false => "",
         };
-        let program = std::env::current_exe().map_err(|error| failed(error.to_string()))?;
-        let result: PathBuf = folder.join(format!("{method}.json"));
-        let mut command = Command::new(program);
-        command
-            .arg("compare-method")
-            .args(["--method", &method.to_string()])
-            .arg("--result")
-            .arg(&result)
-            .args(["--seed", &self.seed.to_string()])
-            .args(["--steps", &self.steps.to_string()])
-            .args(["--rank", &self.rank.to_string()])
-            .args(["--shards", &self.shards.to_string()])
-            .args(["--test-problems", &self.test_problems.to_string()]);
-        if let Some(lr) = self.lr {
-            command.args(["--lr", &lr.to_string()]);
-        }
-        if let Some(device) = &self.device {
-            command.args(["--device", device]);
-        }
-        // The child's bars and messages go where this process's go. It ends when its input does,
-        // which is when this process ends, however it ends.
-        let mut child = command
-            .stdin(Stdio::piped())
-            .spawn()
-            .map_err(|error| failed(error.to_string()))?;
-        let alive = child.stdin.take();
-        let status = child.wait().map_err(|error| failed(error.to_string()))?;
-        drop(alive);
-        if !status.success() {
-            return Err(failed(status.to_string()));
-        }
-        let bytes = std::fs::read(&result).map_err(Error::io(&result))?;
-        serde_json::from_slice(&bytes).map_err(|error| failed(error.to_string()))
+        format!(
+            "{short}tiny Llama, {SEQUENCES_PER_STEP} sequences in each step, {} shards of rank {}, seed \
+             {}; {rates}{doubt}",
+            self.shards, self.rank, self.seed
+        )
     }
+}
 
-    fn table(&self, base_loss: f64, base: &[(String, bool)], results: &[MethodResult]) -> String {
+/// What the columns of the tables are.
+const COLUMNS: &str = "rank and eff. rank: numeric and effective rank of the update of a projection, \
+                       mean over all;\ntrain loss: mean of the last tenth of the steps; peak MiB: of \
+                       the method's process up to its last step;\ntest loss and score: on held-out \
+                       problems, and on the facts that were trained on;\ndifferences: with the 95 % \
+                       interval that the number of answers gives, of this seed alone\n";
+
+impl Part {
+    fn table(&self) -> String {
+        let heading = match self.task {
+            Task::Problems => "problems: one skill, a small change of the weights",
+            Task::Facts => "facts: random associations, a change of high rank",
+        };
         let mut table = format!(
-            "{:9} {:>8} {:>10} {:>10} {:>12} {:>8} {:>9} {:>10} {:>8} {:>9} {:>9}\n",
+            "{heading}\n{:26} {:>8} {:>10} {:>10} {:>12} {:>8} {:>9} {:>10} {:>8} {:>9} {:>9}\n",
             "method",
             "lr",
             "train loss",
             "test loss",
-            "exact match",
+            self.task.measure(),
             "rank",
             "eff. rank",
             "trainable",
@@ -295,78 +215,144 @@ impl Comparison {
             "tokens/s",
             "peak MiB"
         );
-        let percent =
-            |correct: usize| format!("{:.1} %", 100.0 * correct as f64 / base.len() as f64);
-        let base_correct = base.iter().filter(|(_, correct)| *correct).count();
         table += &format!(
-            "{:9} {:>8} {:>10} {base_loss:>10.4} {:>12}\n",
+            "{:26} {:>8} {:>10} {:>10.4} {:>12}\n",
             "base",
             "",
             "",
-            percent(base_correct)
+            self.base.loss,
+            percent(self.base_share())
         );
-        for result in results {
-            // The last tenth, as in the picture's smoothed curves.
-            let tail = &result.losses[result.losses.len() - result.losses.len().div_ceil(10)..];
-            let train_loss = tail.iter().sum::<f64>() / tail.len() as f64;
-            let memory = match result.peak_memory {
-                Some(bytes) => format!("{:.0}", bytes as f64 / f64::from(1 << 20)),
-                None => "-".into(),
+        for result in &self.results {
+            let title = title(result);
+            let lr = format!("{:.0e}", result.trial.lr);
+            table += &match &result.outcome {
+                Outcome::Trained(measured) => {
+                    let score = percent(result.score());
+                    format!("{title:26} {lr:>8} {}\n", numbers(measured, &score))
+                }
+                Outcome::Diverged(reason) => format!("{title:26} {lr:>8} diverged: {reason}\n"),
             };
-            table += &format!(
-                "{:9} {:>8} {train_loss:>10.4} {:>10.4} {:>12} {:>8.1} {:>9.1} {:>10} {:>8.1} \
-                 {:>9.0} {memory:>9}\n",
-                result.method.to_string(),
-                format!("{:.0e}", result.lr),
-                result.test_loss,
-                percent(result.correct),
-                result.numeric_rank,
-                result.effective_rank,
-                result.trainable,
-                result.seconds,
-                result.tokens_per_second
-            );
         }
-        table += "rank and eff. rank: numeric and effective rank of the update of a projection, \
-                  mean over all;\ntrain loss: mean of the last tenth of the steps; peak MiB: of \
-                  the method's process up to its last step\n";
-        table
+        table + &self.verdict() + "\n"
     }
 
-    fn show_answers(&self, test: &[Record], base: &[(String, bool)], results: &[MethodResult]) {
-        for (index, record) in test.iter().take(SHOWN).enumerate() {
+    fn base_share(&self) -> f64 {
+        self.base.correct as f64 / self.results[0].trial.items as f64
+    }
+
+    /// What the table shows, in words.
+    fn verdict(&self) -> String {
+        let of = |row: Row| {
+            let found = self.results.iter().find(|result| result.trial.row == row);
+            found.expect("every row was run")
+        };
+        let task = self.task;
+        if let Some(reason) = why_unfit(self.base_share(), of(Row::Full).score()) {
+            return format!("{task}: nothing can be said about the methods, because {reason}\n");
+        }
+        let subject = of(BEST);
+        let others = self.results.iter().filter(|other| other.trial.row != BEST);
+        let rivals: Vec<Rival> = others
+            .map(|other| Rival {
+                name: title(other),
+                difference: Estimate::of_shares(
+                    subject.score(),
+                    other.score(),
+                    subject.trial.items,
+                ),
+            })
+            .collect();
+        format!("{task}: {}\n", against(&title(subject), &rivals))
+    }
+
+    fn show_answers(&self) {
+        for (index, record) in self.exam.records().iter().take(SHOWN).enumerate() {
             say!("{}", record.instruction);
-            let rows = results
-                .iter()
-                .map(|result| (result.method.to_string(), &result.answers[index]));
-            for (label, (text, correct)) in
-                [("base".to_string(), &base[index])].into_iter().chain(rows)
-            {
+            let rows = self.results.iter().filter_map(|result| {
+                let Outcome::Trained(measured) = &result.outcome else {
+                    return None;
+                };
+                Some((title(result), measured.answers.get(index)?))
+            });
+            let base = ("base".to_string(), &self.base.answers[index]);
+            for (label, (text, correct)) in [base].into_iter().chain(rows) {
                 let mark = if *correct { "right" } else { "wrong" };
                 let text = text.trim().replace('\n', " ");
-                say!("  {label:9} {mark}  {text}");
+                say!("  {label:26} {mark}  {text}");
             }
             say!("");
         }
     }
-}
 
-/// Ends this process when its standard input does: with the process that started it.
-pub(crate) fn end_with_parent() {
-    std::thread::spawn(|| {
-        let mut input = std::io::stdin();
-        while input.read(&mut [0; 64]).is_ok_and(|read| read > 0) {}
-        std::process::exit(1);
-    });
-}
-
-/// Chosen by hand, not searched for: an adapter that starts at zero needs a larger rate, and the
-/// deltas of eight shards add up.
-fn learning_rate(method: Method) -> f64 {
-    match method {
-        Method::Lora => 5e-3,
-        Method::Pissa => 2e-3,
-        Method::HdPissa => 1e-3,
-        Method::Full => 1e-3,
+    fn panel(&self) -> Panel {
+        let mut curves = Vec::new();
+        for result in &self.results {
+            let Outcome::Trained(measured) = &result.outcome else {
+                continue;
+            };
+            let Trial {
+                row, rank, shards, ..
+            } = result.trial;
+            let curve = |name, stroke, points| Curve {
+                name,
+                color: row.color(),
+                stroke,
+                points,
+                band: Vec::new(),
+            };
+            let held_out = measured.held_out.iter();
+            let held_out = held_out.map(|&(step, loss)| (step as f64, loss)).collect();
+            let training = smooth(&measured.losses, window(measured.losses.len()));
+            let stroke = match row {
+                Row::LoraWide => Stroke::Dashed,
+                _ => Stroke::Line,
+            };
+            curves.push(curve(row.short(rank, shards), stroke, training));
+            if self.task == Task::Problems {
+                curves.push(curve(String::new(), Stroke::Dots, held_out));
+            }
+        }
+        let title = match self.task {
+            Task::Problems => "Problems; dots: held-out loss",
+            Task::Facts => "Facts",
+        };
+        Panel {
+            title: title.into(),
+            labels: ["step".into(), "training loss".into()],
+            scales: [Scale::Linear, Scale::Logarithmic],
+            curves,
+        }
     }
+}
+
+fn title(result: &TrialResult) -> String {
+    let Trial {
+        row, rank, shards, ..
+    } = result.trial;
+    row.title(rank, shards)
+}
+
+fn numbers(measured: &Measured, score: &str) -> String {
+    // The last tenth.
+    let losses = &measured.losses;
+    let tail = &losses[losses.len() - losses.len().div_ceil(10)..];
+    let train_loss = tail.iter().sum::<f64>() / tail.len() as f64;
+    let memory = match measured.peak_memory {
+        Some(bytes) => format!("{:.0}", bytes as f64 / f64::from(1 << 20)),
+        None => "-".into(),
+    };
+    format!(
+        "{train_loss:>10.4} {:>10.4} {score:>12} {:>8.1} {:>9.1} {:>10} {:>8.1} {:>9.0} {memory:>9}",
+        measured.loss,
+        measured.numeric_rank,
+        measured.effective_rank,
+        measured.trainable,
+        measured.seconds,
+        measured.tokens_per_second
+    )
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.1} %", 100.0 * share)
 }

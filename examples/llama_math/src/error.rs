@@ -145,11 +145,11 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
-    /// A child process of the comparison failed.
-    #[error("the run of {method} failed: {reason}")]
+    /// A child process failed.
+    #[error("the run {trial} failed: {reason}")]
     Child {
-        /// The method it ran.
-        method: String,
+        /// The trial it ran.
+        trial: String,
         /// Its exit status or what is wrong with its result.
         reason: String,
     },
@@ -191,6 +191,22 @@ impl Error {
     pub fn io(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.as_ref().to_path_buf();
         move |source| Self::Io { path, source }
+    }
+
+    /// Whether loss, gradients or weights were no numbers.
+    pub(crate) fn is_divergence(&self) -> bool {
+        match self {
+            Self::NonFiniteLoss { .. }
+            | Self::NonFiniteGradient { .. }
+            | Self::NonFiniteWeights { .. }
+            | Self::Step {
+                source:
+                    OptimizerError::NonFiniteGradient { .. } | OptimizerError::NonFiniteUpdate { .. },
+                ..
+            } => true,
+            Self::Ended { source, .. } => source.is_divergence(),
+            _ => false,
+        }
     }
 
     /// Whether this worker failed only because another one did.

@@ -27,6 +27,7 @@ use crate::progress::Progress;
 use crate::run::{METRICS, Outcome, RunConfig, Saving, Trained, Training};
 use crate::stop::Stop;
 use crate::team::Team;
+use crate::token_cache::TokenCache;
 use crate::tokenize::{PromptTemplate, Tokens};
 use crate::weights::hexadecimal;
 use crate::{Checkpoint, Error, Llama, files, picture};
@@ -186,7 +187,7 @@ impl FineTuning {
         communicator: C,
         train: impl FnOnce(&Training<'_>, Llama, C) -> Result<Outcome, Error>,
     ) -> Result<(), Error> {
-        let team = Team::new(&communicator, device);
+        let team = Team::new(&communicator);
         let is_first = team.is_first();
         let workers = communicator.num_workers();
         team.agree(self.run.check_workers("mpi", workers))?;
@@ -432,7 +433,8 @@ impl FineTuning {
         let tokens = Tokens::of(&checkpoint)?;
         let max_length = self.max_length(&checkpoint)?;
         let records = read_records(&self.data, self.fields.as_ref())?;
-        let data = tokens.sequences(&records, &template, max_length)?;
+        let cache = TokenCache::of_user();
+        let data = cache.sequences(&tokens, &records, &template, max_length)?;
         let held_out = match &self.eval {
             Some((path, samples)) => {
                 let mut records = read_records(path, self.fields.as_ref())?;
@@ -582,11 +584,11 @@ impl FineTuning {
                 }
             );
         }
-        let losses = trained.metrics.iter().map(|metrics| metrics.loss).collect();
+        let losses: Vec<f64> = trained.metrics.iter().map(|metrics| metrics.loss).collect();
         let method = self.run.adaptation.method.to_string();
         let title = format!("{method} on {}", file_name(&self.data));
         let picture = self.output.join("loss.svg");
-        if let Err(error) = picture::losses(&picture, &title, &[(method, losses)]) {
+        if let Err(error) = picture::losses(&picture, &title, &losses) {
             complain!("without a picture: {error}");
         }
         remove_checkpoints(checkpoints);

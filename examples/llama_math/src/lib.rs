@@ -6,6 +6,7 @@
 //! what the command line offers: [`finetune`], [`compare`], [`scaling`] and [`pretrain`].
 
 pub mod batch;
+pub mod chart;
 pub mod checkpoint;
 pub mod cli;
 pub mod compare;
@@ -15,7 +16,9 @@ pub mod data;
 pub mod device;
 mod error;
 pub mod evaluate;
+pub mod evidence;
 pub mod export;
+pub mod facts;
 mod files;
 pub mod finetune;
 mod heartbeat;
@@ -24,6 +27,7 @@ pub mod memory;
 pub mod method;
 pub mod model;
 pub mod mpi;
+mod ops;
 pub mod output;
 mod panics;
 pub mod picture;
@@ -39,6 +43,7 @@ pub mod spectrum;
 pub mod stop;
 pub mod team;
 pub mod tiny;
+pub mod token_cache;
 pub mod tokenize;
 pub mod train;
 mod weights;

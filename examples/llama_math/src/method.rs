@@ -6,6 +6,7 @@ use std::ops::Range;
 use burn::module::{Lora, Module, ModuleVisitor, Param, ParamGroup};
 use burn::tensor::Tensor;
 use clap::ValueEnum;
+use hd_pissa::checkpoint::{Checkpoint, CheckpointError};
 use hd_pissa::comm::{Communicator, Solo};
 use hd_pissa::{
     FrameScale, GradientMode, HdPissaConfig, HdPissaModule, PissaConfig, PissaModule, Windows,
@@ -142,20 +143,22 @@ impl Adaptation {
     /// [`Error::Option`] for a pattern that is no regular expression or matches no matrix and a
     /// LoRA rank that is too large, and [`Error::Adapter`].
     pub fn apply(&self, model: Llama) -> Result<Llama, Error> {
-        self.apply_hosted(model, 0..self.shards, &Solo)
+        self.apply_hosted(model, 0..self.shards, &Solo, None)
     }
 
     /// As [`apply`](Self::apply), on a worker that hosts only some of HD-PiSSA's shards. Workers
-    /// share the decompositions.
+    /// share the decompositions. With a checkpoint of the same run all parameters get its values, and
+    /// nothing is decomposed.
     ///
     /// # Errors
     ///
-    /// Those of [`apply`](Self::apply).
+    /// Those of [`apply`](Self::apply), and [`Error::Checkpoint`].
     pub fn apply_hosted(
         &self,
         model: Llama,
         hosted: Range<usize>,
         communicator: &dyn Communicator,
+        saved: Option<&Checkpoint>,
     ) -> Result<Llama, Error> {
         let pattern = self.targets.as_deref().unwrap_or(DEFAULT_TARGETS);
         let invalid = |reason| Error::Option {
@@ -185,8 +188,12 @@ impl Adaptation {
                 "`{pattern}` matches no matrix, such as `{example}`"
             )));
         }
+        let lora = || Lora {
+            param_group: targets.clone(),
+            ..Lora::new(self.rank, self.alpha.unwrap_or(self.rank as f64))
+        };
         match self.method {
-            Method::Full => Ok(model),
+            Method::Full => restored(model, saved),
             Method::HdPissa => {
                 let config = HdPissaConfig::new()
                     .with_rank(self.rank)
@@ -196,8 +203,13 @@ impl Adaptation {
                     .with_alpha(self.alpha)
                     .with_gradients(self.gradients)
                     .with_targets(Some(targets));
-                Ok(model.apply_hd_pissa_shared(&config, hosted, communicator)?)
+                Ok(match saved {
+                    Some(saved) => saved.apply_hd_pissa(model, &config, hosted)?,
+                    None => model.apply_hd_pissa_shared(&config, hosted, communicator)?,
+                })
             }
+            // PiSSA is LoRA that starts elsewhere.
+            Method::Pissa if saved.is_some() => restored(model.apply_lora(lora()), saved),
             Method::Pissa => {
                 let config = PissaConfig::new()
                     .with_rank(self.rank)
@@ -219,15 +231,22 @@ impl Adaptation {
                         });
                     }
                 }
-                let mut lora = Lora::new(self.rank, self.alpha.unwrap_or(self.rank as f64));
-                lora.param_group = targets;
+                let mut lora = lora();
                 // The deviation of PEFT's uniform start, for inputs as wide as the hidden state.
                 let hidden = model.model.embed_tokens.weight.lazy_shape()[1];
                 lora.init_std = Some((3.0 * hidden as f64).sqrt().recip());
-                Ok(model.apply_lora(lora))
+                restored(model.apply_lora(lora), saved)
             }
         }
     }
+}
+
+/// The model with the values of the checkpoint, if there is one.
+fn restored(model: Llama, saved: Option<&Checkpoint>) -> Result<Llama, Error> {
+    Ok(match saved {
+        Some(saved) => saved.restore(model).map_err(CheckpointError::from)?,
+        None => model,
+    })
 }
 
 /// Number of values that gradients move.

@@ -4,12 +4,12 @@
 
 use burn::module::{Module, Param};
 use burn::nn::{Embedding, EmbeddingConfig, Initializer, RmsNorm, RmsNormConfig};
-use burn::tensor::activation::{log_softmax, silu, softmax};
 use burn::tensor::module::linear;
-use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Int, Tensor, TensorData};
 use hd_pissa::{HdPissaLinear, HdPissaLinearConfig};
 
 use crate::config::LlamaConfig;
+use crate::ops::{Causal, attention_weights, rms_norm, rotate_heads, swiglu, target_loss};
 use crate::rope::{Rotation, frequencies};
 
 /// A decoder with its language-model head.
@@ -170,16 +170,12 @@ impl Llama {
         let [batch, positions, width] = hidden.dims();
         let count = targets.len();
         let indices: Vec<i64> = targets.iter().map(|target| target.0 as i64).collect();
-        let labels: Vec<i64> = targets.iter().map(|target| i64::from(target.1)).collect();
+        let labels = targets.iter().map(|target| target.1).collect();
         let indices = Tensor::<1, Int>::from_data(TensorData::new(indices, [count]), &device);
-        let labels = Tensor::<2, Int>::from_data(TensorData::new(labels, [count, 1]), &device);
         let hidden = hidden
             .reshape([batch * positions, width])
             .select(0, indices);
-        log_softmax(self.logits(hidden), 1)
-            .gather(1, labels)
-            .sum()
-            .neg()
+        target_loss(self.logits(hidden), labels)
     }
 
     fn logits<const D: usize>(&self, hidden: Tensor<D>) -> Tensor<D> {
@@ -236,39 +232,21 @@ impl Decoder {
         let positions = tokens.dims()[1];
         let start = cache.as_ref().map_or(0, |cache| cache.len());
         let rotation = Rotation::new(&self.frequencies, start, positions, &device);
-        let mask = causal_mask(start, positions, self.sliding_window, &device);
+        let causal = Causal {
+            start,
+            positions,
+            window: self.sliding_window,
+        };
         let mut x = self.embed_tokens.forward(tokens);
         for (index, layer) in self.layers.iter().enumerate() {
-            let normed = layer.input_layernorm.forward(x.clone());
+            let normed = rms_norm(&layer.input_layernorm, x.clone());
             let cache = cache.as_deref_mut().map(|cache| (cache, index));
-            x = x + layer.self_attn.forward(normed, &rotation, &mask, cache);
-            let normed = layer.post_attention_layernorm.forward(x.clone());
+            x = x + layer.self_attn.forward(normed, &rotation, causal, cache);
+            let normed = rms_norm(&layer.post_attention_layernorm, x.clone());
             x = x + layer.mlp.forward(normed);
         }
-        self.norm.forward(x)
+        rms_norm(&self.norm, x)
     }
-}
-
-/// `true` where a query may not look: `[1, 1, positions, start + positions]`. `None` where every
-/// query may look everywhere.
-fn causal_mask(
-    start: usize,
-    positions: usize,
-    window: Option<usize>,
-    device: &Device,
-) -> Option<Tensor<4, Bool>> {
-    let keys = start + positions;
-    if positions == 1 && window.is_none_or(|window| keys <= window) {
-        return None;
-    }
-    let hidden: Vec<bool> = (start..keys)
-        .flat_map(|query| {
-            (0..keys)
-                .map(move |key| key > query || window.is_some_and(|window| query - key >= window))
-        })
-        .collect();
-    let data = TensorData::new(hidden, [1, 1, positions, keys]);
-    Some(Tensor::from_data(data, device))
 }
 
 impl Attention {
@@ -276,18 +254,16 @@ impl Attention {
         &self,
         x: Tensor<3>,
         rotation: &Rotation,
-        mask: &Option<Tensor<4, Bool>>,
+        causal: Causal,
         cache: Option<(&mut Cache, usize)>,
     ) -> Tensor<3> {
         let [batch, positions, _] = x.dims();
-        let heads = |x: Tensor<3>| {
-            let count = x.dims()[2] / self.head_dim;
-            x.reshape([batch, positions, count, self.head_dim])
-                .swap_dims(1, 2)
-        };
-        let queries = rotation.apply(heads(self.q_proj.forward(x.clone())));
-        let mut keys = rotation.apply(heads(self.k_proj.forward(x.clone())));
-        let mut values = heads(self.v_proj.forward(x));
+        let queries = rotate_heads(self.q_proj.forward(x.clone()), rotation);
+        let mut keys = rotate_heads(self.k_proj.forward(x.clone()), rotation);
+        let values = self.v_proj.forward(x);
+        let kv_heads = values.dims()[2] / self.head_dim;
+        let values = values.reshape([batch, positions, kv_heads, self.head_dim]);
+        let mut values = values.swap_dims(1, 2);
         if let Some((cache, layer)) = cache {
             match cache.layers.get_mut(layer) {
                 Some((old_keys, old_values)) => {
@@ -300,20 +276,12 @@ impl Attention {
         }
 
         // The queries that share a key head stand below each other, so that no key is copied.
-        let ([_, num_heads, ..], [_, kv_heads, key_positions, _]) = (queries.dims(), keys.dims());
+        let num_heads = queries.dims()[1];
         let group = num_heads / kv_heads;
         let queries = queries.reshape([batch, kv_heads, group * positions, self.head_dim]);
+        let scores = queries.matmul(keys.transpose());
         let scale = 1.0 / (self.head_dim as f64).sqrt();
-        let scores = (queries * scale).matmul(keys.transpose());
-        let mut scores = scores.reshape([batch, num_heads, positions, key_positions]);
-        if let Some(mask) = mask {
-            let mask = mask
-                .clone()
-                .expand([batch, num_heads, positions, key_positions]);
-            scores = scores.mask_fill(mask, f32::NEG_INFINITY);
-        }
-        let weights =
-            softmax(scores, 3).reshape([batch, kv_heads, group * positions, key_positions]);
+        let weights = attention_weights(scores, scale, causal);
         let mixed = weights
             .matmul(values)
             .reshape([batch, num_heads, positions, self.head_dim])
@@ -325,7 +293,8 @@ impl Attention {
 
 impl Mlp {
     fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        let gate = silu(self.gate_proj.forward(x.clone()));
-        self.down_proj.forward(gate * self.up_proj.forward(x))
+        let gate = self.gate_proj.forward(x.clone());
+        self.down_proj
+            .forward(swiglu(gate, self.up_proj.forward(x)))
     }
 }

@@ -38,8 +38,8 @@ fn scale(frequency: f64, scaling: RopeScaling) -> f64 {
 /// Cosines and sines of the positions of one forward pass, `[positions, head_dim / 2]`.
 #[derive(Clone, Debug)]
 pub struct Rotation {
-    cos: Tensor<2>,
-    sin: Tensor<2>,
+    pub(crate) cos: Tensor<2>,
+    pub(crate) sin: Tensor<2>,
 }
 
 impl Rotation {

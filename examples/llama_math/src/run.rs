@@ -174,7 +174,12 @@ pub struct Training<'a> {
     pub resume: Option<Checkpoint>,
     /// Asked after every step.
     pub stop: Stop,
+    /// Sees the model after every step, with the number of steps taken. Its time does not count.
+    pub observe: Option<Box<Observer<'a>>>,
 }
+
+/// What sees the model after a step.
+pub type Observer<'a> = dyn Fn(usize, &Llama) + Sync + 'a;
 
 /// What the steps so far have left beside the state of the model.
 #[derive(Default)]
@@ -209,6 +214,7 @@ impl<'a> Training<'a> {
             saving: None,
             resume: None,
             stop: Stop::default(),
+            observe: None,
         })
     }
 
@@ -235,18 +241,21 @@ impl<'a> Training<'a> {
 
         let start = Instant::now();
         let preparing = Progress::resumed("preparing the adapters", 1, 0, !is_first);
-        let mut trainer =
-            Trainer::with_communicator(model, &config.adaptation, config.optimizer, communicator)?;
-        let mut history = History::default();
-        if let Some(checkpoint) = &self.resume {
-            trainer = trainer.restore(checkpoint)?;
-            history = History::of(checkpoint)?;
-        }
+        let saved = self.resume.as_ref();
+        let mut trainer = Trainer::with_communicator(
+            model,
+            &config.adaptation,
+            config.optimizer,
+            communicator,
+            saved,
+        )?;
+        let mut history = saved.map_or_else(|| Ok(History::default()), History::of)?;
         let trainable = trainer.num_trainable();
         let preparation = start.elapsed().as_secs_f64();
         preparing.finish();
 
         let start = Instant::now();
+        let mut observing = Duration::ZERO;
         let mut last_save = Instant::now();
         let mut feed = self.feed.clone();
         let first = history.metrics.len();
@@ -266,6 +275,11 @@ impl<'a> Training<'a> {
                 tokens_per_second: report.tokens as f64 / step_start.elapsed().as_secs_f64(),
                 memory: memory::current(),
             });
+            if let Some(observe) = &self.observe {
+                let begun = Instant::now();
+                observe(step + 1, trainer.model());
+                observing += begun.elapsed();
+            }
             let Some(saving) = &self.saving else {
                 continue;
             };
@@ -277,7 +291,7 @@ impl<'a> Training<'a> {
             let stop = flags.chunks(2).any(|worker| worker[1] != 0.0);
             if stop || flags[0] != 0.0 {
                 let elapsed = Elapsed {
-                    seconds: history.seconds + start.elapsed().as_secs_f64(),
+                    seconds: history.seconds + (start.elapsed() - observing).as_secs_f64(),
                     tokens: history.tokens + progress.tokens(),
                 };
                 // A run that starts again from there could only fail again.
@@ -300,7 +314,7 @@ impl<'a> Training<'a> {
                 }
             }
         }
-        let seconds = history.seconds + start.elapsed().as_secs_f64();
+        let seconds = history.seconds + (start.elapsed() - observing).as_secs_f64();
         let tokens = history.tokens + progress.tokens();
         progress.finish();
         Ok(Outcome::Finished(Box::new(Trained {
@@ -431,7 +445,8 @@ impl History {
 
 impl RunConfig {
     /// Trains `model`, which must be on an autodiff device, on one worker, from the start to the
-    /// end.
+    /// end. After every step `observe` sees the model, with the number of steps taken; its time does
+    /// not count.
     ///
     /// # Errors
     ///
@@ -441,8 +456,11 @@ impl RunConfig {
         model: Llama,
         sequences: Vec<Sequence>,
         label: &str,
+        observe: impl Fn(usize, &Llama) + Sync,
     ) -> Result<Trained, Error> {
-        match Training::new(self, sequences, label)?.work(model, Solo)? {
+        let mut training = Training::new(self, sequences, label)?;
+        training.observe = Some(Box::new(observe));
+        match training.work(model, Solo)? {
             Outcome::Finished(trained) => Ok(*trained),
             Outcome::Stopped { .. } => unreachable!("a run that does not save does not stop"),
         }

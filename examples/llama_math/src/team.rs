@@ -3,7 +3,6 @@
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
-use burn::tensor::{Device, Tensor};
 use hd_pissa::comm::Communicator;
 
 use crate::Error;
@@ -14,23 +13,19 @@ use crate::panics::message;
 const BEAT: Duration = Duration::from_millis(50);
 
 /// What a worker tells with every beat.
-const BUSY: f32 = 0.0;
-const DONE: f32 = 1.0;
-const FAILED: f32 = 2.0;
+const BUSY: u8 = 0;
+const DONE: u8 = 1;
+const FAILED: u8 = 2;
 
 /// The workers that a communicator connects.
 pub struct Team<'a> {
     communicator: &'a dyn Communicator,
-    device: &'a Device,
 }
 
 impl<'a> Team<'a> {
-    /// Exchanges are made from tensors on `device`, this worker's.
-    pub fn new(communicator: &'a dyn Communicator, device: &'a Device) -> Self {
-        Self {
-            communicator,
-            device,
-        }
+    /// Those of `communicator`.
+    pub fn new(communicator: &'a dyn Communicator) -> Self {
+        Self { communicator }
     }
 
     /// Whether this is the worker that prints and writes.
@@ -112,10 +107,9 @@ impl<'a> Team<'a> {
         }
     }
 
-    fn gather(&self, own: f32) -> Result<Vec<f32>, Error> {
-        let buffer = Tensor::from_floats([own], self.device);
-        let states = self.communicator.all_gather(buffer)?;
-        Ok(states.into_data().iter::<f32>().collect())
+    fn gather(&self, own: u8) -> Result<Vec<u8>, Error> {
+        let states = self.communicator.all_gather_bytes(&[own])?;
+        Ok(states.concat())
     }
 
     /// The text that worker 0 has. Every worker calls it.
@@ -124,14 +118,8 @@ impl<'a> Team<'a> {
     ///
     /// [`Error::Comm`].
     pub fn text_of_first(&self, own: &str) -> Result<String, Error> {
-        if self.communicator.num_workers() == 1 {
-            return Ok(own.into());
-        }
-        let bytes: Vec<f32> = own.bytes().map(f32::from).collect();
-        let buffer = Tensor::from_floats(&bytes[..], self.device);
-        let received = self.communicator.broadcast(buffer, 0)?.into_data();
-        let bytes = received.iter::<f32>().map(|byte| byte as u8).collect();
-        Ok(String::from_utf8(bytes).expect("worker 0 sends UTF-8"))
+        let received = self.communicator.broadcast_bytes(own.as_bytes(), 0)?;
+        Ok(String::from_utf8(received).expect("worker 0 sends UTF-8"))
     }
 }
 
@@ -150,15 +138,14 @@ mod tests {
         timeout: Duration,
         work: impl Fn(Team<'_>, usize) -> T + Sync,
     ) -> Vec<T> {
-        let device = Device::default();
         std::thread::scope(|scope| {
             let threads: Vec<_> = thread_group(workers, timeout)
                 .into_iter()
                 .map(|communicator| {
-                    let (device, work) = (&device, &work);
+                    let work = &work;
                     scope.spawn(move || {
                         let worker = communicator.worker_index();
-                        work(Team::new(&communicator, device), worker)
+                        work(Team::new(&communicator), worker)
                     })
                 })
                 .collect();

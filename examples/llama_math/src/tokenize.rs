@@ -3,8 +3,10 @@
 use std::fmt::{self, Display, Formatter};
 use std::path::PathBuf;
 
+use rayon::prelude::*;
 use regex::Regex;
 use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
 use tokenizers::normalizers::NormalizerWrapper;
 use tokenizers::pre_tokenizers::metaspace::{Metaspace, PrependScheme};
 use tokenizers::{AddedToken, Tokenizer};
@@ -46,6 +48,11 @@ impl PromptTemplate {
             true => Ok(Self(text)),
             false => Err("has no {instruction} to replace".into()),
         }
+    }
+
+    /// The template itself.
+    pub fn text(&self) -> &str {
+        &self.0
     }
 
     /// The prompt of a record. Its context follows the instruction where the template has no place for
@@ -92,6 +99,8 @@ pub struct Tokens {
     vocab_size: usize,
     /// Tokens that end a generated answer.
     end_ids: Vec<u32>,
+    /// See [`digest`](Self::digest).
+    digest: Vec<u8>,
 }
 
 impl Tokens {
@@ -154,6 +163,7 @@ impl Tokens {
             behind: Vec::new(),
             vocab_size: checkpoint.config.vocab_size,
             end_ids,
+            digest: digest_of(checkpoint),
         };
         tokens.check(&[end_id])?;
         // Around any text.
@@ -220,6 +230,11 @@ impl Tokens {
             .map_err(|error| Error::field(&self.path, "decoder", error.to_string()))
     }
 
+    /// A hash of everything that encoding depends on.
+    pub(crate) fn digest(&self) -> &[u8] {
+        &self.digest
+    }
+
     /// Whether `token` ends an answer.
     pub fn is_end(&self, token: u32) -> bool {
         self.end_ids.contains(&token)
@@ -281,7 +296,7 @@ impl Tokens {
         Ok((Sequence { tokens, prompt_len }, is_joined))
     }
 
-    /// The sequences of all records that have an answer and keep a target token.
+    /// The sequences of all records that have an answer and keep a target token, encoded on all cores.
     ///
     /// # Errors
     ///
@@ -296,12 +311,17 @@ impl Tokens {
             records: records.len(),
             ..Sequences::default()
         };
-        for record in records {
-            if record.answer.trim().is_empty() {
+        let encode = |record: &Record| match record.answer.trim().is_empty() {
+            true => Ok(None),
+            false => self.compare(record, template, max_length).map(Some),
+        };
+        // Errors come in the order of the records.
+        let encoded: Vec<Result<_, Error>> = records.par_iter().map(encode).collect();
+        for record in encoded {
+            let Some((sequence, is_joined)) = record? else {
                 all.empty += 1;
                 continue;
-            }
-            let (sequence, is_joined) = self.compare(record, template, max_length)?;
+            };
             if sequence.num_targets() == 0 {
                 all.too_long += 1;
                 continue;
@@ -315,7 +335,7 @@ impl Tokens {
 }
 
 /// What became of the records of a file.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Sequences {
     /// The sequences to train on.
     pub usable: Vec<Sequence>,
@@ -354,6 +374,29 @@ impl Display for Sequences {
         }
         Ok(())
     }
+}
+
+/// A hash of the files of the tokenizer, and of what the model's configuration says of tokens.
+fn digest_of(checkpoint: &Checkpoint) -> Vec<u8> {
+    let mut hash = Sha256::new();
+    for name in [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+    ] {
+        let content = checkpoint.companions.get(name);
+        hash.update(
+            content
+                .map_or(u64::MAX, |bytes| bytes.len() as u64)
+                .to_le_bytes(),
+        );
+        hash.update(content.map_or(&[][..], |bytes| bytes));
+    }
+    // The class of a tokenizer may follow from the family of the model.
+    let config = &checkpoint.config;
+    let of_model = (config.vocab_size, &config.eos_tokens, config.family);
+    hash.update(format!("{of_model:?}"));
+    hash.finalize().to_vec()
 }
 
 /// `tokenizer_config.json`; empty where there is none.

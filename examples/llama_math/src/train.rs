@@ -11,8 +11,9 @@ use burn::tensor::{Bytes, Device, Tensor};
 use hd_pissa::checkpoint::Checkpoint;
 use hd_pissa::comm::{Communicator, Solo};
 use hd_pissa::{
-    HdPissaModule, HdPissaOptimizer, OptimizerError, ShardGradients, SharedGradients,
-    StepGradients, WireDtype, side_by_side,
+    CommunicationDtype, HdPissaModule, HdPissaOptimizer, HdPissaOptimizerConfig,
+    HdPissaOptimizerRecord, OptimizerError, ShardGradients, SharedGradients, StepGradients,
+    side_by_side,
 };
 
 use crate::batch::MicroBatch;
@@ -31,7 +32,7 @@ pub struct OptimizerSettings {
     /// Decoupled weight decay; not with HD-PiSSA.
     pub weight_decay: f64,
     /// In what precision deltas travel between workers, with HD-PiSSA.
-    pub wire: WireDtype,
+    pub wire: CommunicationDtype,
 }
 
 /// A model in training.
@@ -117,20 +118,24 @@ impl Trainer {
         adaptation: &Adaptation,
         settings: OptimizerSettings,
     ) -> Result<Self, Error> {
-        Self::with_communicator(model, adaptation, settings, Solo)
+        Self::with_communicator(model, adaptation, settings, Solo, None)
     }
 
     /// Prepares `model` on one of several workers, which hosts its share of HD-PiSSA's shards: the
     /// first worker the first ones, and so on. The number of workers must divide that of shards.
     ///
+    /// Model and optimizer have the state of the checkpoint, if one is given.
+    ///
     /// # Errors
     ///
-    /// Those of [`new`](Self::new).
+    /// Those of [`new`](Self::new), [`Error::Checkpoint`], and [`Error::Optimizer`] for the record of
+    /// another optimizer.
     pub fn with_communicator(
         model: Llama,
         adaptation: &Adaptation,
         settings: OptimizerSettings,
         communicator: impl Communicator + 'static,
+        saved: Option<&Checkpoint>,
     ) -> Result<Self, Error> {
         let device = model.device();
         let (worker, workers) = (communicator.worker_index(), communicator.num_workers());
@@ -141,54 +146,42 @@ impl Trainer {
             true => (own.clone(), Share::Shards(own)),
             false => (0..adaptation.shards, Share::Part { worker, workers }),
         };
-        let model = adaptation.apply_hosted(model, hosted, &communicator)?;
+        let model = adaptation.apply_hosted(model, hosted, &communicator, saved)?;
+        let state = saved.map(|saved| saved.optimizer(&model, &communicator));
+        let state = state.transpose()?;
         let optimizer = match adaptation.method {
             Method::HdPissa => {
                 let adam = AdamConfig::new().with_epsilon(EPSILON).init();
-                let optimizer = HdPissaOptimizer::new(adam, communicator)?
-                    .with_norms()
-                    .with_wire_dtype(settings.wire);
-                Optimizer::HdPissa(match settings.clip {
-                    Some(clip) => optimizer.with_max_grad_norm(clip)?,
-                    None => optimizer,
-                })
+                let config = HdPissaOptimizerConfig::new()
+                    .with_measure_norms(true)
+                    .with_communication_dtype(settings.wire)
+                    .with_max_grad_norm(settings.clip);
+                let mut optimizer = config.init(adam, communicator)?;
+                if let Some(state) = state {
+                    optimizer.load_record(HdPissaOptimizerRecord::from_bytes(state)?)?;
+                }
+                Optimizer::HdPissa(optimizer)
             }
-            _ => Optimizer::Mean {
+            _ => {
                 // Without decay this is Adam.
-                inner: AdamWConfig::new()
+                let inner = AdamWConfig::new()
                     .with_epsilon(EPSILON)
                     .with_weight_decay(settings.weight_decay as f32)
-                    .init(),
-                clip: settings.clip,
-            },
+                    .init();
+                Optimizer::Mean {
+                    inner: match state {
+                        Some(state) => inner.from_bytes(state).map_err(OptimizerError::from)?,
+                        None => inner,
+                    },
+                    clip: settings.clip,
+                }
+            }
         };
         Ok(Self {
             model: Some(model),
             optimizer,
             device,
             share,
-        })
-    }
-
-    /// Gives model and optimizer the state of a checkpoint.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Checkpoint`], and [`Error::Optimizer`] for a record of another optimizer.
-    pub fn restore(self, checkpoint: &Checkpoint) -> Result<Self, Error> {
-        let model = checkpoint.restore(self.model.expect("a step puts the model back"))?;
-        let state = checkpoint.optimizer(&model, self.optimizer.communicator())?;
-        let optimizer = match self.optimizer {
-            Optimizer::HdPissa(inner) => Optimizer::HdPissa(inner.from_bytes(state)?),
-            Optimizer::Mean { inner, clip } => {
-                let inner = inner.from_bytes(state).map_err(OptimizerError::from)?;
-                Optimizer::Mean { inner, clip }
-            }
-        };
-        Ok(Self {
-            model: Some(model),
-            optimizer,
-            ..self
         })
     }
 
@@ -199,7 +192,7 @@ impl Trainer {
     /// [`Error::Optimizer`] if it cannot be serialized.
     pub fn optimizer_state(&self) -> Result<Bytes, Error> {
         Ok(match &self.optimizer {
-            Optimizer::HdPissa(inner) => inner.to_bytes()?,
+            Optimizer::HdPissa(inner) => inner.to_record()?.into_bytes()?,
             Optimizer::Mean { inner, .. } => inner.into_bytes().map_err(OptimizerError::from)?,
         })
     }
@@ -488,7 +481,10 @@ fn each_gradient<B: Borrow<MicroBatch>>(
         model,
         micro_batches.collect(),
         |model, (group, count, micro_batch)| {
-            let selected = first_shard.map(|first| model.clone().select_shard(first + group));
+            let selected = first_shard.map(|first| {
+                let selected = model.clone().select_shard(first + group);
+                selected.expect("each group is that of a hosted shard")
+            });
             let model = selected.as_ref().unwrap_or(model);
             let targets = micro_batch.targets();
             let loss = model.target_loss(micro_batch.tokens(device), targets);

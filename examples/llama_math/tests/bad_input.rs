@@ -93,6 +93,10 @@ impl Case {
                 all.extend(default.map(String::from));
             }
         }
+        let forms = ["--method", "--published", "--windows", "--frame-scale"];
+        if !arguments.iter().any(|argument| forms.contains(argument)) {
+            all.push("--published".into());
+        }
         all.extend(
             arguments
                 .iter()
@@ -418,7 +422,15 @@ fn usage_errors_exit_with_2() {
     for (arguments, part) in [
         (vec!["--weight-decay", "0.1"], "hd-pissa"),
         (vec!["--windows", "middle"], "middle"),
-        (vec!["--windows", "random"], "add --frame-scale unit"),
+        (
+            vec!["--windows", "random", "--frame-scale", "balanced"],
+            "no singular values to balance",
+        ),
+        (vec!["--published", "--windows", "leading"], "--windows"),
+        (
+            vec!["--method", "lora", "--published"],
+            "--published: lora has no form of its own",
+        ),
         (
             vec!["--method", "lora", "--windows", "spread"],
             "--windows: lora has no shards",

@@ -3,14 +3,16 @@
 use burn::module::Module;
 use burn::tensor::Device;
 use llama_math::compare::Comparison;
-use llama_math::method::Method;
+use llama_math::evidence::row::Row;
+use llama_math::evidence::task::Task;
+use llama_math::evidence::trial::{Measured, Outcome, Trial};
 use llama_math::problems::problems;
 use llama_math::tiny;
 use llama_math::tokenize::Tokens;
 
 #[test]
 fn the_update_of_eight_shards_is_not_clipped() {
-    let comparison = Comparison::new(false);
+    let comparison = Comparison::new(1);
     let model = tiny::checkpoint().unwrap().load(&Device::flex()).unwrap();
     let sides = model
         .matrices()
@@ -36,27 +38,40 @@ fn the_tokenizer_knows_every_problem() {
     }
 }
 
+const ROWS: [Row; 7] = [
+    Row::Lora,
+    Row::Pissa,
+    Row::Published,
+    Row::SharedRandom,
+    Row::LoraWide,
+    Row::PissaWide,
+    Row::Full,
+];
+
+fn short_runs(task: Task) -> [Measured; 7] {
+    ROWS.map(|row| {
+        let (_, items) = task.length(true);
+        let trial = Trial {
+            task,
+            row,
+            lr: 1e-3,
+            seed: 1,
+            steps: 2,
+            items,
+            rank: 4,
+            shards: 8,
+        };
+        match trial.run(&Device::flex()).unwrap().outcome {
+            Outcome::Trained(measured) => *measured,
+            Outcome::Diverged(reason) => panic!("{reason}"),
+        }
+    })
+}
+
 #[test]
 fn methods_train_different_numbers_of_parameters_and_report_them() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut comparison = Comparison::new(true);
-    (comparison.steps, comparison.test_problems) = (2, 3);
-    let results = Method::ALL.map(|method| {
-        let path = folder.path().join("result.json");
-        comparison
-            .run_method(method, &Device::flex(), &path)
-            .unwrap();
-        let result: llama_math::compare::MethodResult =
-            serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
-        assert_eq!(result.method, method);
-        assert_eq!(result.losses.len(), 2);
-        result
-    });
-    let [lora, pissa, hd_pissa, full] = results;
-    // Every method starts from the same function and sees the same micro-batches.
-    for result in [&pissa, &hd_pissa, &full] {
-        assert!((result.losses[0] - lora.losses[0]).abs() < 1e-3 * lora.losses[0]);
-    }
+    let results = short_runs(Task::Problems);
+    let [lora, pissa, published, shared, lora_wide, pissa_wide, full] = &results;
     let parameters = tiny::checkpoint()
         .unwrap()
         .load(&Device::flex())
@@ -64,8 +79,42 @@ fn methods_train_different_numbers_of_parameters_and_report_them() {
         .num_params();
     assert_eq!(full.trainable, parameters);
     assert_eq!(pissa.trainable, lora.trainable);
-    assert_eq!(hd_pissa.trainable, comparison.shards * lora.trainable);
-    assert!(lora.numeric_rank <= comparison.rank as f64);
-    assert!(pissa.numeric_rank <= 2.0 * comparison.rank as f64);
-    assert!(hd_pissa.numeric_rank > pissa.numeric_rank);
+    for equal in [published, shared, lora_wide, pissa_wide] {
+        assert_eq!(equal.trainable, 8 * lora.trainable);
+    }
+    assert!(lora.numeric_rank <= 4.0);
+    assert!(pissa.numeric_rank <= 8.0);
+    assert!(published.numeric_rank > pissa.numeric_rank);
+}
+
+#[test]
+fn every_method_starts_from_one_function_and_sees_the_same_sequences() {
+    for task in Task::ALL {
+        let results = short_runs(task);
+        for (row, result) in ROWS.iter().zip(&results) {
+            assert_eq!(result.losses.len(), 2);
+            let (loss, first) = (result.losses[0], results[0].losses[0]);
+            assert!(
+                (loss - first).abs() < 1e-3 * first,
+                "{task} {row}: {loss} for {first}"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_default_run_compares_equal_parameters_at_recorded_rates() {
+    let trials = Comparison::new(1).trials().unwrap();
+    for task in Task::ALL {
+        let of_task: Vec<&Trial> = trials.iter().filter(|trial| trial.task == task).collect();
+        let rows: Vec<Row> = of_task.iter().map(|trial| trial.row).collect();
+        assert!(
+            rows.contains(&Row::LoraWide) && rows.contains(&Row::Full),
+            "{task}"
+        );
+        assert!(of_task.iter().all(|trial| trial.lr > 0.0));
+    }
+    let mut other = Comparison::new(1);
+    other.shards = 3;
+    assert!(other.trials().unwrap_err().to_string().contains("--shards"));
 }

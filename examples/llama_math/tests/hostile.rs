@@ -12,6 +12,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::case::{ARGUMENTS, Case, PROGRAM, prepare, text, wait};
+use serde_json::json;
 
 #[test]
 #[ignore = "the program that the other tests start"]
@@ -112,23 +113,17 @@ fn an_ignored_signal_stays_ignored() {
 fn a_child_of_the_comparison_ends_with_its_parent() {
     let root = tempfile::tempdir().unwrap();
     let result = root.path().join("result.json");
+    let settings = json!({
+        "task": "problems", "row": "full", "lr": 1e-3, "seed": 1, "steps": 100_000, "items": 2,
+        "rank": 2, "shards": 2,
+    });
     let arguments = [
         "llama_math",
-        "compare-method",
-        "--method",
-        "full",
+        "trial",
+        "--settings",
+        &settings.to_string(),
         "--result",
         result.to_str().unwrap(),
-        "--seed",
-        "1",
-        "--steps",
-        "100000",
-        "--rank",
-        "2",
-        "--shards",
-        "2",
-        "--test-problems",
-        "2",
         "--device",
         "flex",
     ];

@@ -8,7 +8,8 @@ use std::sync::OnceLock;
 use cubecl::client::Client;
 use cubecl::server::Handle;
 use half::f16;
-use hd_pissa_kernels::{FloatType, Matrix, ShardedFactors, reference::Shard};
+use hd_pissa_bits::splitmix;
+use hd_pissa_kernels::{FloatType, Matrix, reference::Shard};
 
 /// The client of the most capable device of the build's runtimes. `None`, with a message, where
 /// there is none. A runtime that the environment requires must be the one found.
@@ -49,11 +50,7 @@ pub struct Random(pub u64);
 
 impl Random {
     pub fn word(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut x = self.0;
-        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        x ^ (x >> 31)
+        splitmix(&mut self.0)
     }
 
     /// Uniform in `[-scale, scale)`.
@@ -210,41 +207,10 @@ pub fn read(client: &Client, matrix: &Matrix) -> Vec<f32> {
     values
 }
 
-/// Where the factors lie: (left, right, distance between shards) for factors of `left_len` and
-/// `right_len` elements.
-#[derive(Clone, Copy, Debug)]
-pub struct Packing {
-    pub before: usize,
-    pub between: usize,
-    pub after: usize,
-}
-
-/// The frames or the deltas of all shards in one buffer; unused elements are NaN.
-pub fn pack(client: &Client, factors: &[(&[f32], &[f32])], packing: Packing) -> ShardedFactors {
-    let (left_len, right_len) = factors
-        .first()
-        .map_or((0, 0), |(left, right)| (left.len(), right.len()));
-    let left = packing.before;
-    let right = left + left_len + packing.between;
-    let shard_stride = right + right_len + packing.after;
-    let mut values = vec![f32::NAN; shard_stride * factors.len()];
-    for (shard, (a, b)) in factors.iter().enumerate() {
-        let start = shard * shard_stride;
-        values[start + left..][..left_len].copy_from_slice(a);
-        values[start + right..][..right_len].copy_from_slice(b);
-    }
-    let len = values.len();
-    let buffer = hd_pissa_kernels::Buffer {
-        handle: upload(client, &values, FloatType::F32),
-        len,
-        dtype: FloatType::F32,
-    };
-    ShardedFactors {
-        buffer,
-        left,
-        right,
-        shard_stride,
-    }
+/// A row for each shard: its left and its right factor.
+pub fn pack<'a>(client: &Client, factors: impl Iterator<Item = [&'a [f32]; 2]>) -> Handle {
+    let values: Vec<f32> = factors.flat_map(|row| row.concat()).collect();
+    upload(client, &values, FloatType::F32)
 }
 
 /// Random factors and deltas: factors of order one, deltas of order `delta`.
@@ -264,16 +230,14 @@ pub fn shards(
         .collect()
 }
 
-pub fn frames(shards: &[Shard]) -> Vec<(&[f32], &[f32])> {
-    shards
-        .iter()
-        .map(|shard| (&shard.a[..], &shard.b[..]))
-        .collect()
+pub fn frames(client: &Client, shards: &[Shard]) -> Handle {
+    pack(client, shards.iter().map(|shard| [&shard.a[..], &shard.b]))
 }
 
-pub fn deltas(shards: &[Shard]) -> Vec<(&[f32], &[f32])> {
-    shards
-        .iter()
-        .map(|shard| (&shard.delta_a[..], &shard.delta_b[..]))
-        .collect()
+pub fn deltas(client: &Client, shards: &[Shard]) -> Handle {
+    let rows = shards.iter();
+    pack(
+        client,
+        rows.map(|shard| [&shard.delta_a[..], &shard.delta_b]),
+    )
 }

@@ -7,11 +7,12 @@ use burn::module::{Flag, Module, Param, Reparameterizer};
 use burn::tensor::{DType, Int, Tensor, TensorData};
 use hd_pissa_comm::Communicator;
 
+use super::joined::JoinedFrames;
 use super::module::{HdPissaAdapter, HdPissaShard};
-use super::path::{Side, companion_id, factor_id};
 use super::select::select_shard;
 use crate::frames::WeightFrames;
 use crate::parallel;
+use crate::path::{Side, factor_id, residual_id};
 use crate::plan::Target;
 use crate::{GradientMode, HdPissaConfig, HdPissaError, MergePrecision};
 
@@ -28,10 +29,10 @@ pub struct LayerProgress {
     pub shape: [usize; 2],
     /// Share of the weight's squared Frobenius norm in the window of each shard,
     /// `‖U_kᵀ W V_k‖² / ‖W‖²`: for components that of their squared singular values.
-    pub energy: Vec<f64>,
+    pub explained_variance: Vec<f64>,
     /// Largest absolute inner product of two directions of different shards, on either side of the
     /// weight; rounding error.
-    pub overlap: f64,
+    pub orthogonality_error: f64,
     /// Time it took to find the frames, most of it for the decomposition.
     pub elapsed: Duration,
 }
@@ -82,6 +83,27 @@ impl HdPissa {
         )?;
         Ok(Self { adapters })
     }
+
+    /// What [`prepare`](Self::prepare) makes, with zeros in the place of all factors: for a record that
+    /// holds them.
+    #[cfg(feature = "checkpoint")]
+    pub(crate) fn blank<M: Module>(
+        model: &M,
+        config: &HdPissaConfig,
+        hosted_shards: impl IntoIterator<Item = usize>,
+    ) -> Result<Self, HdPissaError> {
+        let Selected { hosted, targets } = Selected::of(model, config, hosted_shards)?;
+        let adapters = targets.iter().map(|target| {
+            let [d_input, d_output] = target.weight.dims();
+            let zeros = |size: usize| vec![0.0; target.rank * size];
+            let window = |_| (zeros(d_input), zeros(d_output));
+            let adapter = adapter(target, window, config, &hosted);
+            (target.path.clone(), adapter)
+        });
+        Ok(Self {
+            adapters: adapters.collect(),
+        })
+    }
 }
 
 /// What a worker is to prepare, checked as far as that is possible without decompositions.
@@ -100,11 +122,11 @@ impl Selected {
     ) -> Result<Self, HdPissaError> {
         let hosted = check_hosted(hosted_shards.into_iter().collect(), config)?;
         let targets = config.choose(model)?.targets;
-        if config.precision == MergePrecision::Plain {
+        if config.precision == MergePrecision::Nearest {
             let half = targets.iter().filter(|target| is_half(&target.weight));
             if let Some(target) = half.clone().next() {
                 log::warn!(
-                    "MergePrecision::Plain: {} half-precision weights, the first `{}`, lose \
+                    "MergePrecision::Nearest: {} half-precision weights, the first `{}`, lose \
                      updates below their rounding step",
                     half.count(),
                     target.path
@@ -129,8 +151,8 @@ pub(super) fn frames(
         total: targets.len(),
         path: target.path.clone(),
         shape: target.weight.dims(),
-        energy: frames.energy.clone(),
-        overlap: frames.overlap(),
+        explained_variance: frames.explained_variance.clone(),
+        orthogonality_error: frames.orthogonality_error(),
         elapsed: start.elapsed(),
     };
     Ok((frames, layer))
@@ -190,13 +212,13 @@ pub(super) fn adapter(
             .collect()
     });
     let half = is_half(&target.weight);
-    let companion = match config.precision {
-        MergePrecision::Split if half => {
+    let residual = match config.precision {
+        MergePrecision::Compensated if half => {
             let shape = [d_input, d_output.div_ceil(2)];
             let options = (&device, DType::I32);
             Some(device.memory_persistent_allocations((), |_| {
                 let zeros = Tensor::<2, Int>::zeros(shape, options);
-                Param::initialized(companion_id(&target.path), zeros)
+                Param::initialized(residual_id(&target.path), zeros)
             }))
         }
         _ => None,
@@ -208,11 +230,12 @@ pub(super) fn adapter(
         windows: config.windows,
         frame_scale: config.frame_scale,
         scale: config.alpha.map_or(1.0, |alpha| alpha / rank as f64),
-        companion,
+        residual,
         rounding_seed: match config.precision {
             MergePrecision::Stochastic { seed } if half => Some(seed),
             _ => None,
         },
+        joined: JoinedFrames::default(),
     }
 }
 
@@ -281,11 +304,15 @@ pub trait HdPissaModule: Module {
 
     /// Directs the gradients of the following forward passes to shard `index`.
     ///
-    /// # Panics
+    /// Where it is forgotten, the step is refused: the gradients are then those of another shard
+    /// than the one they are pushed for.
     ///
-    /// If no adapter of the model hosts that shard, or with [`GradientMode::Shared`], where every
-    /// forward pass serves all shards.
-    fn select_shard(self, index: usize) -> Self {
+    /// # Errors
+    ///
+    /// - [`HdPissaError::NotHosted`] if no adapter of the model has that shard.
+    /// - [`HdPissaError::SharesGradients`] with [`GradientMode::Shared`], where every forward pass
+    ///   serves all shards.
+    fn select_shard(self, index: usize) -> Result<Self, HdPissaError> {
         select_shard(self, index)
     }
 }

@@ -1,8 +1,8 @@
-//! The adapter: its module, how it is attached to a model, and how its parameters are found again.
+//! The adapter: its module, and how it is attached to a model.
 
 mod apply;
+mod joined;
 mod module;
-pub(crate) mod path;
 mod select;
 mod shared;
 

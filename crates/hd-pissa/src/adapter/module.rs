@@ -6,9 +6,10 @@ use burn::module::{
 };
 use burn::tensor::{Device, Int, Tensor};
 
-use super::path::{COMPANION, ShardName, stochastic_name};
+use super::joined::JoinedFrames;
 use crate::GradientMode;
 use crate::ops::adapter_weight;
+use crate::path::{ADAPTER, RESIDUAL, ShardName, stochastic_name};
 use crate::windows::FrameChoice;
 use crate::{FrameScale, Windows};
 
@@ -54,12 +55,13 @@ pub struct HdPissaAdapter {
     /// Gradient scale `s = alpha / rank`.
     pub scale: f64,
     /// 16 more bits of every element of a half-precision weight, with
-    /// [`MergePrecision::Split`](crate::MergePrecision::Split): `i32`,
+    /// [`MergePrecision::Compensated`](crate::MergePrecision::Compensated): `i32`,
     /// `[d_input, ceil(d_output / 2)]`, each word for two neighbours in a row.
-    pub companion: Option<Param<Tensor<2, Int>>>,
+    pub residual: Option<Param<Tensor<2, Int>>>,
     /// Seed of stochastic rounding, with
     /// [`MergePrecision::Stochastic`](crate::MergePrecision::Stochastic).
     pub rounding_seed: Option<u64>,
+    pub(crate) joined: JoinedFrames,
 }
 
 impl HdPissaAdapter {
@@ -73,15 +75,16 @@ impl HdPissaAdapter {
     /// The frames of the [selected](Self::selected) shards side by side, `[d_input, n · rank]` and
     /// `[n · rank, d_output]` for `n` shards. `None` if no shard is selected.
     pub(crate) fn frames(&self) -> Option<(Tensor<2>, Tensor<2>)> {
-        let (mut a, mut b): (Vec<_>, Vec<_>) = self
-            .selected()
-            .map(|shard| (shard.a.val(), shard.b.val()))
-            .unzip();
-        match a.len() {
-            0 => None,
-            1 => Some((a.remove(0), b.remove(0))),
-            _ => Some((Tensor::cat(a, 1), Tensor::cat(b, 0))),
-        }
+        let selected = self.selected();
+        let mut pairs: Vec<_> = selected
+            .map(|shard| [shard.a.val(), shard.b.val()])
+            .collect();
+        let [a, b] = match pairs.len() {
+            0 => return None,
+            1 => pairs.remove(0),
+            _ => self.joined.of(pairs),
+        };
+        Some((a, b))
     }
 
     fn name(&self, shard: &HdPissaShard) -> String {
@@ -100,18 +103,18 @@ impl HdPissaAdapter {
     fn map_parts(
         self,
         shard: impl FnMut(HdPissaShard) -> HdPissaShard,
-        companion: impl FnOnce(Param<Tensor<2, Int>>) -> Param<Tensor<2, Int>>,
+        residual: impl FnOnce(Param<Tensor<2, Int>>) -> Param<Tensor<2, Int>>,
     ) -> Self {
         Self {
             shards: self.shards.into_iter().map(shard).collect(),
-            companion: self.companion.map(companion),
+            residual: self.residual.map(residual),
             ..self
         }
     }
 }
 
 impl Reparameterization for HdPissaAdapter {
-    const NAME: &'static str = "hd_pissa";
+    const NAME: &'static str = ADAPTER;
 
     fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
         match self.frames() {
@@ -139,10 +142,10 @@ impl Module for HdPissaAdapter {
             shard.visit(visitor);
             visitor.exit_module(&name, CONTAINER);
         }
-        if let Some(companion) = &self.companion {
-            visitor.enter_module(COMPANION, CONTAINER);
-            companion.visit(visitor);
-            visitor.exit_module(COMPANION, CONTAINER);
+        if let Some(residual) = &self.residual {
+            visitor.enter_module(RESIDUAL, CONTAINER);
+            residual.visit(visitor);
+            visitor.exit_module(RESIDUAL, CONTAINER);
         }
         if let Some(seed) = self.rounding_seed {
             let name = stochastic_name(seed);
@@ -162,15 +165,15 @@ impl Module for HdPissaAdapter {
                 shard
             })
             .collect();
-        let companion = self.companion.map(|companion| {
-            mapper.enter_module(COMPANION, CONTAINER);
-            let companion = Module::map(companion, mapper);
-            mapper.exit_module(COMPANION, CONTAINER);
-            companion
+        let residual = self.residual.map(|residual| {
+            mapper.enter_module(RESIDUAL, CONTAINER);
+            let residual = Module::map(residual, mapper);
+            mapper.exit_module(RESIDUAL, CONTAINER);
+            residual
         });
         Self {
             shards,
-            companion,
+            residual,
             ..self
         }
     }
@@ -194,7 +197,8 @@ impl Module for HdPissaAdapter {
     fn valid(&self) -> Self {
         Self {
             shards: self.shards.valid(),
-            companion: self.companion.valid(),
+            residual: self.residual.valid(),
+            joined: self.joined.clone(),
             ..*self
         }
     }
@@ -212,7 +216,7 @@ impl ModuleDisplayDefault for HdPissaAdapter {
             .add_debug_attribute("windows", &self.windows)
             .add_debug_attribute("frame_scale", &self.frame_scale)
             .add("scale", &self.scale)
-            .add("companion", &self.companion.is_some())
+            .add("residual", &self.residual.is_some())
             .add("shards", &self.shards)
             .optional()
     }

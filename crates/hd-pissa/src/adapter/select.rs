@@ -1,15 +1,36 @@
 //! The choice of the shard that gradients go to.
 
-use burn::module::{Flag, Module, ModuleMapper, Param};
+use burn::module::{Flag, Module, ModuleMapper, ModuleVisitor, Param};
 
-use super::path::{PathTracker, Place, track_path};
-use crate::GradientMode;
+use crate::path::{PathTracker, Place, track_path};
+use crate::{GradientMode, HdPissaError};
+
+/// The shards of a model's adapters.
+#[derive(Default)]
+struct Shards {
+    path: PathTracker,
+    /// Indices, ascending.
+    found: Vec<usize>,
+    share_gradients: bool,
+}
+
+impl ModuleVisitor for Shards {
+    track_path!(path);
+
+    fn visit_flag(&mut self, _flag: &Param<Flag>) {
+        if let Place::Shard { name, .. } = self.path.place() {
+            self.share_gradients |= name.gradients == GradientMode::Shared;
+            if let Err(position) = self.found.binary_search(&name.index) {
+                self.found.insert(position, name.index);
+            }
+        }
+    }
+}
 
 /// Enables the flag of one shard in every adapter and disables the others.
 struct SelectShard {
     path: PathTracker,
     index: usize,
-    found: bool,
 }
 
 impl ModuleMapper for SelectShard {
@@ -17,31 +38,31 @@ impl ModuleMapper for SelectShard {
 
     fn map_flag(&mut self, flag: Param<Flag>) -> Param<Flag> {
         match self.path.place() {
-            Place::Shard { name, .. } => {
-                assert!(
-                    name.gradients == GradientMode::PerShard,
-                    "select_shard({}): the shards share gradients, so that every forward pass \
-                     serves all of them",
-                    self.index
-                );
-                self.found |= name.index == self.index;
-                flag.with_value(name.index == self.index)
-            }
-            Place::Companion { .. } | Place::Other(_) => flag,
+            Place::Shard { name, .. } => flag.with_value(name.index == self.index),
+            Place::Residual { .. } | Place::Other(_) => flag,
         }
     }
 }
 
-pub(super) fn select_shard<M: Module>(model: M, index: usize) -> M {
-    let mut mapper = SelectShard {
+pub(super) fn select_shard<M: Module>(model: M, index: usize) -> Result<M, HdPissaError> {
+    let mut shards = Shards::default();
+    model.visit(&mut shards);
+    let Shards {
+        found,
+        share_gradients,
+        ..
+    } = shards;
+    if share_gradients {
+        return Err(HdPissaError::SharesGradients { index });
+    }
+    if found.binary_search(&index).is_err() {
+        return Err(HdPissaError::NotHosted {
+            index,
+            hosted: found,
+        });
+    }
+    Ok(model.map(&mut SelectShard {
         path: PathTracker::default(),
         index,
-        found: false,
-    };
-    let model = model.map(&mut mapper);
-    assert!(
-        mapper.found,
-        "select_shard({index}): no adapter of this model hosts shard {index}"
-    );
-    model
+    }))
 }

@@ -1,20 +1,26 @@
 //! Why a checkpoint cannot be written or used.
 
+use std::error::Error;
+use std::fmt::{self, Debug, Display, Formatter};
 use std::path::{Path, PathBuf};
 
-use hd_pissa_comm::CommError;
+use hd_pissa_comm::{CommError, Failure};
+
+use crate::Cause;
+
+use crate::HdPissaError;
 
 /// Why a checkpoint could not be written, or cannot be used.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum CheckpointError {
     /// The system refused to read or write a file or folder.
-    #[error("{}: {reason}", path.display())]
+    #[error("{}: {source}", path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,
         /// What the system said.
-        reason: String,
+        source: Cause,
     },
     /// A file is missing, cut off or changed, or holds something else.
     #[error("{}: {reason}", path.display())]
@@ -23,6 +29,9 @@ pub enum CheckpointError {
         path: PathBuf,
         /// What is wrong with it.
         reason: String,
+        /// The error that says so, if it is one of the system's or Burn's.
+        #[source]
+        source: Option<Cause>,
     },
     /// A checkpoint was written by a version of this crate with another format.
     #[error(
@@ -70,23 +79,30 @@ pub enum CheckpointError {
     InvalidState {
         /// What is wrong with it.
         reason: String,
+        /// The error that says so.
+        source: Cause,
     },
-    /// Another worker could not write its files; its own error says why.
-    #[error("the checkpoint was not written: worker {worker} could not write its part")]
+    /// Another worker could not write its files.
+    #[error("the checkpoint was not written: worker {worker} could not write its part: {reason}")]
     OtherWorker {
         /// Index of the worker.
         worker: usize,
+        /// Its error, as it prints.
+        reason: String,
     },
+    /// Adapters cannot be attached to the model.
+    #[error(transparent)]
+    Adapter(#[from] HdPissaError),
     /// The exchange between workers failed.
     #[error(transparent)]
     Comm(#[from] CommError),
 }
 
 impl CheckpointError {
-    pub(super) fn io(path: impl AsRef<Path>, error: impl std::fmt::Display) -> Self {
+    pub(super) fn io(path: impl AsRef<Path>, error: impl Into<Cause>) -> Self {
         Self::Io {
             path: path.as_ref().into(),
-            reason: error.to_string(),
+            source: error.into(),
         }
     }
 
@@ -94,6 +110,71 @@ impl CheckpointError {
         Self::Damaged {
             path: path.as_ref().into(),
             reason: reason.into(),
+            source: None,
+        }
+    }
+
+    /// Damaged, as another error says.
+    pub(super) fn damaged_by(path: impl AsRef<Path>, error: impl Into<Cause>) -> Self {
+        let source = error.into();
+        Self::Damaged {
+            path: path.as_ref().into(),
+            reason: source.to_string(),
+            source: Some(source),
+        }
+    }
+}
+
+/// Why a model could not be restored, and the model.
+pub struct RestoreError<M> {
+    /// The model as it was. `None` if its parameters were already being replaced, which takes files
+    /// that change while they are read.
+    pub model: Option<M>,
+    /// Why.
+    pub cause: CheckpointError,
+}
+
+impl<M> Debug for RestoreError<M> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RestoreError")
+            .field("cause", &self.cause)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<M> Display for RestoreError<M> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        Display::fmt(&self.cause, f)
+    }
+}
+
+impl<M> Error for RestoreError<M> {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.cause.source()
+    }
+}
+
+impl<M> From<RestoreError<M>> for CheckpointError {
+    fn from(error: RestoreError<M>) -> Self {
+        error.cause
+    }
+}
+
+impl From<Failure<CheckpointError>> for CheckpointError {
+    fn from(failure: Failure<CheckpointError>) -> Self {
+        match failure {
+            Failure::Own(error) => error,
+            Failure::Other { worker, reason } => Self::OtherWorker { worker, reason },
+            Failure::Comm(error) => error.into(),
+        }
+    }
+}
+
+impl From<burn_pack::Error> for CheckpointError {
+    fn from(error: burn_pack::Error) -> Self {
+        Self::InvalidState {
+            reason: error.to_string(),
+            source: error.into(),
         }
     }
 }

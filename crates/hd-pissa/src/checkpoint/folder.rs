@@ -6,8 +6,8 @@ use std::hash::BuildHasher;
 use std::path::{Path, PathBuf};
 
 use burn::module::Module;
-use burn::tensor::{Bytes, Device, Tensor};
-use hd_pissa_comm::Communicator;
+use burn::tensor::Bytes;
+use hd_pissa_comm::{CommError, Communicator, all_or_none};
 use serde_json::Value;
 
 use super::manifest::{MANIFEST, Manifest, SUMS};
@@ -30,7 +30,7 @@ pub struct Snapshot<'a, M> {
     /// The model, with its adapters.
     pub model: &'a M,
     /// The state of the optimizer:
-    /// [`HdPissaOptimizer::to_bytes`](crate::HdPissaOptimizer::to_bytes) or
+    /// [`HdPissaOptimizerRecord::into_bytes`](crate::HdPissaOptimizerRecord::into_bytes) or
     /// [`ModuleOptimizer::into_bytes`](burn::optim::ModuleOptimizer::into_bytes).
     pub optimizer: Bytes,
     /// What must be the same in a run that resumes; see [`Checkpoint::check_settings`]. Text, so
@@ -234,21 +234,19 @@ impl Checkpoints {
         snapshot: &Snapshot<'_, M>,
         communicator: &dyn Communicator,
     ) -> Result<PathBuf, CheckpointError> {
-        let device = snapshot.model.devices().into_iter().next();
-        let device = device.unwrap_or_default();
-        let agree = |result| agree(result, communicator, &device);
+        let together = |own| all_or_none(communicator, own).map_err(CheckpointError::from);
         let is_first = communicator.worker_index() == 0;
         // No other run writes into it.
-        let number = number_of_first(communicator, &device)?;
+        let number = number_of_first(communicator)?;
         let draft = self.hidden(snapshot.step, &format!("{PARTIAL}-{number:06x}"));
         let path = self.path(snapshot.step);
         let first = |action: &dyn Fn() -> Result<(), CheckpointError>| match is_first {
             true => action(),
             false => Ok(()),
         };
-        let written = agree(first(&|| self.begin(&draft)))
-            .and_then(|()| agree(write_parts(snapshot, communicator, &draft)))
-            .and_then(|()| agree(first(&|| self.finish(snapshot, &draft, &path))));
+        let written = together(first(&|| self.begin(&draft)))
+            .and_then(|()| together(write_parts(snapshot, communicator, &draft)))
+            .and_then(|()| together(first(&|| self.finish(snapshot, &draft, &path))));
         if written.is_err() && is_first {
             // What failed is worth more than a failure to clean up after it.
             let _ = std::fs::remove_dir_all(&draft);
@@ -369,39 +367,13 @@ fn write_parts<M: Module>(
     Ok(())
 }
 
-/// A number that worker 0 draws.
-fn number_of_first(
-    communicator: &dyn Communicator,
-    device: &Device,
-) -> Result<u32, CheckpointError> {
-    // The hash of nothing with random keys. 24 bits travel as an `f32` without loss.
+/// A number of 24 bits that worker 0 draws.
+fn number_of_first(communicator: &dyn Communicator) -> Result<u32, CommError> {
+    // The hash of nothing with random keys.
     let drawn = (RandomState::new().hash_one(()) >> 40) as u32;
-    if communicator.num_workers() == 1 {
-        return Ok(drawn);
-    }
-    let own = Tensor::from_floats([drawn as f32], &device.clone().inner());
-    let all = communicator.all_gather(own)?.into_data();
-    let first = all.iter::<f32>().next();
-    Ok(first.expect("one number of each worker") as u32)
-}
-
-/// Whether every worker has succeeded; each that has not keeps its own error.
-fn agree(
-    result: Result<(), CheckpointError>,
-    communicator: &dyn Communicator,
-    device: &Device,
-) -> Result<(), CheckpointError> {
-    if communicator.num_workers() == 1 {
-        return result;
-    }
-    let failed = [f32::from(u8::from(result.is_err()))];
-    let gathered = communicator.all_gather(Tensor::from_floats(failed, &device.clone().inner()));
-    result?;
-    let failed = gathered?.into_data();
-    match failed.iter::<f32>().position(|failed| failed != 0.0) {
-        Some(worker) => Err(CheckpointError::OtherWorker { worker }),
-        None => Ok(()),
-    }
+    let received = communicator.broadcast_bytes(&drawn.to_le_bytes(), 0)?;
+    let number = received.first_chunk().expect("worker 0 sends four bytes");
+    Ok(u32::from_le_bytes(*number))
 }
 
 fn rename(from: &Path, to: &Path) -> Result<(), CheckpointError> {

@@ -96,8 +96,8 @@ impl Manifest {
         let sums = parse_sums(&read(&path)?).map_err(|r| CheckpointError::damaged(&path, r))?;
         for (name, expected) in &sums {
             let path = folder.join(name);
-            let found = files::sha256(&path)
-                .map_err(|error| CheckpointError::damaged(&path, error.to_string()))?;
+            let found =
+                files::sha256(&path).map_err(|error| CheckpointError::damaged_by(&path, error))?;
             if &found != expected {
                 let reason = format!("its SHA-256 is {found}, {SUMS} says {expected}");
                 return Err(CheckpointError::damaged(&path, reason));
@@ -116,7 +116,7 @@ impl Manifest {
     }
 
     pub(super) fn parse(json: &[u8], path: &Path) -> Result<Self, CheckpointError> {
-        let broken = |error: serde_json::Error| CheckpointError::damaged(path, error.to_string());
+        let broken = |error: serde_json::Error| CheckpointError::damaged_by(path, error);
         let header: Header = serde_json::from_slice(json).map_err(broken)?;
         if header.format_version != FORMAT_VERSION {
             return Err(CheckpointError::UnsupportedVersion {
@@ -135,7 +135,7 @@ impl Manifest {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, CheckpointError> {
-    std::fs::read(path).map_err(|error| CheckpointError::damaged(path, error.to_string()))
+    std::fs::read(path).map_err(|error| CheckpointError::damaged_by(path, error))
 }
 
 /// Lines of `sha256sum`: digest, two spaces, name of a file in the same folder.

@@ -33,18 +33,19 @@
 //! use burn::optim::AdamConfig;
 //! use burn::tensor::Device;
 //! use hd_pissa::checkpoint::{Checkpoints, Snapshot};
-//! use hd_pissa::{HdPissaConfig, HdPissaModule, HdPissaOptimizer, comm::Solo};
+//! use hd_pissa::{HdPissaConfig, HdPissaModule, HdPissaOptimizerConfig, HdPissaOptimizerRecord, comm::Solo};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! # let folder = tempfile::tempdir()?;
 //! # let folder = folder.path().join("run.checkpoints");
 //! let device = Device::flex().autodiff();
 //! let config = HdPissaConfig::new().with_rank(2).with_shards(2);
-//! let model = LinearConfig::new(8, 8).init(&device).apply_hd_pissa(&config, 0..2)?;
-//! let optim = HdPissaOptimizer::new(AdamConfig::new().init(), Solo)?;
+//! let base = LinearConfig::new(8, 8).init(&device);
+//! let model = base.clone().apply_hd_pissa(&config, 0..2)?;
+//! let mut optim = HdPissaOptimizerConfig::new().init(AdamConfig::new().init(), Solo)?;
 //!
 //! let checkpoints = Checkpoints::new(folder).with_keep_last(2);
-//! let mut snapshot = Snapshot::new(40, &model, optim.to_bytes()?);
+//! let mut snapshot = Snapshot::new(40, &model, optim.to_record()?.into_bytes()?);
 //! snapshot.settings.insert("rank".into(), "2".into());
 //! checkpoints.save(&snapshot, &Solo)?;
 //!
@@ -55,8 +56,9 @@
 //! }
 //! if let Some(checkpoint) = found.checkpoint {
 //!     checkpoint.check_settings(&snapshot.settings)?;
-//!     let model = checkpoint.restore(model)?;
-//!     let optim = optim.from_bytes(checkpoint.optimizer(&model, &Solo)?)?;
+//!     let model = checkpoint.apply_hd_pissa(base, &config, 0..2)?;
+//!     let record = HdPissaOptimizerRecord::from_bytes(checkpoint.optimizer(&model, &Solo)?)?;
+//!     optim.load_record(record)?;
 //!     assert_eq!(checkpoint.step(), 40);
 //! }
 //! # Ok(())
@@ -71,9 +73,6 @@ mod parameters;
 mod saved;
 mod states;
 
-pub use error::CheckpointError;
+pub use error::{CheckpointError, RestoreError};
 pub use folder::{Checkpoints, Found, Snapshot};
-#[cfg(feature = "learner")]
-pub(crate) use parameters::Parameters;
 pub use saved::Checkpoint;
-pub(crate) use states::check_record;

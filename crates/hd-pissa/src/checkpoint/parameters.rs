@@ -10,12 +10,12 @@ use hd_pissa_comm::Communicator;
 
 use super::{CheckpointError, files};
 use crate::GradientMode;
-use crate::adapter::path::{PathTracker, Place, track_path};
 use crate::hosting::hosted_shards;
+use crate::path::{PathTracker, Place, track_path};
 use crate::windows::FrameChoice;
 
 /// A parameter as a traversal shows it.
-pub(crate) struct Parameter {
+pub(super) struct Parameter {
     pub(super) id: ParamId,
     /// Index of the shard it belongs to, if any.
     pub(super) shard: Option<usize>,
@@ -23,18 +23,18 @@ pub(crate) struct Parameter {
 }
 
 /// All parameters of a model, and the number of shards of its adapters.
-pub(crate) struct Parameters {
+pub(super) struct Parameters {
     pub(super) all: Vec<Parameter>,
     /// 0 without HD-PiSSA adapters.
-    pub(crate) shards: usize,
-    pub(crate) gradients: GradientMode,
+    pub(super) shards: usize,
+    pub(super) gradients: GradientMode,
     /// The frames of its first adapter.
     pub(super) frames: FrameChoice,
 }
 
 impl Parameters {
     /// Reads no values; a device is read from when an entry's bytes are asked for.
-    pub(crate) fn of<M: Module>(model: &M) -> Self {
+    pub(super) fn of<M: Module>(model: &M) -> Self {
         let mut collector = Collector {
             path: PathTracker::default(),
             parameters: Self {
@@ -49,7 +49,7 @@ impl Parameters {
     }
 
     /// The shards whose factors the model has, by ascending index.
-    pub(crate) fn known(&self) -> Vec<usize> {
+    pub(super) fn known(&self) -> Vec<usize> {
         let mut known: Vec<usize> = self.all.iter().filter_map(|p| p.shard).collect();
         known.sort_unstable();
         known.dedup();
@@ -61,7 +61,7 @@ impl Parameters {
         hosted_shards(&self.known(), self.shards, communicator)
     }
 
-    pub(crate) fn shard_of(&self) -> HashMap<u64, usize> {
+    pub(super) fn shard_of(&self) -> HashMap<u64, usize> {
         let shard = |parameter: &Parameter| Some((parameter.id.val(), parameter.shard?));
         self.all.iter().filter_map(shard).collect()
     }
@@ -132,7 +132,7 @@ impl Collector {
                 self.parameters.gradients = name.gradients;
                 Some(name.index)
             }
-            Place::Companion { .. } | Place::Other(_) => None,
+            Place::Residual { .. } | Place::Other(_) => None,
         };
         let (name, len) = (self.path.path(), shape.num_elements() * dtype.size());
         let bytes = move || data().into_parts().0;
@@ -179,7 +179,9 @@ pub(super) fn write(
     path: &Path,
 ) -> Result<(), CheckpointError> {
     let io = |error| match error {
-        burn_pack::Error::IoError(reason) => CheckpointError::io(path, reason),
+        burn_pack::Error::IoError(reason) => {
+            CheckpointError::io(path, std::io::Error::other(reason))
+        }
         other => CheckpointError::io(path, other),
     };
     writer
@@ -208,19 +210,20 @@ pub(super) fn write(
 /// that tensors do not overlap, is checked here.
 pub(super) fn open(path: &Path) -> Result<Reader, CheckpointError> {
     let damaged = |reason: String| CheckpointError::damaged(path, reason);
-    let io = |error: std::io::Error| damaged(error.to_string());
+    let io = |error: std::io::Error| CheckpointError::damaged_by(path, error);
     let size = std::fs::metadata(path).map_err(io)?.len();
     let mut prefix = [0; HEADER_SIZE];
     let mut file = std::fs::File::open(path).map_err(io)?;
     std::io::Read::read_exact(&mut file, &mut prefix).map_err(io)?;
-    let header = Header::from_bytes(&prefix).map_err(|error| damaged(error.to_string()))?;
+    let header =
+        Header::from_bytes(&prefix).map_err(|error| CheckpointError::damaged_by(path, error))?;
     if u64::from(header.metadata_size) > size {
         return Err(damaged(format!(
             "its header takes {} of {size} bytes",
             header.metadata_size
         )));
     }
-    Reader::from_file_exact(path).map_err(|error| damaged(error.to_string()))
+    Reader::from_file_exact(path).map_err(|error| CheckpointError::damaged_by(path, error))
 }
 
 /// The tensors of a pack, whose values are read when asked for.
@@ -228,11 +231,11 @@ pub(super) fn read(path: &Path) -> Result<Vec<burn_pack::Tensor>, CheckpointErro
     let damaged = |reason: String| CheckpointError::damaged(path, reason);
     let reader = open(path)?;
     let size = std::fs::metadata(path)
-        .map_err(|error| damaged(error.to_string()))?
+        .map_err(|error| CheckpointError::damaged_by(path, error))?
         .len();
     let tensors = reader
         .into_tensors()
-        .map_err(|error| damaged(error.to_string()))?;
+        .map_err(|error| CheckpointError::damaged_by(path, error))?;
     let total: u64 = tensors.iter().map(|t| t.byte_len() as u64).sum();
     if total > size {
         return Err(damaged(format!(

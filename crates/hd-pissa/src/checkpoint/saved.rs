@@ -11,7 +11,8 @@ use serde_json::Value;
 
 use super::manifest::Manifest;
 use super::parameters::Parameters;
-use super::{CheckpointError, states};
+use super::{CheckpointError, RestoreError, states};
+use crate::{HdPissa, HdPissaConfig};
 
 pub(super) const MODEL: &str = "model.bpk";
 pub(super) const OPTIMIZER: &str = "optimizer.bpk";
@@ -106,7 +107,7 @@ impl Checkpoint {
             let reason = "the checkpoint has no such file";
             return Err(CheckpointError::damaged(path, reason));
         }
-        std::fs::read(&path).map_err(|error| CheckpointError::damaged(&path, error.to_string()))
+        std::fs::read(&path).map_err(|error| CheckpointError::damaged_by(&path, error))
     }
 
     /// Gives `model` the saved values and ids of all its parameters.
@@ -116,29 +117,68 @@ impl Checkpoint {
     ///
     /// # Errors
     ///
-    /// [`CheckpointError::Parameter`] for a parameter that only the model or only the checkpoint
-    /// has, or whose shape or dtype differs, and [`CheckpointError::Damaged`]. The model is then
-    /// lost.
-    pub fn restore<M: Module>(&self, model: M) -> Result<M, CheckpointError> {
-        let parameters = Parameters::of(&model);
+    /// [`RestoreError`], which gives the model back, with [`CheckpointError::Parameter`] for a
+    /// parameter that only the model or only the checkpoint has, or whose shape or dtype differs,
+    /// [`CheckpointError::SettingMismatch`] or [`CheckpointError::Damaged`].
+    pub fn restore<M: Module>(&self, model: M) -> Result<M, RestoreError<M>> {
+        let records = match self.records(&model) {
+            Ok(records) => records,
+            Err(cause) => {
+                let model = Some(model);
+                return Err(RestoreError { model, cause });
+            }
+        };
+        records
+            .into_iter()
+            .try_fold(model, |model, (path, record)| {
+                let restored = model.try_load_record(record.allow_partial(true));
+                restored.map_err(|error| RestoreError {
+                    model: None,
+                    cause: CheckpointError::damaged_by(path, error),
+                })
+            })
+    }
+
+    /// The records of the parameters of `model`, each compared with them.
+    fn records<M: Module>(
+        &self,
+        model: &M,
+    ) -> Result<Vec<(PathBuf, ModuleRecord)>, CheckpointError> {
+        let parameters = Parameters::of(model);
         let files = self.parts(&parameters, parameters.known(), MODEL, frames_file)?;
-        for (shard, path) in &files {
-            parameters.check(*shard, path)?;
-        }
-        drop(parameters);
-        files.into_iter().try_fold(model, |model, (_, path)| {
-            let damaged = |error: burn::store::RecordError| {
-                CheckpointError::damaged(&path, error.to_string())
-            };
-            let record = ModuleRecord::load(&path).map_err(damaged)?;
-            model
-                .try_load_record(record.allow_partial(true))
-                .map_err(damaged)
-        })
+        let records = files.into_iter().map(|(shard, path)| {
+            parameters.check(shard, &path)?;
+            let record = ModuleRecord::load(&path);
+            let record = record.map_err(|error| CheckpointError::damaged_by(&path, error))?;
+            Ok((path, record))
+        });
+        records.collect()
+    }
+
+    /// Attaches adapters as [`apply_hd_pissa`](crate::HdPissaModule::apply_hd_pissa) does, with the
+    /// saved values and ids of all parameters as [`restore`](Self::restore) gives them. Nothing is
+    /// decomposed: the frames are those of the checkpoint.
+    ///
+    /// `model` has no adapters yet, and `config` is that of the checkpointed run. The first hosted shard
+    /// is selected.
+    ///
+    /// # Errors
+    ///
+    /// [`CheckpointError::Adapter`] for a configuration that does not fit the model, and those of
+    /// `restore`.
+    pub fn apply_hd_pissa<M: Module>(
+        &self,
+        model: M,
+        config: &HdPissaConfig,
+        hosted_shards: impl IntoIterator<Item = usize>,
+    ) -> Result<M, CheckpointError> {
+        let blank = HdPissa::blank(&model, config, hosted_shards)?;
+        let restored = self.restore(model.apply_reparameterization(blank));
+        restored.map_err(CheckpointError::from)
     }
 
     /// The optimizer's state for the shards that the worker of `communicator` hosts, for
-    /// [`HdPissaOptimizer::from_bytes`](crate::HdPissaOptimizer::from_bytes) or
+    /// [`HdPissaOptimizerRecord::from_bytes`](crate::HdPissaOptimizerRecord::from_bytes) or
     /// [`ModuleOptimizer::from_bytes`](burn::optim::ModuleOptimizer::from_bytes), whichever was
     /// saved. `model` is what [`restore`](Self::restore) returned.
     ///
@@ -161,7 +201,7 @@ impl Checkpoint {
         &self,
         parameters: &Parameters,
         shards: Vec<usize>,
-        others: &str,
+        dense: &str,
         of_shard: fn(usize, usize) -> String,
     ) -> Result<Vec<(Option<usize>, PathBuf)>, CheckpointError> {
         let (saved, given) = (self.manifest.frames, parameters.frames);
@@ -200,7 +240,7 @@ impl Checkpoint {
         let shards = shards
             .into_iter()
             .map(|shard| (Some(shard), of_shard(shard, self.shards())));
-        [(None, others.to_string())]
+        [(None, dense.to_string())]
             .into_iter()
             .chain(shards)
             .map(|(shard, name)| match self.manifest.has_file(&name) {

@@ -8,59 +8,32 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use burn::tensor::{Bytes, Shape};
-use burn_pack::{Reader, Scalar, Writer};
 
 use super::CheckpointError;
 use super::parameters::{self, Parameters};
-
-/// Largest number of dimensions of a parameter that Burn's optimizers take.
-const MAX_DIMS: usize = 8;
-
-/// The state of some parameters.
-#[derive(Default)]
-struct Part {
-    tensors: Vec<burn_pack::Tensor>,
-    scalars: BTreeMap<String, Scalar>,
-    metadata: BTreeMap<String, String>,
-}
-
-impl Part {
-    fn into_writer(self) -> Writer {
-        let mut writer = Writer::new(self.tensors);
-        for (key, value) in self.scalars {
-            writer = writer.with_scalar(&key, value);
-        }
-        for (key, value) in &self.metadata {
-            writer = writer.with_metadata(key, value);
-        }
-        writer
-    }
-}
+use crate::optimizer_state::OptimizerState;
 
 /// State by shard; that of other parameters, and what belongs to none, under `None`.
-pub(super) struct States(BTreeMap<Option<usize>, Part>);
+pub(super) struct States(BTreeMap<Option<usize>, OptimizerState>);
 
 impl States {
     pub(super) fn split(
         bytes: Bytes,
         shard_of: &HashMap<u64, usize>,
     ) -> Result<Self, CheckpointError> {
-        let invalid = |error: burn_pack::Error| CheckpointError::InvalidState {
-            reason: error.to_string(),
-        };
-        let reader = Reader::from_bytes(bytes).map_err(invalid)?;
+        let state = OptimizerState::from_bytes(bytes)?;
         let shard = |id: Option<u64>| id.and_then(|id| shard_of.get(&id).copied());
-        let mut parts: BTreeMap<Option<usize>, Part> = BTreeMap::new();
-        for (key, value) in reader.scalars() {
+        let mut parts: BTreeMap<Option<usize>, OptimizerState> = BTreeMap::new();
+        for (key, value) in state.scalars {
             let id = key.split('.').next().and_then(|id| id.parse().ok());
             let part = parts.entry(shard(id)).or_default();
-            part.scalars.insert(key.clone(), *value);
+            part.scalars.insert(key, value);
         }
-        for (key, value) in reader.metadata() {
+        for (key, value) in state.metadata {
             let part = parts.entry(shard(key.parse().ok())).or_default();
-            part.metadata.insert(key.clone(), value.clone());
+            part.metadata.insert(key, value);
         }
-        for tensor in reader.into_tensors().map_err(invalid)? {
+        for tensor in state.tensors {
             let part = parts.entry(shard(tensor.param_id)).or_default();
             part.tensors.push(tensor);
         }
@@ -88,13 +61,17 @@ pub(super) fn merge<'a>(
         .iter()
         .map(|parameter| (parameter.id.val(), &parameter.entry.shape))
         .collect();
-    let mut all = Part::default();
+    let mut all = OptimizerState::default();
     for path in paths {
         let damaged = |reason: String| CheckpointError::damaged(path, reason);
         let reader = parameters::open(path)?;
-        let tensors = parameters::read(path)?;
-        check_record(&tensors, reader.scalars()).map_err(damaged)?;
-        for tensor in &tensors {
+        let state = OptimizerState {
+            tensors: parameters::read(path)?,
+            scalars: reader.scalars().clone(),
+            metadata: reader.metadata().clone(),
+        };
+        state.check().map_err(damaged)?;
+        for tensor in &state.tensors {
             let shape = tensor.param_id.and_then(|id| shapes.get(&id));
             let Some(shape) = shape else {
                 let reason = format!("`{}` belongs to no parameter of the model", tensor.name);
@@ -113,52 +90,9 @@ pub(super) fn merge<'a>(
                 return Err(damaged(reason));
             }
         }
-        all.scalars.extend(reader.scalars().clone());
-        all.metadata.extend(reader.metadata().clone());
-        all.tensors.extend(tensors);
+        all.scalars.extend(state.scalars);
+        all.metadata.extend(state.metadata);
+        all.tensors.extend(state.tensors);
     }
-    all.into_writer()
-        .into_bytes()
-        .map_err(|error| CheckpointError::InvalidState {
-            reason: error.to_string(),
-        })
-}
-
-/// Refuses what Burn's optimizers would panic on: they take a record's word for the number of
-/// dimensions of a state.
-pub(crate) fn check_record(
-    tensors: &[burn_pack::Tensor],
-    scalars: &BTreeMap<String, Scalar>,
-) -> Result<(), String> {
-    const RANK: &str = "__rank";
-    let mut ranks = HashMap::new();
-    for (key, &value) in scalars {
-        let Some((id, RANK)) = key.split_once('.') else {
-            continue;
-        };
-        let id: u64 = id
-            .parse()
-            .map_err(|_| format!("`{key}` names no parameter"))?;
-        match usize::try_from(value) {
-            Ok(rank) if (1..=MAX_DIMS).contains(&rank) => ranks.insert(id, rank),
-            _ => return Err(format!("`{key}` is {value:?}, not 1 to {MAX_DIMS}")),
-        };
-    }
-    for tensor in tensors {
-        let name = &tensor.name;
-        let Some(id) = tensor.param_id else {
-            return Err(format!("`{name}` has no parameter id"));
-        };
-        if !tensor.dtype.is_float() {
-            return Err(format!("`{name}` is {:?}, not a float", tensor.dtype));
-        }
-        let dims = tensor.shape.num_dims();
-        if ranks.get(&id) != Some(&dims) {
-            let expected = ranks.get(&id);
-            return Err(format!(
-                "`{name}` has {dims} dimensions, its parameter {expected:?}"
-            ));
-        }
-    }
-    Ok(())
+    Ok(all.into_bytes()?)
 }

@@ -7,14 +7,13 @@ use std::thread::{Scope, ScopedJoinHandle};
 
 use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
 use burn::optim::GradientsParams;
-use burn::tensor::Bytes;
 use burn::train::{InferenceStep, ItemLazy, LearnerModel, TrainStep};
 
 use super::error::LearnerError;
 use crate::parallel::pools;
 use crate::{
-    GradientMode, HdPissaModule, HdPissaOptimizer, OptimizerError, ShardGradients, SharedGradients,
-    StepGradients, side_by_side,
+    GradientMode, HdPissaModule, HdPissaOptimizer, HdPissaOptimizerRecord, OptimizerError,
+    ShardGradients, SharedGradients, StepGradients, side_by_side,
 };
 
 /// What one thread holds.
@@ -69,7 +68,8 @@ impl<M: LearnerModel> Worker<M> {
                 catch(|| {
                     let trained = match mode {
                         GradientMode::PerShard => {
-                            TrainStep::step(&model.clone().select_shard(part), item)
+                            let model = model.clone().select_shard(part);
+                            TrainStep::step(&model.expect("the layout has all shards"), item)
                         }
                         GradientMode::Shared => TrainStep::step(model, item),
                     };
@@ -124,9 +124,9 @@ impl<M: LearnerModel> Worker<M> {
     }
 
     /// The state of the optimizer for the shards that this worker hosts.
-    pub(super) fn state(&self) -> Result<Bytes, LearnerError> {
+    pub(super) fn state(&self) -> Result<HdPissaOptimizerRecord, LearnerError> {
         self.optimizer
-            .to_bytes()
+            .to_record()
             .map_err(|cause| self.refused(cause))
     }
 

@@ -19,7 +19,6 @@ use super::error::{FirstError, LearnerError};
 use super::layout::Layout;
 use super::parts::Parts;
 use super::state;
-use crate::OptimizerError;
 
 type TrainInput<M> = <M as TrainStep>::Input;
 type ValidInput<M> = <M as InferenceStep>::Input;
@@ -182,10 +181,8 @@ impl<M: LearnerModel> Run<'_, M> {
         let states = self
             .crew
             .each(vec![(); self.crew.len()], |worker, ()| worker.state())?;
-        let record = state::join(states).map_err(|error| LearnerError::Optimizer {
-            worker: 0,
-            cause: OptimizerError::from(error),
-        })?;
+        let refused = |cause| LearnerError::Optimizer { worker: 0, cause };
+        let record = state::join(states).map_err(refused)?;
         // Lives no longer than the call: the weights are written in place.
         let model = self
             .crew

@@ -4,10 +4,11 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use burn::module::Module;
+use hd_pissa_comm::Solo;
 
 use super::error::LearnerError;
-use crate::checkpoint::Parameters;
 use crate::hosting::share;
+use crate::optim::Factors;
 use crate::{GradientMode, OptimizerError};
 
 /// What a step needs, and how workers share it out.
@@ -30,18 +31,15 @@ impl Layout {
         micro_batches: Option<usize>,
         workers: usize,
     ) -> Result<Self, LearnerError> {
-        let parameters = Parameters::of(model);
-        let (shards, mode) = (parameters.shards, parameters.gradients);
-        let hosted = parameters.known();
-        let refused = |cause| Err(LearnerError::Optimizer { worker: 0, cause });
-        if shards == 0 {
-            return refused(OptimizerError::NoAdapter);
-        }
-        if hosted.len() < shards {
-            return refused(OptimizerError::IncompleteShards { hosted, shards });
+        let refused = |cause| LearnerError::Optimizer { worker: 0, cause };
+        let factors = Factors::of(model, &Solo).map_err(refused)?;
+        let (shards, mode, shard_of) = (factors.num_shards, factors.gradients, factors.shard_of());
+        if !factors.knows_all() {
+            let hosted = factors.hosted;
+            return Err(refused(OptimizerError::IncompleteShards { hosted, shards }));
         }
         if !shards.is_multiple_of(workers) {
-            return refused(OptimizerError::UnevenWorkers { shards, workers });
+            return Err(refused(OptimizerError::UnevenWorkers { shards, workers }));
         }
         let (parts, per_part) = match mode {
             GradientMode::PerShard => (shards, micro_batches.unwrap_or(1)),
@@ -59,7 +57,7 @@ impl Layout {
             parts,
             per_part,
             shards,
-            shard_of: parameters.shard_of(),
+            shard_of,
         })
     }
 

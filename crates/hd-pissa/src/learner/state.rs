@@ -1,20 +1,21 @@
 //! What Burn's checkpoints hold of a training: reading it from a learner, and dividing it among workers.
 
+use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
 use burn::lr_scheduler::{LrScheduler, LrSchedulerRecord};
 use burn::module::{ParamGroup, ParamId};
 use burn::optim::OptimizerRecord;
-use burn::store::RecordError;
-use burn::tensor::Bytes;
 use burn::train::checkpoint::{
     AsyncCheckpointer, Checkpoint, Checkpointer, CheckpointerError, CheckpointingAction,
     CheckpointingStrategy,
 };
 use burn::train::metric::store::EventStoreClient;
 use burn::train::{Learner, LearnerModel, LearningCheckpointer};
-use burn_pack::{Reader, Writer};
+
+use crate::optimizer_state::OptimizerState;
+use crate::{HdPissaOptimizerRecord, OptimizerError};
 
 /// Counts optimizer steps, in the record of a learning rate scheduler: stochastic rounding draws from
 /// their number, and Burn's record of an optimizer has no place for it.
@@ -27,7 +28,7 @@ const STEPS: &str = "hd_pissa_steps";
 
 /// FNV-1a of "hd_pissa/steps", 64 bits.
 fn counted() -> ParamId {
-    ParamId::from(crate::adapter::path::hash("hd_pissa/steps"))
+    ParamId::from(crate::path::hash("hd_pissa/steps"))
 }
 
 impl LrScheduler for StepCount {
@@ -131,45 +132,34 @@ impl<R: Checkpoint> Checkpointer<R> for Keep<R> {
 }
 
 /// One record of those of all workers. What several of them have is the same in each.
-pub(super) fn join(records: Vec<Bytes>) -> Result<OptimizerRecord, RecordError> {
-    let mut all = Vec::new();
-    let mut names = std::collections::HashSet::new();
-    let (mut scalars, mut paths) = (Vec::new(), Vec::new());
-    for record in records {
-        let reader = Reader::from_bytes(record)?;
-        scalars.extend(reader.scalars().clone());
-        paths.extend(reader.metadata().clone());
-        let tensors = reader.into_tensors()?.into_iter();
-        all.extend(tensors.filter(|tensor| names.insert(tensor.name.clone())));
+pub(super) fn join(
+    records: Vec<HdPissaOptimizerRecord>,
+) -> Result<OptimizerRecord, OptimizerError> {
+    let mut all = OptimizerState::default();
+    let mut names = HashSet::new();
+    for HdPissaOptimizerRecord { state, .. } in records {
+        all.scalars.extend(state.scalars);
+        all.metadata.extend(state.metadata);
+        let tensors = state.tensors.into_iter();
+        let new = tensors.filter(|tensor| names.insert(tensor.name.clone()));
+        all.tensors.extend(new);
     }
-    OptimizerRecord::from_bytes(write(all, scalars, paths)?)
+    Ok(OptimizerRecord::from_bytes(all.into_bytes()?)?)
 }
 
-/// The part of a record that concerns the parameters `of`.
-pub(super) fn part(record: &Bytes, of: impl Fn(u64) -> bool) -> Result<Bytes, RecordError> {
-    let reader = Reader::from_bytes(record.clone())?;
+/// The part of a state that concerns the parameters `of`.
+pub(super) fn part(state: &OptimizerState, of: impl Fn(u64) -> bool) -> OptimizerState {
     let is_of = |id: &str| id.parse().is_ok_and(&of);
-    let scalars = reader.scalars().clone().into_iter();
+    let scalars = state.scalars.iter();
     let scalars = scalars.filter(|(key, _)| key.split('.').next().is_some_and(is_of));
-    let paths = reader.metadata().clone().into_iter();
-    let paths = paths.filter(|(id, _)| is_of(id));
-    let (scalars, paths) = (scalars.collect(), paths.collect());
-    let tensors = reader.into_tensors()?.into_iter();
+    let metadata = state.metadata.iter().filter(|(id, _)| is_of(id));
+    let tensors = state.tensors.iter();
     let tensors = tensors.filter(|tensor| tensor.param_id.is_some_and(&of));
-    write(tensors.collect(), scalars, paths)
-}
-
-fn write(
-    tensors: Vec<burn_pack::Tensor>,
-    scalars: Vec<(String, burn_pack::Scalar)>,
-    paths: Vec<(String, String)>,
-) -> Result<Bytes, RecordError> {
-    let mut writer = Writer::new(tensors);
-    for (key, value) in scalars {
-        writer = writer.with_scalar(&key, value);
+    OptimizerState {
+        tensors: tensors.cloned().collect(),
+        scalars: scalars.map(|(key, value)| (key.clone(), *value)).collect(),
+        metadata: metadata
+            .map(|(id, path)| (id.clone(), path.clone()))
+            .collect(),
     }
-    for (id, path) in paths {
-        writer = writer.with_metadata(&id, &path);
-    }
-    Ok(writer.into_bytes()?)
 }

@@ -19,10 +19,9 @@ use super::error::{FirstError, LearnerError};
 use super::layout::Layout;
 use super::parts::Parts;
 use super::state::{self, LearnerState};
+use crate::optimizer_state::OptimizerState;
 use crate::parallel::fork;
-use crate::{HdPissaOptimizer, OptimizerError};
-
-type SetUp = dyn Fn(HdPissaOptimizer) -> Result<HdPissaOptimizer, OptimizerError> + Send + Sync;
+use crate::{HdPissaOptimizer, HdPissaOptimizerConfig, HdPissaOptimizerRecord, OptimizerError};
 
 /// Trains a model with HD-PiSSA adapters in Burn's own loop: `TrainingStrategy::Custom` of
 /// [`SupervisedTraining`](burn::train::SupervisedTraining), with its metrics, dashboard,
@@ -78,36 +77,29 @@ type SetUp = dyn Fn(HdPissaOptimizer) -> Result<HdPissaOptimizer, OptimizerError
 pub struct HdPissaStrategy {
     optimizer: ModuleOptimizer,
     scheduler: ModuleLrScheduler,
-    set_up: Box<SetUp>,
+    config: HdPissaOptimizerConfig,
     devices: Vec<Device>,
     time_limit: Duration,
     error: FirstError,
 }
 
 impl HdPissaStrategy {
-    /// With an optimizer as [`HdPissaOptimizer::new`] takes it, and a scheduler or a constant
+    /// With an optimizer as [`HdPissaOptimizerConfig::init`] takes it, and a scheduler or a constant
     /// learning rate; one worker, on the device of the model.
     pub fn new(optimizer: ModuleOptimizer, scheduler: impl Into<ModuleLrScheduler>) -> Self {
         Self {
             optimizer,
             scheduler: scheduler.into(),
-            set_up: Box::new(Ok),
+            config: HdPissaOptimizerConfig::new(),
             devices: Vec::new(),
             time_limit: Duration::from_secs(600),
             error: FirstError::default(),
         }
     }
 
-    /// Sets up the optimizer of every worker, such as
-    /// `|optimizer| optimizer.with_max_grad_norm(1.0)`.
-    pub fn with_optimizer(
-        mut self,
-        set_up: impl Fn(HdPissaOptimizer) -> Result<HdPissaOptimizer, OptimizerError>
-        + Send
-        + Sync
-        + 'static,
-    ) -> Self {
-        self.set_up = Box::new(set_up);
+    /// Settings of every worker's [`HdPissaOptimizer`].
+    pub fn with_optimizer_config(mut self, config: HdPissaOptimizerConfig) -> Self {
+        self.config = config;
         self
     }
 
@@ -150,26 +142,29 @@ impl HdPissaStrategy {
         let workers = self.devices.len().max(1);
         let layout = Layout::of(&learner.model(), micro_batches, workers)?;
         let mut scheduler = state::counting(self.scheduler.clone());
-        let mut record = None;
+        let refused = |worker| move |cause| LearnerError::Optimizer { worker, cause };
+        let mut resumed = None;
         if steps > 0 {
-            let state = LearnerState::of(learner, store);
-            scheduler = scheduler.load_record(state.scheduler);
-            record = Some(state.optimizer.into_bytes().map_err(OptimizerError::from));
+            let LearnerState {
+                optimizer,
+                scheduler: record,
+            } = LearnerState::of(learner, store);
+            scheduler = scheduler.load_record(record);
+            let read = || -> Result<_, OptimizerError> {
+                Ok(OptimizerState::from_bytes(optimizer.into_bytes()?)?)
+            };
+            resumed = Some(read().map_err(refused(0))?);
         }
-        let record = record.transpose();
         let optimizer = |(worker, communicator)| {
             let build = || {
-                let optimizer = HdPissaOptimizer::new(self.optimizer.clone(), communicator)?;
-                let optimizer = (self.set_up)(optimizer)?;
-                match record.as_ref().map_err(Clone::clone)? {
-                    Some(record) => {
-                        let own = state::part(record, |id| layout.keeps(worker, id))?;
-                        optimizer.resume(own, steps)
-                    }
-                    None => Ok(optimizer),
+                let mut optimizer = self.config.init(self.optimizer.clone(), communicator)?;
+                if let Some(state) = &resumed {
+                    let state = state::part(state, |id| layout.keeps(worker, id));
+                    optimizer.load_record(HdPissaOptimizerRecord { state, steps })?;
                 }
+                Ok(optimizer)
             };
-            build().map_err(|cause| LearnerError::Optimizer { worker, cause })
+            build().map_err(refused(worker))
         };
         let group = thread_group(workers, self.time_limit).into_iter();
         let optimizers: Result<_, _> = group.enumerate().map(optimizer).collect();
@@ -193,6 +188,7 @@ impl HdPissaStrategy {
 impl Debug for HdPissaStrategy {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         f.debug_struct("HdPissaStrategy")
+            .field("config", &self.config)
             .field("devices", &self.devices)
             .field("time_limit", &self.time_limit)
             .field("error", &self.error())

@@ -1,12 +1,10 @@
 //! The operations under autodiff: the backward passes of the adapter, and steps outside the graph.
 
-use std::cell::LazyCell;
-
 use burn::backend::{
-    Autodiff, AutodiffBackend, Backend,
+    Autodiff, AutodiffBackend, Backend, TensorMetadata,
     tensor::{Device, FloatTensor, IntTensor},
 };
-use burn::tensor::DType;
+use burn::tensor::{DType, Slice};
 use burn_autodiff::{
     NodeId,
     checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
@@ -14,8 +12,8 @@ use burn_autodiff::{
     ops::{Backward, Ops, OpsKind},
 };
 
-use super::contract::{dense_linear, factor_product, flatten, readable, transposed_factor_product};
-use super::{FactorProduct, HdPissaOps, Rounding};
+use super::contract::{factor_product, flatten, products, readable, transposed_factor_product};
+use super::{HdPissaOps, ProductKernels, Rounding};
 
 /// Backward of [`HdPissaOps::hd_pissa_linear`], parents `x`, `a`, `b`.
 #[derive(Debug)]
@@ -25,10 +23,13 @@ struct AdapterLinear;
 /// requested gradients needs it.
 #[derive(Clone, Debug)]
 struct LinearState<B: Backend> {
+    /// The node of `x`, `[.., d_input]`, for the gradient of `a`.
     x: Option<NodeId>,
+    /// `[d_input, d_output]`, the dtype of `x`, for the gradient of `x`.
     w: Option<FloatTensor<B>>,
+    /// `[rank, d_output]`, `f32`, for the gradient of `a`.
     b: Option<FloatTensor<B>>,
-    /// `x · a`, `[tokens, rank]`.
+    /// `x · a`, `[tokens, rank]`, `f32`, for the gradient of `b`.
     p: Option<FloatTensor<B>>,
     scale: f64,
 }
@@ -49,13 +50,11 @@ impl<B: HdPissaOps> Backward<B, 3> for AdapterLinear {
             .x
             .map(|id| checkpointer.retrieve_node_output::<FloatTensor<B>>(id));
 
-        let rows = LazyCell::new(|| readable::<B>(flatten::<B>(g.clone())));
-        let dx = state
-            .w
-            .map(|w| dense_linear::<B>(g.clone(), B::float_transpose(w)));
-        let q = state
-            .b
-            .map(|b| factor_product::<B>(rows.clone(), B::float_transpose(b)));
+        let (w, b) = (
+            state.w.map(B::float_transpose),
+            state.b.map(B::float_transpose),
+        );
+        let (dx, q) = products::<B>(g.clone(), w, b);
         if let (Some(node), Some(x), Some(q)) = (node_a, x, q) {
             let q = scaled::<B>(q, state.scale);
             let x = B::float_transpose(readable::<B>(flatten::<B>(x)));
@@ -63,7 +62,8 @@ impl<B: HdPissaOps> Backward<B, 3> for AdapterLinear {
         }
         if let (Some(node), Some(p)) = (node_b, state.p) {
             let p = scaled::<B>(p, state.scale);
-            grads.register::<B>(node.id, transposed_factor_product::<B>(p, rows.clone()));
+            let g = readable::<B>(flatten::<B>(g));
+            grads.register::<B>(node.id, transposed_factor_product::<B>(p, g));
         }
         if let (Some(node), Some(dx)) = (node_x, dx) {
             grads.register::<B>(node.id, dx);
@@ -100,6 +100,29 @@ impl<B: HdPissaOps> Backward<B, 2> for AdapterWeight {
     }
 }
 
+/// Backward of [`HdPissaOps::hd_pissa_part`], parents `whole`, `part`.
+#[derive(Debug)]
+struct Part;
+
+impl<B: HdPissaOps> Backward<B, 2> for Part {
+    /// Dimension, first index and number of indices.
+    type State = [usize; 3];
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let g = grads.consume::<B>(&ops.node);
+        let [node_whole, node_part] = ops.parents;
+        if let Some(node) = node_part {
+            let [dim, start, len] = ops.state;
+            let mut slices: Vec<Slice> = g.shape().iter().map(|&n| Slice::from(0..n)).collect();
+            slices[dim] = Slice::from(start..start + len);
+            grads.register::<B>(node.id, B::float_slice(g.clone(), &slices));
+        }
+        if let Some(node) = node_whole {
+            grads.register::<B>(node.id, g);
+        }
+    }
+}
+
 fn scaled<B: Backend>(x: FloatTensor<B>, scale: f64) -> FloatTensor<B> {
     if scale == 1.0 {
         x
@@ -108,9 +131,13 @@ fn scaled<B: Backend>(x: FloatTensor<B>, scale: f64) -> FloatTensor<B> {
     }
 }
 
-impl<B: FactorProduct, C: CheckpointStrategy> FactorProduct for Autodiff<B, C> {
+impl<B: ProductKernels, C: CheckpointStrategy> ProductKernels for Autodiff<B, C> {
     fn has_factor_product(device: &Device<Self>, dtype: DType) -> bool {
         B::has_factor_product(device, dtype)
+    }
+
+    fn has_low_rank_product(device: &Device<Self>, dtype: DType) -> bool {
+        B::has_low_rank_product(device, dtype)
     }
 }
 
@@ -132,20 +159,16 @@ impl<B: HdPissaOps, C: CheckpointStrategy> HdPissaOps for Autodiff<B, C> {
                 let saved_x = a_tracked.then(|| prep.checkpoint(&x));
                 let (x, w) = (x.into_primitive(), w.into_primitive());
                 let (a, b) = (a.into_primitive(), b.into_primitive());
-                let mut state = LinearState {
+                let saved_w = x_tracked.then(|| w.clone());
+                let (y, p) = products::<B>(x, Some(w), b_tracked.then_some(a));
+                let state = LinearState {
                     x: saved_x,
-                    w: x_tracked.then(|| w.clone()),
-                    b: a_tracked.then(|| b.clone()),
-                    p: None,
+                    w: saved_w,
+                    b: a_tracked.then_some(b),
+                    p,
                     scale,
                 };
-                // What the next layer waits for first.
-                let y = B::hd_pissa_linear(x.clone(), w, a.clone(), b, scale);
-                state.p = b_tracked.then(|| {
-                    let x = readable::<B>(flatten::<B>(x));
-                    factor_product::<B>(x, a)
-                });
-                prep.finish(state, y)
+                prep.finish(state, y.expect("asked for"))
             }
             OpsKind::UnTracked(prep) => prep.finish(B::hd_pissa_linear(
                 x.into_primitive(),
@@ -180,10 +203,34 @@ impl<B: HdPissaOps, C: CheckpointStrategy> HdPissaOps for Autodiff<B, C> {
         }
     }
 
-    // The operations above call this on the backend below, inside their own forward and backward.
+    fn hd_pissa_part(
+        whole: FloatTensor<Self>,
+        part: FloatTensor<Self>,
+        dim: usize,
+        start: usize,
+    ) -> FloatTensor<Self> {
+        let prepared = Part.prepare::<C>([whole.node(), part.node()]);
+        let len = part.shape()[dim];
+        match prepared.compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish([dim, start, len], whole.into_primitive()),
+            OpsKind::UnTracked(prep) => prep.finish(whole.into_primitive()),
+        }
+    }
+
+    // The operations above call these on the backend below, inside their own forward and backward.
     fn hd_pissa_factor_product(x: FloatTensor<Self>, f: FloatTensor<Self>) -> FloatTensor<Self> {
         let (x, f) = (x.into_primitive(), f.into_primitive());
         Self::from_inner(B::hd_pissa_factor_product(x, f))
+    }
+
+    fn hd_pissa_low_rank_product(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        f: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let (x, w, f) = (x.into_primitive(), w.into_primitive(), f.into_primitive());
+        let (y, p) = B::hd_pissa_low_rank_product(x, w, f);
+        (Self::from_inner(y), Self::from_inner(p))
     }
 
     // A step happens outside the graph, on tensors without autodiff; a tensor that has it
@@ -209,25 +256,25 @@ impl<B: HdPissaOps, C: CheckpointStrategy> HdPissaOps for Autodiff<B, C> {
         (Self::from_inner(w), Self::from_inner(squares))
     }
 
-    fn hd_pissa_merge_split(
+    fn hd_pissa_merge_compensated(
         w: FloatTensor<Self>,
-        companion: IntTensor<Self>,
+        residual: IntTensor<Self>,
         frames: FloatTensor<Self>,
         deltas: FloatTensor<Self>,
         gate: FloatTensor<Self>,
         rank: usize,
         measure: bool,
     ) -> (FloatTensor<Self>, IntTensor<Self>, FloatTensor<Self>) {
-        let (w, companion, squares) = B::hd_pissa_merge_split(
+        let (w, residual, squares) = B::hd_pissa_merge_compensated(
             w.into_primitive(),
-            companion,
+            residual,
             frames.into_primitive(),
             deltas.into_primitive(),
             gate.into_primitive(),
             rank,
             measure,
         );
-        (Self::from_inner(w), companion, Self::from_inner(squares))
+        (Self::from_inner(w), residual, Self::from_inner(squares))
     }
 
     fn hd_pissa_row_statistics(x: FloatTensor<Self>, split: usize) -> FloatTensor<Self> {

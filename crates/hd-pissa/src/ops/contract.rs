@@ -6,7 +6,7 @@ use burn::backend::{
     Backend, Dispatch, TensorMetadata, backend_extension,
     tensor::{Device, FloatTensor, IntTensor},
 };
-use burn::tensor::{DType, Shape};
+use burn::tensor::{DType, Shape, Slice};
 
 use super::Rounding;
 
@@ -21,7 +21,7 @@ use super::Rounding;
     Cube: cfg(feature = "cubecl-backend"),
     Fusion: cfg(feature = "fusion"),
 )]
-pub trait HdPissaOps: Backend + FactorProduct {
+pub trait HdPissaOps: Backend + ProductKernels {
     /// `x · w` for `x: [.., d_input]`, of rank 2 or more; shape `[.., d_output]`, dtype of `x`.
     ///
     /// The value does not depend on the factors. Its gradient is that of `x · (w + scale · a · b)`
@@ -42,10 +42,28 @@ pub trait HdPissaOps: Backend + FactorProduct {
     /// columns: the projections `x·a` and `G·bᵀ` and, of transposed operands, the gradients of the
     /// factors.
     ///
-    /// Called where [`FactorProduct::has_factor_product`] says so.
+    /// Called where [`ProductKernels::has_factor_product`] says so.
     #[fusion(meta = |x, f| TensorSpec::new(Shape::new([x.shape[0], f.shape[1]]), f.dtype))]
     fn hd_pissa_factor_product(x: FloatTensor<Self>, f: FloatTensor<Self>) -> FloatTensor<Self> {
         product::<Self>(cast::<Self>(x, DType::F32), f)
+    }
+
+    /// `x · w` in the dtype of `x`, and `x · f` in `f32`, for `x: [m, n]` of any float dtype,
+    /// `w: [n, columns]` of the same, and an `f32` matrix `f: [n, rank]` of few columns: what the
+    /// forward pass and, of transposed operands, the backward pass of the adapter need of `x` and `G`.
+    ///
+    /// Called where [`ProductKernels::has_low_rank_product`] says so.
+    #[fusion(meta = |x, w, f| (
+        TensorSpec::new(Shape::new([x.shape[0], w.shape[1]]), x.dtype),
+        TensorSpec::new(Shape::new([x.shape[0], f.shape[1]]), f.dtype),
+    ))]
+    fn hd_pissa_low_rank_product(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        f: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let y = product::<Self>(x.clone(), w);
+        (y, factor_product::<Self>(readable::<Self>(x), f))
     }
 
     /// `w` itself, with the gradient of `w + scale · a · b` with respect to `a` and `b`.
@@ -58,6 +76,19 @@ pub trait HdPissaOps: Backend + FactorProduct {
     ) -> FloatTensor<Self> {
         let _ = (a, b, scale);
         w
+    }
+
+    /// `whole` itself, whose values from `start` on along dimension `dim` are those of `part`: their
+    /// gradient goes to `part` too.
+    #[fusion(default)]
+    fn hd_pissa_part(
+        whole: FloatTensor<Self>,
+        part: FloatTensor<Self>,
+        dim: usize,
+        start: usize,
+    ) -> FloatTensor<Self> {
+        let _ = (part, dim, start);
+        whole
     }
 
     /// `w + Σ_k ((a_k + Δa_k)·Δb_k + Δa_k·b_k)`, rounded once to the dtype of `w`, and the sum of
@@ -82,17 +113,17 @@ pub trait HdPissaOps: Backend + FactorProduct {
         measure: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
-    /// [`hd_pissa_merge`](Self::hd_pissa_merge) for a half-precision `w` with a companion, an
+    /// [`hd_pissa_merge`](Self::hd_pissa_merge) for a half-precision `w` with residual bits, an
     /// `i32` tensor of shape `[d_input, ceil(d_output / 2)]`, whose words hold 16 more bits of two
     /// neighbouring elements of a row, the first in the low half.
-    #[fusion(meta = |w, companion, frames, _deltas, _gate, _rank, _measure| (
+    #[fusion(meta = |w, residual, frames, _deltas, _gate, _rank, _measure| (
         w.clone(),
-        companion.clone(),
+        residual.clone(),
         scalar(frames),
     ))]
-    fn hd_pissa_merge_split(
+    fn hd_pissa_merge_compensated(
         w: FloatTensor<Self>,
-        companion: IntTensor<Self>,
+        residual: IntTensor<Self>,
         frames: FloatTensor<Self>,
         deltas: FloatTensor<Self>,
         gate: FloatTensor<Self>,
@@ -112,6 +143,36 @@ pub trait HdPissaOps: Backend + FactorProduct {
     /// 1 and 2 have left the range of `f32`.
     #[fusion(meta = |x, _split| TensorSpec::new(Shape::new([x.shape[0], 4]), x.dtype))]
     fn hd_pissa_row_statistics(x: FloatTensor<Self>, split: usize) -> FloatTensor<Self>;
+
+    /// `target: [n]` with the elements of the first `count` of eight matrices from its element `start` on:
+    /// row by row, one matrix after the other. All are `f32`.
+    ///
+    /// Eight, because an operation of ours takes no list of tensors.
+    #[allow(clippy::too_many_arguments)]
+    #[fusion(meta = |target, _start, _count, _p0, _p1, _p2, _p3, _p4, _p5, _p6, _p7| target.clone())]
+    fn hd_pissa_join(
+        target: FloatTensor<Self>,
+        start: usize,
+        count: usize,
+        p0: FloatTensor<Self>,
+        p1: FloatTensor<Self>,
+        p2: FloatTensor<Self>,
+        p3: FloatTensor<Self>,
+        p4: FloatTensor<Self>,
+        p5: FloatTensor<Self>,
+        p6: FloatTensor<Self>,
+        p7: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let parts = [p0, p1, p2, p3, p4, p5, p6, p7];
+        let mut start = start;
+        parts.into_iter().take(count).fold(target, |target, part| {
+            let len = part.shape().num_elements();
+            let part = Self::float_reshape(part, Shape::new([len]));
+            let range = Slice::from(start..start + len);
+            start += len;
+            Self::float_slice_assign(target, &[range], part)
+        })
+    }
 
     /// The largest magnitude in `w`, a half-precision matrix: an `f32` tensor of shape `[1]`.
     #[fusion(default)]
@@ -139,26 +200,37 @@ fn scalar(like: &TensorSpec) -> TensorSpec {
     TensorSpec::new(Shape::new([1]), like.dtype)
 }
 
-/// What a backend can multiply. Apart from [`HdPissaOps`], because the answer is needed before
-/// anything is queued.
-pub trait FactorProduct: Backend {
+/// Which products a backend has of its own. Apart from [`HdPissaOps`], because the answer is needed
+/// before anything is queued.
+pub trait ProductKernels: Backend {
     /// Whether [`HdPissaOps::hd_pissa_factor_product`] of an `x` of `dtype` is better than Burn's
     /// product: because Burn would need a copy of `x` in `f32`, or because it is faster.
     fn has_factor_product(device: &Device<Self>, dtype: DType) -> bool {
         let _ = (device, dtype);
         false
     }
+
+    /// Whether [`HdPissaOps::hd_pissa_low_rank_product`] of an `x` of `dtype` may be faster than two
+    /// products.
+    fn has_low_rank_product(device: &Device<Self>, dtype: DType) -> bool {
+        let _ = (device, dtype);
+        false
+    }
 }
 
 /// Only backends compute.
-impl FactorProduct for Dispatch {}
+impl ProductKernels for Dispatch {}
 
 #[cfg(feature = "fusion")]
-impl<B: burn::backend::fusion::FusionBackend + FactorProduct> FactorProduct
+impl<B: burn::backend::fusion::FusionBackend + ProductKernels> ProductKernels
     for burn::backend::fusion::Fusion<B>
 {
     fn has_factor_product(device: &Device<Self>, dtype: DType) -> bool {
         B::has_factor_product(device, dtype)
+    }
+
+    fn has_low_rank_product(device: &Device<Self>, dtype: DType) -> bool {
+        B::has_low_rank_product(device, dtype)
     }
 }
 
@@ -167,10 +239,34 @@ impl<B: burn::backend::fusion::FusionBackend + FactorProduct> FactorProduct
 /// Burn's own `linear` gives the weight as many dimensions as `x` where `x` has a batch of one. A
 /// transposed weight is copied for that, and the batched product of Flex runs on one thread.
 pub(super) fn dense_linear<B: Backend>(x: FloatTensor<B>, w: FloatTensor<B>) -> FloatTensor<B> {
-    let mut shape = x.shape();
-    let last = shape.num_dims() - 1;
-    shape[last] = w.shape()[1];
+    let shape = with_last(x.shape(), w.shape()[1]);
     B::float_reshape(product::<B>(flatten::<B>(x), w), shape)
+}
+
+/// `x · w` for `x: [.., d]`, and `x · f` of shape `[tokens, rank]` in `f32`, whichever is asked for.
+pub(super) fn products<B: HdPissaOps>(
+    x: FloatTensor<B>,
+    w: Option<FloatTensor<B>>,
+    f: Option<FloatTensor<B>>,
+) -> (Option<FloatTensor<B>>, Option<FloatTensor<B>>) {
+    match (w, f) {
+        (Some(w), Some(f)) if B::has_low_rank_product(&x.device(), x.dtype()) => {
+            let shape = with_last(x.shape(), w.shape()[1]);
+            let (y, p) = B::hd_pissa_low_rank_product(flatten::<B>(x), w, f);
+            (Some(B::float_reshape(y, shape)), Some(p))
+        }
+        // What the next layer waits for first.
+        (w, f) => (
+            w.map(|w| dense_linear::<B>(x.clone(), w)),
+            f.map(|f| factor_product::<B>(readable::<B>(flatten::<B>(x)), f)),
+        ),
+    }
+}
+
+fn with_last(mut shape: Shape, size: usize) -> Shape {
+    let last = shape.num_dims() - 1;
+    shape[last] = size;
+    shape
 }
 
 /// `x` with its leading dimensions flattened: `[tokens, d]`.

@@ -10,16 +10,15 @@ use bytemuck::Pod;
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatMut, MatRef, Par};
 use half::{bf16, f16};
+use hd_pissa_bits::{Half, mix};
 use rayon::prelude::*;
 
 use super::contract::cast;
-use super::fingerprint::{SEEDS, mix};
-use super::rounding::Half;
 use super::thin_product::{Large, multiply};
-use super::{FactorProduct, HdPissaOps, Rounding};
+use super::{HdPissaOps, ProductKernels, Rounding};
 
 /// Every float that Flex holds in 32 bits or fewer.
-impl FactorProduct for Flex {
+impl ProductKernels for Flex {
     fn has_factor_product(_: &Device<Self>, dtype: DType) -> bool {
         matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
     }
@@ -57,9 +56,9 @@ impl HdPissaOps for Flex {
         (w, squares)
     }
 
-    fn hd_pissa_merge_split(
+    fn hd_pissa_merge_compensated(
         w: FloatTensor<Self>,
-        companion: IntTensor<Self>,
+        residual: IntTensor<Self>,
         frames: FloatTensor<Self>,
         deltas: FloatTensor<Self>,
         gate: FloatTensor<Self>,
@@ -67,16 +66,16 @@ impl HdPissaOps for Flex {
         measure: bool,
     ) -> (FloatTensor<Self>, IntTensor<Self>, FloatTensor<Self>) {
         if !is_open(gate) {
-            return (w, companion, scalar(0.0));
+            return (w, residual, scalar(0.0));
         }
         let update = Stacked::new(&w, rank, frames, deltas);
         let squares = scalar(if measure { update.squared_norm() } else { 0.0 });
-        let (w, companion) = match w.dtype() {
-            DType::F16 => update.split_to::<f16>(w, companion),
-            DType::BF16 => update.split_to::<bf16>(w, companion),
-            other => panic!("a weight of dtype {other:?} has no companion"),
+        let (w, residual) = match w.dtype() {
+            DType::F16 => update.compensate::<f16>(w, residual),
+            DType::BF16 => update.compensate::<bf16>(w, residual),
+            other => panic!("a weight of dtype {other:?} has no residual bits"),
         };
-        (w, companion, squares)
+        (w, residual, squares)
     }
 
     fn hd_pissa_row_statistics(x: FloatTensor<Self>, split: usize) -> FloatTensor<Self> {
@@ -202,14 +201,10 @@ fn fingerprint<E: Element + Pod + Sync>(
     let start = layout.start_offset() as isize;
     let lines = (0..outer.0).into_par_iter().map(|line| {
         let (start, first) = (start + line as isize * outer.1, line * outer.2);
-        (0..inner.0).fold([0u32; 2], |mut words, i| {
+        hd_pissa_bits::fingerprint((0..inner.0).map(|i| {
             let bits = bits(storage[(start + i as isize * inner.1) as usize]);
-            let index = (first + i * inner.2) as u32;
-            for (word, seed) in words.iter_mut().zip(SEEDS) {
-                *word = word.wrapping_add(mix(bits ^ mix(index ^ seed)));
-            }
-            words
-        })
+            ((first + i * inner.2) as u32, bits)
+        }))
     });
     let add = |x: [u32; 2], y: [u32; 2]| [x[0].wrapping_add(y[0]), x[1].wrapping_add(y[1])];
     let words = lines.reduce(|| [0; 2], add).map(|word| word as i32);
@@ -415,20 +410,20 @@ impl Stacked {
         w
     }
 
-    /// The sum with a half-precision weight and its companion, split among both.
-    fn split_to<H: Storage>(
+    /// The sum with a half-precision weight and its residual bits, shared among both.
+    fn compensate<H: Storage>(
         &self,
         w: FlexTensor,
-        companion: FlexTensor,
+        residual: FlexTensor,
     ) -> (FlexTensor, FlexTensor) {
-        let (mut w, mut companion) = (row_major(w), row_major(companion));
+        let (mut w, mut residual) = (row_major(w), row_major(residual));
         let storage = H::storage_mut(&mut w);
-        let words = companion.storage_mut::<i32>();
+        let words = residual.storage_mut::<i32>();
         self.merge_tiles(storage, words, |h, low| h.join(low), |_, v| H::split(v));
-        (w, companion)
+        (w, residual)
     }
 
-    /// Widens, adds and narrows one tile after the other. `words` is the companion, or empty.
+    /// Widens, adds and narrows one tile after the other. `words` holds the residual bits, or is empty.
     fn merge_tiles<H: Half>(
         &self,
         storage: &mut [H],
@@ -449,14 +444,14 @@ impl Stacked {
                 0 => 0,
                 n => (words[row * n + col / 2] as u32 >> (16 * (col % 2))) as u16,
             };
-            let (held, companion) = (&*storage, &*words);
+            let (held, residual) = (&*storage, &*words);
             sums.par_chunks_mut(tile.cols)
                 .enumerate()
                 .for_each(|(i, sums)| {
                     let row = tile.row + i;
                     for (j, sum) in sums.iter_mut().enumerate() {
                         let col = tile.col + j;
-                        *sum = widen(held[row * cols + col], low(companion, row, col));
+                        *sum = widen(held[row * cols + col], low(residual, row, col));
                     }
                 });
             let target = MatMut::from_row_major_slice_mut(sums, tile.rows, tile.cols);

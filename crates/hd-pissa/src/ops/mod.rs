@@ -6,18 +6,15 @@ mod contract;
 #[cfg(feature = "cubecl-backend")]
 mod cubecl;
 #[cfg(feature = "flex")]
-mod fingerprint;
-#[cfg(feature = "flex")]
 mod flex;
-mod rounding;
 mod tensor;
 #[cfg(feature = "flex")]
 mod thin_product;
 
-pub use contract::{FactorProduct, HdPissaOps};
-pub use rounding::{Rounding, StochasticKey};
+pub use contract::{HdPissaOps, ProductKernels};
+pub use hd_pissa_bits::{Rounding, StochasticKey};
 pub(crate) use tensor::{
-    MergeInputs, fingerprint, fingerprint_int, identity, is_cpu, is_supported, max_abs,
-    merge_rounded, merge_split, row_statistics,
+    MergeInputs, Origin, fingerprint, fingerprint_int, identity, is_cpu, is_supported, join,
+    max_abs, merge_compensated, merge_rounded, part_of, row_statistics,
 };
 pub use tensor::{adapter_linear, adapter_weight, merge};

@@ -75,6 +75,17 @@ pub fn adapter_weight(weight: Tensor<2>, a: Tensor<2>, b: Tensor<2>, scale: f64)
     ))
 }
 
+/// `whole` itself, whose values from `start` on along dimension `dim` are those of `part`: their gradient
+/// goes to `part` too.
+pub(crate) fn part_of(whole: Tensor<2>, part: Tensor<2>, dim: usize, start: usize) -> Tensor<2> {
+    Tensor::from_dispatch(Dispatch::hd_pissa_part(
+        whole.into_dispatch(),
+        part.into_dispatch(),
+        dim,
+        start,
+    ))
+}
+
 /// `weight + Σ_k ((a_k + Δa_k)·Δb_k + Δa_k·b_k)`: what a weight takes in one step.
 ///
 /// # Shapes
@@ -101,12 +112,16 @@ pub fn merge(weight: Tensor<2>, frames: Tensor<2>, deltas: Tensor<2>, rank: usiz
     merge_rounded(weight, inputs, Rounding::Nearest).0
 }
 
-/// What a merge takes besides the weight.
+/// What a merge takes besides the weight, `[d_input, d_output]`.
 pub(crate) struct MergeInputs {
+    /// The frames of all shards, `[shards, rank · (d_input + d_output)]`, `f32`. Row `k` holds `a_k`,
+    /// `[d_input, rank]` row by row, then `b_k`, `[rank, d_output]` row by row.
     pub(crate) frames: Tensor<2>,
+    /// The deltas of all shards, as `frames`.
     pub(crate) deltas: Tensor<2>,
     /// `[1]`, `f32`: the weight stays as it is unless this is zero.
     pub(crate) gate: Tensor<1>,
+    /// Rank of a shard's factors.
     pub(crate) rank: usize,
     /// Whether the sum of the squares of the update is wanted.
     pub(crate) measure: bool,
@@ -126,7 +141,8 @@ impl MergeInputs {
     }
 }
 
-/// The merged weight, and `[1]` with the sum of the squares of the update.
+/// The merged weight, `[d_input, d_output]` in its own dtype, and `[1]`, `f32`, with the sum of the
+/// squares of the update.
 pub(crate) fn merge_rounded(
     weight: Tensor<2>,
     inputs: MergeInputs,
@@ -148,16 +164,17 @@ pub(crate) fn merge_rounded(
     )
 }
 
-/// The merged weight with its companion, and `[1]` with the sum of the squares of the update.
-pub(crate) fn merge_split(
+/// The merged weight, `[d_input, d_output]`, `f16` or `bf16`; its residual bits,
+/// `[d_input, ceil(d_output / 2)]`, `i32`; and `[1]`, `f32`, with the sum of the squares of the update.
+pub(crate) fn merge_compensated(
     weight: Tensor<2>,
-    companion: Tensor<2, Int>,
+    residual: Tensor<2, Int>,
     inputs: MergeInputs,
 ) -> (Tensor<2>, Tensor<2, Int>, Tensor<1>) {
     inputs.check(&weight);
-    let (weight, companion, squares) = Dispatch::hd_pissa_merge_split(
+    let (weight, residual, squares) = Dispatch::hd_pissa_merge_compensated(
         weight.into_dispatch(),
-        companion.into_dispatch(),
+        residual.into_dispatch(),
         inputs.frames.into_dispatch(),
         inputs.deltas.into_dispatch(),
         inputs.gate.into_dispatch(),
@@ -166,7 +183,7 @@ pub(crate) fn merge_split(
     );
     (
         Tensor::from_dispatch(weight),
-        Tensor::from_dispatch(companion),
+        Tensor::from_dispatch(residual),
         Tensor::from_dispatch(squares),
     )
 }
@@ -175,6 +192,34 @@ pub(crate) fn merge_split(
 /// [`HdPissaOps::hd_pissa_row_statistics`].
 pub(crate) fn row_statistics(x: Tensor<2>, split: usize) -> Tensor<2> {
     Tensor::from_dispatch(Dispatch::hd_pissa_row_statistics(x.into_dispatch(), split))
+}
+
+/// The elements of `f32` matrices, row by row, one matrix after the other: `[n]`.
+///
+/// # Panics
+///
+/// Without a matrix.
+pub(crate) fn join(parts: Vec<Tensor<2>>) -> Tensor<1> {
+    let device = parts[0].device();
+    let len = |part: &Tensor<2>| part.shape().num_elements();
+    if is_cpu(&device) {
+        let flat = |part: Tensor<2>| part.flatten(0, 1);
+        return Tensor::cat(parts.into_iter().map(flat).collect(), 0);
+    }
+    let total: usize = parts.iter().map(len).sum();
+    let mut joined = Tensor::<1>::empty([total], (&device, DType::F32)).into_dispatch();
+    let mut start = 0;
+    for parts in parts.chunks(8) {
+        let part = |index: usize| {
+            let part = parts.get(index).unwrap_or(&parts[0]);
+            part.clone().into_dispatch()
+        };
+        let [p0, p1, p2, p3, p4, p5, p6, p7] = std::array::from_fn(part);
+        let count = parts.len();
+        joined = Dispatch::hd_pissa_join(joined, start, count, p0, p1, p2, p3, p4, p5, p6, p7);
+        start += parts.iter().map(len).sum::<usize>();
+    }
+    Tensor::from_dispatch(joined)
 }
 
 /// The largest magnitude in a half-precision weight, `[1]`, `f32`.
@@ -205,6 +250,42 @@ pub(crate) fn identity(tensor: &Tensor<2>) -> Option<NodeId> {
         DispatchTensorKind::Cube(tensor) => Some(tensor.as_autodiff().id()),
         #[allow(unreachable_patterns)]
         _ => None,
+    }
+}
+
+/// Where the values of a tensor come from.
+pub(crate) enum Origin {
+    /// Memory that the tensor shares with its clones, also with those that have a node of their own in the
+    /// autodiff graph. It is held: nobody writes to it, and no other tensor gets it.
+    #[cfg(feature = "flex")]
+    Memory(burn_flex::FlexTensor),
+    /// A node, see [`identity`].
+    Node(Option<NodeId>),
+}
+
+impl Origin {
+    pub(crate) fn of(tensor: &Tensor<2>) -> Self {
+        let inner = match tensor.is_autodiff() {
+            true => tensor.clone().inner(),
+            false => tensor.clone(),
+        };
+        match inner.into_dispatch().kind {
+            #[cfg(feature = "flex")]
+            DispatchTensorKind::Flex(tensor) => Self::Memory(tensor.float()),
+            _ => Self::Node(identity(tensor)),
+        }
+    }
+
+    /// Whether the values are certainly the same.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        match (self, other) {
+            #[cfg(feature = "flex")]
+            (Self::Memory(x), Self::Memory(y)) => {
+                std::sync::Arc::ptr_eq(&x.data_arc(), &y.data_arc()) && x.layout() == y.layout()
+            }
+            (Self::Node(Some(x)), Self::Node(y)) => Some(*x) == *y,
+            _ => false,
+        }
     }
 }
 

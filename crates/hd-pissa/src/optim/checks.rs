@@ -6,13 +6,15 @@ use super::OptimizerError;
 use super::exchange::Deltas;
 use super::factors::Factors;
 use super::frames::Frames;
-use super::packed::RowStatistics;
-use super::range::Range;
+use super::range::Ranges;
+use super::statistics::Statistics;
+use crate::ops::join;
 
 /// Numbers that are all zero if a step may be merged.
 pub(super) struct Checks {
-    /// `[n]` each, in the order in which findings are reported.
-    numbers: Vec<Tensor<1>>,
+    /// In the order in which findings are reported, those of one subject after the other. A matrix
+    /// holds one number for each weight and shard.
+    numbers: Vec<Tensor<2>>,
     subjects: Vec<Subject>,
     /// Those after the frames were found to be stale say nothing.
     range_start: usize,
@@ -20,18 +22,18 @@ pub(super) struct Checks {
 
 /// What a tensor of numbers is about.
 enum Subject {
-    /// Bad values in the gradients of a weight's shards.
-    Gradient(usize),
+    /// Bad values in the gradients, weight by weight and shard by shard.
+    Gradients,
     /// Bad values in the mean gradient of a dense parameter.
     DenseGradient(String),
-    /// Bad values in the deltas of a weight's shards.
-    Update(usize),
+    /// Bad values in the deltas, weight by weight and shard by shard.
+    Updates,
     /// Bad values in a dense parameter after the step.
     DenseUpdate(String),
     /// Frames that workers know with other values.
     Frames,
-    /// 1 if a weight may leave the range of its dtype.
-    Range(usize),
+    /// For each weight 1 if it may leave the range of its dtype.
+    Ranges,
 }
 
 /// What the numbers say, and the sum of the squares of all updates.
@@ -53,50 +55,47 @@ impl Checks {
         deltas: &Deltas,
         dense_gradients: &DenseCounts,
         dense_values: &DenseCounts,
-        ranges: &[Range],
+        ranges: &Ranges,
     ) -> Self {
         let mut checks = Self {
             numbers: Vec::new(),
             subjects: Vec::new(),
             range_start: 0,
         };
-        for (weight, counts) in deltas.bad_gradients.iter().enumerate() {
-            checks.push(Subject::Gradient(weight), counts.clone());
+        for counts in &deltas.bad_gradients {
+            checks.push(Subject::Gradients, counts.clone());
         }
         for (path, count) in dense_gradients {
-            checks.push(Subject::DenseGradient(path.clone()), count.clone());
+            checks.push(
+                Subject::DenseGradient(path.clone()),
+                count.clone().unsqueeze(),
+            );
         }
-        let statistics: Vec<RowStatistics> = deltas
-            .packed
-            .iter()
-            .zip(&factors.weights)
-            .map(|(deltas, weight)| RowStatistics::of(deltas.clone(), weight.split()))
-            .collect();
-        for (weight, statistics) in statistics.iter().enumerate() {
-            checks.push(Subject::Update(weight), statistics.non_finite());
-        }
+        let statistics = Statistics::of(&deltas.packed, &factors.weights);
+        checks.push(Subject::Updates, statistics.non_finite());
         for (path, count) in dense_values {
-            checks.push(Subject::DenseUpdate(path.clone()), count.clone());
+            checks.push(
+                Subject::DenseUpdate(path.clone()),
+                count.clone().unsqueeze(),
+            );
         }
         for stale in &deltas.stale {
-            checks.push(Subject::Frames, stale.clone());
+            checks.push(Subject::Frames, stale.clone().unsqueeze());
         }
         checks.range_start = checks.subjects.len();
-        for (weight, (statistics, range)) in statistics.iter().zip(ranges).enumerate() {
-            let may_leave = range.may_be_left(frames.statistics(weight), statistics);
-            checks.push(Subject::Range(weight), may_leave);
-        }
+        let may_leave = ranges.may_be_left(frames.norms(), &statistics);
+        checks.push(Subject::Ranges, may_leave.unsqueeze());
         checks
     }
 
-    fn push(&mut self, subject: Subject, numbers: Tensor<1>) {
+    fn push(&mut self, subject: Subject, numbers: Tensor<2>) {
         self.subjects.push(subject);
         self.numbers.push(numbers);
     }
 
     /// Zero if and only if the step may be merged, `[1]`.
     pub(super) fn gate(&self) -> Tensor<1> {
-        Tensor::cat(self.numbers.clone(), 0).sum()
+        join(self.numbers.clone()).sum()
     }
 
     /// The step's one read-back. `squares` are those of each weight's update, `[1]`, and
@@ -107,32 +106,46 @@ impl Checks {
         squares: Vec<Tensor<1>>,
         squared_gradients: Option<Tensor<1>>,
     ) -> Result<Verdict, OptimizerError> {
-        let lengths: Vec<usize> = self.numbers.iter().map(|n| n.dims()[0]).collect();
+        let lengths = self.numbers.iter().map(|n| n.shape().num_elements());
+        let lengths: Vec<usize> = lengths.collect();
         let updates = squares.len();
-        let gradients = squared_gradients.into_iter().collect();
-        let all = Tensor::cat([self.numbers, squares, gradients].concat(), 0).into_data();
-        let all: Vec<f32> = all.iter::<f32>().collect();
+        let mut all = self.numbers;
+        all.extend(
+            squares
+                .into_iter()
+                .chain(squared_gradients)
+                .map(Tensor::unsqueeze),
+        );
+        let all: Vec<f32> = join(all).into_data().iter::<f32>().collect();
+        let shards = factors.num_shards;
         let mut stale = false;
         let mut start = 0;
+        // The first weight of the gradients that come next.
+        let mut first_weight = 0;
         for (position, (subject, len)) in self.subjects.into_iter().zip(lengths).enumerate() {
             if position == self.range_start && stale {
                 return Ok(Verdict::StaleFrames);
             }
             let numbers = &all[start..start + len];
             start += len;
-            let Some(shard) = numbers.iter().position(|&number| number != 0.0) else {
+            let first = first_weight;
+            if let Subject::Gradients = subject {
+                first_weight += len / shards;
+            }
+            let Some(position) = numbers.iter().position(|&number| number != 0.0) else {
                 continue;
             };
-            let count = numbers[shard] as usize;
-            let shard_path = |weight: usize| factors.shard_path(weight, shard);
+            let count = numbers[position] as usize;
+            let shard_path =
+                |first: usize| factors.shard_path(first + position / shards, position % shards);
             return Err(match subject {
-                Subject::Gradient(weight) => OptimizerError::NonFiniteGradient {
-                    path: shard_path(weight),
+                Subject::Gradients => OptimizerError::NonFiniteGradient {
+                    path: shard_path(first),
                     count,
                 },
                 Subject::DenseGradient(path) => OptimizerError::NonFiniteGradient { path, count },
-                Subject::Update(weight) => OptimizerError::NonFiniteUpdate {
-                    path: shard_path(weight),
+                Subject::Updates => OptimizerError::NonFiniteUpdate {
+                    path: shard_path(0),
                     count,
                 },
                 Subject::DenseUpdate(path) => OptimizerError::NonFiniteUpdate { path, count },
@@ -140,9 +153,9 @@ impl Checks {
                     stale = true;
                     continue;
                 }
-                Subject::Range(weight) => OptimizerError::UpdateOutOfRange {
-                    path: factors.weights[weight].path.clone(),
-                    dtype: factors.weights[weight].dtype,
+                Subject::Ranges => OptimizerError::UpdateOutOfRange {
+                    path: factors.weights[position].path.clone(),
+                    dtype: factors.weights[position].dtype,
                 },
             });
         }

@@ -1,38 +1,32 @@
 //! Gradient clipping by the global norm of each shard, or of all shards together.
 
-use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
 use hd_pissa_comm::Communicator;
 
 use super::OptimizerError;
-use super::factors::Factors;
 use super::layout::ShardLayout;
-use super::packed::{RowStatistics, sum_of};
+use super::statistics::Statistics;
 use crate::GradientMode;
 
-/// `2^80`, by which [`RowStatistics::scaled_squares`] divides.
+/// `2^80`, by which [`Statistics::scaled_squares`] divides.
 const SCALE: f64 = (1u128 << 80) as f64;
 
 /// Scales the factor gradients of each hosted shard to a norm of at most `max_norm` over all
 /// weights; over all weights and shards where these share gradients. Every worker then calls it at
 /// the same time.
 ///
-/// `statistics` are those of the gradients, for each weight. NaN and infinite values do not count, so
-/// that they stay where they are.
+/// `statistics` are those of the packed `gradients`, `[hosted shards, row_len]` for each weight. NaN
+/// and infinite values do not count, so that they stay where they are.
 pub(super) fn clip(
-    shards: &mut [GradientsParams],
-    factors: &Factors,
-    statistics: &[RowStatistics],
+    gradients: Vec<Tensor<2>>,
+    statistics: &Statistics,
     max_norm: f64,
+    mode: GradientMode,
     layout: &ShardLayout,
     communicator: &dyn Communicator,
-) -> Result<(), OptimizerError> {
-    let sum = |of| sum_of(statistics, of);
-    let sums = [
-        sum(RowStatistics::squares),
-        sum(RowStatistics::scaled_squares),
-    ];
-    let [squares, scaled_squares] = match factors.gradients {
+) -> Result<Vec<Tensor<2>>, OptimizerError> {
+    let sums = [statistics.squares(), statistics.scaled_squares()];
+    let [squares, scaled_squares] = match mode {
         GradientMode::PerShard => sums,
         GradientMode::Shared => sum_over_shards(sums, layout, communicator)?,
     };
@@ -45,19 +39,12 @@ pub(super) fn clip(
     let second = ((squares.sqrt() + 1e-6).recip() * max_norm).clamp_max(1.0);
     let huge = (scaled_norm.recip() * max_norm).clamp_max(SCALE);
     let second = second.mask_where(is_huge, huge);
-    for (position, gradients) in shards.iter_mut().enumerate() {
-        let of_shard = |factor: &Tensor<1>| factor.clone().narrow(0, position, 1).unsqueeze::<2>();
-        let (first, second) = (of_shard(&first), of_shard(&second));
-        for weight in &factors.weights {
-            let shard = &weight.shards[position];
-            for id in [shard.a.id, shard.b.id] {
-                if let Some(gradient) = gradients.remove::<2>(id) {
-                    gradients.register(id, gradient * first.clone() * second.clone());
-                }
-            }
-        }
-    }
-    Ok(())
+    let by_row = |factor: Tensor<1>| factor.unsqueeze_dim::<2>(1);
+    let (first, second) = (by_row(first), by_row(second));
+    let clipped = gradients
+        .into_iter()
+        .map(|gradient| gradient * first.clone() * second.clone());
+    Ok(clipped.collect())
 }
 
 /// The sums over the shards of all workers, repeated for each of the hosted shards: `[hosted]` before

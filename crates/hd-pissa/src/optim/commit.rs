@@ -1,80 +1,59 @@
-//! The two ends of a step: factors replaced by zeros, and updates merged with the frames put back.
+//! The end of a step: updates merged into the weights.
 
 use std::collections::HashMap;
 
-use burn::module::{Module, ModuleMapper, Param, ParamId};
+use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Int, Tensor};
 
-use super::factors::{Factor, Factors, WeightFactors};
-use crate::adapter::path::{PathTracker, Place, track_path};
+use super::factors::{Factors, WeightFactors};
 use crate::ops::{self, MergeInputs};
+use crate::path::{PathTracker, Place, track_path};
 use crate::settings::Settings;
 
-/// The companions of half-precision weights, by the weight's path.
-pub(super) type Companions = HashMap<String, Tensor<2, Int>>;
+/// The residual bits of half-precision weights, by the weight's path.
+pub(super) type Residuals = HashMap<String, Tensor<2, Int>>;
 
-/// Replaces the factors of every hosted shard by zeros, so that an optimizer step leaves exactly its
-/// delta there, and takes the companions out.
-pub(super) struct ZeroFactors<'a> {
-    path: PathTracker,
-    /// Others keep their values, since no gradient of theirs reaches the inner optimizer.
-    hosted: &'a [usize],
-    companions: Companions,
-}
-
-impl<'a> ZeroFactors<'a> {
-    pub(super) fn apply<M: Module>(model: M, hosted: &'a [usize]) -> (M, Companions) {
-        let mut mapper = Self {
-            path: PathTracker::default(),
-            hosted,
-            companions: Companions::new(),
-        };
-        let model = model.map(&mut mapper);
-        (model, mapper.companions)
+/// Takes the residual bits out of a model: a traversal comes to a weight before its residual bits, and the
+/// merge writes both in place.
+pub(super) fn take_residuals<M: Module>(model: M) -> (M, Residuals) {
+    #[derive(Default)]
+    struct Take {
+        path: PathTracker,
+        residuals: Residuals,
     }
-}
 
-impl ModuleMapper for ZeroFactors<'_> {
-    track_path!(path);
+    impl ModuleMapper for Take {
+        track_path!(path);
 
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        match self.path.place() {
-            Place::Shard {
-                name,
-                side: Some(_),
-                ..
-            } if self.hosted.contains(&name.index) => {
-                let (id, value, mapper) = param.consume();
-                let zeros = value.clone().inner().zeros_like();
-                let zeros = Settings::of(id, &value).restore(zeros);
-                Param::from_mapped_value(id, zeros, mapper)
+        fn map_int<const D: usize>(
+            &mut self,
+            param: Param<Tensor<D, Int>>,
+        ) -> Param<Tensor<D, Int>> {
+            match self.path.place() {
+                Place::Residual { weight } => {
+                    let (id, value, mapper) = param.consume();
+                    // In its place something that holds no memory of the weight's size.
+                    let placeholder = Tensor::zeros([1; D], (&value.device(), value.dtype()));
+                    let value = Tensor::from_dispatch(value.into_dispatch());
+                    self.residuals.insert(weight, value);
+                    Param::from_mapped_value(id, placeholder, mapper)
+                }
+                _ => param,
             }
-            _ => param,
         }
     }
 
-    fn map_int<const D: usize>(&mut self, param: Param<Tensor<D, Int>>) -> Param<Tensor<D, Int>> {
-        match self.path.place() {
-            Place::Companion { weight } => {
-                let (id, value, mapper) = param.consume();
-                // In its place something that holds no memory of the weight's size.
-                let placeholder = Tensor::zeros([1; D], (&value.device(), value.dtype()));
-                let value = Tensor::from_dispatch(value.into_dispatch());
-                self.companions.insert(weight, value);
-                Param::from_mapped_value(id, placeholder, mapper)
-            }
-            _ => param,
-        }
-    }
+    let mut take = Take::default();
+    let model = model.map(&mut take);
+    (model, take.residuals)
 }
 
-/// Puts the frames back and merges the updates into the weights and their companions.
+/// Merges the updates into the weights and their residual bits.
 pub(super) struct Commit<'a, F> {
     path: PathTracker,
-    frames: HashMap<ParamId, Tensor<2>>,
     /// The adapted weights with their positions.
     weights: HashMap<&'a str, (usize, &'a WeightFactors)>,
-    companions: Companions,
+    residuals: Residuals,
     step: u64,
     inputs: F,
     squares: Vec<Tensor<1>>,
@@ -89,19 +68,17 @@ impl<'a, F: Fn(usize) -> MergeInputs> Commit<'a, F> {
     pub(super) fn apply<M: Module>(
         model: M,
         factors: &'a Factors,
-        companions: Companions,
+        residuals: Residuals,
         step: u64,
         inputs: F,
     ) -> (M, Vec<Tensor<1>>) {
-        let frame = |factor: &Factor| (factor.id, factor.value.clone());
         let weights = factors.weights.iter().enumerate();
         let mut mapper = Self {
             path: PathTracker::default(),
-            frames: factors.iter().map(|(_, _, _, f)| frame(f)).collect(),
             weights: weights
                 .map(|(position, weight)| (weight.path.as_str(), (position, weight)))
                 .collect(),
-            companions,
+            residuals,
             step,
             inputs,
             squares: Vec::with_capacity(factors.weights.len()),
@@ -116,14 +93,6 @@ impl<F: Fn(usize) -> MergeInputs> ModuleMapper for Commit<'_, F> {
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         match self.path.place() {
-            Place::Shard { side: Some(_), .. } => match self.frames.remove(&param.id) {
-                Some(frame) => {
-                    let (id, _, mapper) = param.consume();
-                    let frame = Tensor::from_dispatch(frame.into_dispatch());
-                    Param::from_mapped_value(id, frame, mapper)
-                }
-                None => param,
-            },
             Place::Other(path) => match self.weights.get(path.as_str()) {
                 Some(&(position, weight)) => {
                     let (id, value, mapper) = param.consume();
@@ -131,12 +100,12 @@ impl<F: Fn(usize) -> MergeInputs> ModuleMapper for Commit<'_, F> {
                     let settings = Settings::of(id, &value);
                     let value = Tensor::<2>::from_dispatch(value.inner().into_dispatch());
                     let inputs = (self.inputs)(position);
-                    let (merged, squares) = match self.companions.remove(&path) {
-                        Some(companion) => {
-                            let (merged, companion, squares) =
-                                ops::merge_split(value, companion, inputs);
-                            // A traversal comes to the companion after the weight.
-                            self.companions.insert(path, companion);
+                    let (merged, squares) = match self.residuals.remove(&path) {
+                        Some(residual) => {
+                            let (merged, residual, squares) =
+                                ops::merge_compensated(value, residual, inputs);
+                            // A traversal comes to the residual bits after the weight.
+                            self.residuals.insert(path, residual);
                             (merged, squares)
                         }
                         None => ops::merge_rounded(value, inputs, weight.rounding(self.step)),
@@ -152,15 +121,15 @@ impl<F: Fn(usize) -> MergeInputs> ModuleMapper for Commit<'_, F> {
     }
 
     fn map_int<const D: usize>(&mut self, param: Param<Tensor<D, Int>>) -> Param<Tensor<D, Int>> {
-        let companion = match self.path.place() {
-            Place::Companion { weight } => self.companions.remove(&weight),
+        let residual = match self.path.place() {
+            Place::Residual { weight } => self.residuals.remove(&weight),
             _ => None,
         };
-        match companion {
-            Some(companion) => {
+        match residual {
+            Some(residual) => {
                 let (id, _, mapper) = param.consume();
-                let companion = Tensor::from_dispatch(companion.into_dispatch());
-                Param::from_mapped_value(id, companion, mapper)
+                let residual = Tensor::from_dispatch(residual.into_dispatch());
+                Param::from_mapped_value(id, residual, mapper)
             }
             None => param,
         }

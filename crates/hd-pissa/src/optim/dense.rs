@@ -10,8 +10,8 @@ use hd_pissa_comm::Communicator;
 
 use super::OptimizerError;
 use super::layout::ShardLayout;
-use super::packed::RowStatistics;
-use crate::adapter::path::{PathTracker, Place, track_path};
+use crate::ops::row_statistics;
+use crate::path::{PathTracker, Place, track_path};
 
 /// The mean gradients, and for each parameter its path and its number of bad values.
 #[derive(Default)]
@@ -139,7 +139,7 @@ impl ModuleVisitor for Unflatten {
 fn non_finite<const D: usize>(values: Tensor<D>) -> Tensor<1> {
     let len = values.shape().num_elements();
     let row = values.reshape([1, len]).cast(DType::F32);
-    RowStatistics::of(row, len).non_finite()
+    row_statistics(row, len).narrow(1, 0, 1).flatten(0, 1)
 }
 
 /// For each dense parameter its path and the number of its values that are NaN or infinite, `[1]`.

@@ -1,13 +1,14 @@
 //! Why a step, a record or an optimizer is refused.
 
 use std::fmt::{self, Debug, Display, Formatter};
+use std::path::{Path, PathBuf};
 
 use burn::store::RecordError;
 use burn::tensor::DType;
 use hd_pissa_comm::CommError;
 
-use super::WireDtype;
 use crate::GradientMode;
+use crate::cause::Cause;
 
 /// Why the optimizer refused to be built, to step or to load.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -28,7 +29,7 @@ pub enum OptimizerError {
     /// The inner optimizer clips gradients tensor by tensor.
     #[error(
         "the inner optimizer clips each tensor's gradient on its own; build it without clipping \
-         and use HdPissaOptimizer::with_max_grad_norm, which clips by the global norm of a shard"
+         and use HdPissaOptimizerConfig::max_grad_norm, which clips by the global norm of a shard"
     )]
     ClipsPerTensor,
     /// The model has no HD-PiSSA adapter.
@@ -183,10 +184,12 @@ pub enum OptimizerError {
         dtype: DType,
     },
     /// The device cannot hold deltas as they are to travel.
-    #[error("{device} has no {wire}, in which deltas are to travel; use WireDtype::F32")]
-    UnsupportedWireDtype {
+    #[error(
+        "{device} has no {dtype:?}, in which deltas are to travel; use CommunicationDtype::F32"
+    )]
+    UnsupportedCommunicationDtype {
         /// The precision asked for.
-        wire: WireDtype,
+        dtype: DType,
         /// The device, as Burn prints it.
         device: String,
     },
@@ -210,15 +213,13 @@ pub enum OptimizerError {
         given: String,
     },
     /// Workers disagree about the run.
-    #[error("worker {worker} has {setting} {theirs}, this worker has {ours}")]
+    #[error("worker {worker} has {theirs}, this worker {ours}")]
     WorkerMismatch {
         /// Index of the other worker.
         worker: usize,
-        /// What differs.
-        setting: &'static str,
-        /// This worker's value.
+        /// The first thing that differs, as this worker has it.
         ours: String,
-        /// The other worker's value.
+        /// The same as the other worker has it.
         theirs: String,
     },
     /// The copies of a parameter on two workers have come to differ.
@@ -250,6 +251,9 @@ pub enum OptimizerError {
     InvalidRecord {
         /// What is wrong with it.
         reason: String,
+        /// The error that says so, if it is one of Burn's.
+        #[source]
+        source: Option<Cause>,
     },
     /// A record was written by a version of this crate with another format.
     #[error(
@@ -262,19 +266,45 @@ pub enum OptimizerError {
         supported: u64,
     },
     /// Reading or writing a record failed.
-    #[error("optimizer record `{path}`: {reason}")]
+    #[error("optimizer record `{}`: {source}", path.display())]
     Io {
         /// The file.
-        path: String,
-        /// What failed.
-        reason: String,
+        path: PathBuf,
+        /// What the system said.
+        source: Cause,
     },
+}
+
+impl OptimizerError {
+    pub(super) fn invalid_record(reason: impl Into<String>) -> Self {
+        Self::InvalidRecord {
+            reason: reason.into(),
+            source: None,
+        }
+    }
+
+    pub(super) fn io(path: &Path, error: std::io::Error) -> Self {
+        Self::Io {
+            path: path.into(),
+            source: error.into(),
+        }
+    }
 }
 
 impl From<RecordError> for OptimizerError {
     fn from(error: RecordError) -> Self {
         Self::InvalidRecord {
             reason: error.to_string(),
+            source: Some(error.into()),
+        }
+    }
+}
+
+impl From<burn_pack::Error> for OptimizerError {
+    fn from(error: burn_pack::Error) -> Self {
+        Self::InvalidRecord {
+            reason: error.to_string(),
+            source: Some(error.into()),
         }
     }
 }

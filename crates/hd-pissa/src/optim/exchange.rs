@@ -7,14 +7,15 @@ use hd_pissa_comm::{Communicator, PendingGather};
 
 use super::factors::{Factors, WeightFactors};
 use super::layout::ShardLayout;
-use super::{OptimizerError, WireDtype};
+use super::{CommunicationDtype, OptimizerError};
+use crate::ops::join;
 
 /// What a worker says of some weights in a step.
 pub(super) struct OwnDeltas {
     /// `[hosted shards, row_len]` for each weight, rounded as they travel.
     pub(super) packed: Vec<Tensor<2>>,
-    /// The number of NaN and infinite values in the gradients of each weight, `[hosted shards]`.
-    pub(super) bad_gradients: Vec<Tensor<1>>,
+    /// The number of NaN and infinite values in the gradients, `[weights, hosted shards]`.
+    pub(super) bad_gradients: Tensor<2>,
     /// [`Frames::are_stale`](super::frames::Frames::are_stale), `[1]`.
     pub(super) stale: Tensor<1>,
 }
@@ -24,8 +25,8 @@ pub(super) struct OwnDeltas {
 pub(super) struct Deltas {
     /// `[shards, row_len]` for each weight.
     pub(super) packed: Vec<Tensor<2>>,
-    /// `[shards]` for each weight.
-    pub(super) bad_gradients: Vec<Tensor<1>>,
+    /// `[weights, shards]` for each group of weights.
+    pub(super) bad_gradients: Vec<Tensor<2>>,
     /// Zero if no worker's frames are stale, `[n]` each.
     pub(super) stale: Vec<Tensor<1>>,
 }
@@ -45,7 +46,7 @@ impl<'a> PendingDeltas<'a> {
     pub(super) fn start(
         own: OwnDeltas,
         weights: Range<usize>,
-        wire: WireDtype,
+        dtype: CommunicationDtype,
         communicator: &'a dyn Communicator,
     ) -> Result<Self, OptimizerError> {
         if communicator.num_workers() == 1 {
@@ -53,15 +54,11 @@ impl<'a> PendingDeltas<'a> {
         }
         let OwnDeltas {
             packed,
-            mut bad_gradients,
+            bad_gradients,
             stale,
         } = own;
-        let packed = packed.into_iter().map(|packed| packed.flatten(0, 1));
-        bad_gradients.push(stale);
-        let buffer = wire.encode(
-            Tensor::cat(packed.collect(), 0),
-            Tensor::cat(bad_gradients, 0),
-        );
+        let counts = join(vec![bad_gradients, stale.unsqueeze()]);
+        let buffer = dtype.encode(join(packed), counts);
         Ok(Self::UnderWay {
             gather: communicator.start_all_gather(buffer)?,
             weights,
@@ -75,19 +72,19 @@ impl Deltas {
         groups: Vec<PendingDeltas>,
         factors: &Factors,
         layout: &ShardLayout,
-        wire: WireDtype,
+        dtype: CommunicationDtype,
     ) -> Result<Self, OptimizerError> {
         let mut all = Self::default();
         for group in groups {
             match group {
                 PendingDeltas::Here(own) => {
                     all.packed.extend(own.packed);
-                    all.bad_gradients.extend(own.bad_gradients);
+                    all.bad_gradients.push(own.bad_gradients);
                     all.stale.push(own.stale);
                 }
                 PendingDeltas::UnderWay { gather, weights } => {
                     let weights = &factors.weights[weights];
-                    all.push(gather.wait()?, weights, factors.hosted.len(), layout, wire);
+                    all.push(gather.wait()?, weights, factors.hosted.len(), layout, dtype);
                 }
             }
         }
@@ -105,19 +102,20 @@ impl Deltas {
         weights: &[WeightFactors],
         hosted: usize,
         layout: &ShardLayout,
-        wire: WireDtype,
+        dtype: CommunicationDtype,
     ) {
         let values: usize = weights.iter().map(WeightFactors::row_len).sum::<usize>() * hosted;
         let counts = weights.len() * hosted + 1;
-        let len = values + counts * wire.count_len();
+        let len = values + counts * dtype.count_len();
         let workers = gathered.dims()[0] / len;
-        let (deltas, counts) = wire.decode(gathered.reshape([workers, len]), counts);
+        let (deltas, counts) = dtype.decode(gathered.reshape([workers, len]), counts);
         self.packed.extend(layout.by_weight(deltas, weights));
-        for weight in 0..weights.len() {
-            let of_weight = counts.clone().narrow(1, weight * hosted, hosted);
-            let of_weight = layout.sorted(of_weight.reshape([workers * hosted, 1]));
-            self.bad_gradients.push(of_weight.flatten(0, 1));
-        }
+        let bad_gradients = counts.clone().narrow(1, 0, weights.len() * hosted);
+        let bad_gradients = bad_gradients.reshape([workers, weights.len(), hosted]);
+        let by_shard = bad_gradients
+            .swap_dims(1, 2)
+            .reshape([workers * hosted, weights.len()]);
+        self.bad_gradients.push(layout.sorted(by_shard).transpose());
         let stale = counts.narrow(1, weights.len() * hosted, 1);
         self.stale.push(stale.flatten(0, 1));
     }

@@ -8,12 +8,10 @@ use burn_autodiff::NodeId;
 use hd_pissa_comm::Communicator;
 
 use super::OptimizerError;
-use super::packed::pack;
 use crate::GradientMode;
-use crate::adapter::path::{PathTracker, Place, ShardName, Side, hash};
 use crate::hosting::hosted_shards;
 use crate::ops::{Rounding, StochasticKey, identity};
-use crate::windows::FrameChoice;
+use crate::path::{PathTracker, Place, ShardName, Side, hash};
 
 /// A factor as a traversal finds it.
 #[derive(Clone, Debug)]
@@ -32,7 +30,7 @@ pub(super) struct ShardFactors {
 }
 
 impl ShardFactors {
-    fn parts(&self) -> [(Side, &Factor); 2] {
+    pub(super) fn parts(&self) -> [(Side, &Factor); 2] {
         [(Side::A, &self.a), (Side::B, &self.b)]
     }
 }
@@ -74,22 +72,12 @@ impl WeightFactors {
         self.rank() * (self.d_input() + self.d_output())
     }
 
-    /// The factors of the hosted shards, packed: `[hosted shards, row_len]`, without autodiff.
-    pub(super) fn packed(&self) -> Tensor<2> {
-        packed(&self.shards)
-    }
-
-    /// The factors that the model has, packed: `[known shards, row_len]`, without autodiff.
-    pub(super) fn known_packed(&self) -> Tensor<2> {
-        packed(&self.known)
-    }
-
     /// Path of a factor.
     pub(super) fn factor_path(&self, shard: ShardName, side: Side) -> String {
         format!("{}.{}", shard.path(&self.path), side.name())
     }
 
-    /// How optimizer step `step` is rounded to the weight, where no companion takes the rest.
+    /// How optimizer step `step` is rounded to the weight, where no residual bits take the rest.
     pub(super) fn rounding(&self, step: u64) -> Rounding {
         match self.rounding_seed {
             None => Rounding::Nearest,
@@ -110,28 +98,21 @@ impl WeightFactors {
     }
 }
 
-fn packed(shards: &[ShardFactors]) -> Tensor<2> {
-    pack(shards.iter().map(|shard| {
-        let value = |factor: &Factor| factor.value.clone().inner();
-        (value(&shard.a), value(&shard.b))
-    }))
-}
-
 /// All factors of a model, in traversal order of the weights.
 #[derive(Clone, Debug)]
-pub(super) struct Factors {
+pub(crate) struct Factors {
     pub(super) weights: Vec<WeightFactors>,
     /// The shards that this worker hosts, the same for every weight.
-    pub(super) hosted: Vec<usize>,
+    pub(crate) hosted: Vec<usize>,
     /// Number of shards over all workers.
-    pub(super) num_shards: usize,
+    pub(crate) num_shards: usize,
     /// Which gradients the shards learn from, the same for every weight.
-    pub(super) gradients: GradientMode,
+    pub(crate) gradients: GradientMode,
 }
 
 impl Factors {
     /// Those of `model`, on the worker of `communicator`.
-    pub(super) fn of<M: Module>(
+    pub(crate) fn of<M: Module>(
         model: &M,
         communicator: &dyn Communicator,
     ) -> Result<Self, OptimizerError> {
@@ -189,25 +170,25 @@ impl Factors {
         })
     }
 
-    /// A hash of what is adapted and how: paths, shapes, dtypes, ranks, rounding, frames and
-    /// gradients. Equal on every worker of a run.
-    pub(super) fn structure(&self) -> u64 {
-        let weights = self.weights.iter().map(|w| {
-            let (path, dtype, rank, seed) = (&w.path, w.dtype, w.rank(), w.rounding_seed);
+    /// What is adapted and how, in lines. The same on every worker of a run.
+    pub(super) fn structure(&self) -> String {
+        let weights = self.weights.iter().map(|weight| {
+            let (path, dtype, rank) = (&weight.path, weight.dtype, weight.rank());
+            let shape = [weight.d_input(), weight.d_output()];
+            let name = weight.name();
+            let (windows, frame_scale) = (name.frames.windows, name.frames.scale);
+            let (gradients, seed) = (name.gradients, weight.rounding_seed);
             format!(
-                "{path} {}x{} {dtype:?} {rank} {seed:?} {} {:?}\n",
-                w.d_input(),
-                w.d_output(),
-                w.name().frames,
-                w.name().gradients
+                "`{path}` of shape {shape:?} and dtype {dtype:?} with rank {rank}\n\
+                 windows {windows:?} of `{path}`\nframe_scale {frame_scale:?} of `{path}`\n\
+                 {gradients:?} gradients of `{path}`\nrounding seed {seed:?} of `{path}`\n"
             )
         });
-        hash(&weights.collect::<String>())
-    }
-
-    /// The frames of the first weight.
-    pub(super) fn frames(&self) -> FrameChoice {
-        self.weights[0].name().frames
+        let known = match self.knows_all() {
+            true => "all shards",
+            false => "the hosted shards alone",
+        };
+        format!("factors of {known}\n{}", weights.collect::<String>())
     }
 
     /// Path of a shard of the weight at position `weight`, hosted here or elsewhere.
@@ -229,8 +210,17 @@ impl Factors {
     }
 
     /// Whether the model has the factors of every shard, as it does where they share gradients.
-    pub(super) fn knows_all(&self) -> bool {
+    pub(crate) fn knows_all(&self) -> bool {
         self.weights[0].known.len() == self.num_shards
+    }
+
+    /// By the id of its parameter the shard of each factor that the model has.
+    #[cfg(feature = "learner")]
+    pub(crate) fn shard_of(&self) -> std::collections::HashMap<u64, usize> {
+        let known = self.known();
+        known
+            .map(|(_, shard, _, factor)| (factor.id.val(), shard.index))
+            .collect()
     }
 
     /// The device of the factors, without autodiff.
@@ -361,6 +351,7 @@ impl ModuleVisitor for Collector {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::windows::FrameChoice;
 
     #[test]
     fn groups_are_of_about_the_same_size() {

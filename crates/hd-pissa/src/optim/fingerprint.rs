@@ -6,8 +6,8 @@ use hd_pissa_comm::{Communicator, gather_integers};
 
 use super::OptimizerError;
 use super::factors::Factors;
-use crate::adapter::path::{PathTracker, Place, hash, track_path};
 use crate::ops;
+use crate::path::{PathTracker, Place, hash, track_path};
 
 /// Fingerprints by path, on their device until they are read.
 #[derive(Default)]
@@ -18,7 +18,7 @@ pub(super) struct Fingerprints {
 }
 
 impl Fingerprints {
-    /// Of every float parameter outside the factors, and of every companion.
+    /// Of every float parameter outside the factors, and of all residual bits.
     pub(super) fn of_all<M: Module>(model: &M) -> Self {
         collect(model, |_, _| true)
     }
@@ -133,7 +133,7 @@ impl<F: Fn(&str, bool) -> bool> ModuleVisitor for Collector<F> {
     }
 
     fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
-        if let Place::Companion { .. } = self.path.place() {
+        if let Place::Residual { .. } = self.path.place() {
             let value = Tensor::<2, Int>::from_dispatch(param.val().into_dispatch());
             self.found
                 .push(self.path.path(), ops::fingerprint_int(value));

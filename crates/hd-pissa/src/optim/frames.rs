@@ -8,13 +8,16 @@ use super::OptimizerError;
 use super::factors::Factors;
 use super::fingerprint::Fingerprints;
 use super::layout::ShardLayout;
-use super::packed::RowStatistics;
+use super::packed::pack_values;
+use super::statistics::Statistics;
+use crate::ops::join;
 
 /// The frames of every weight, as its merges read them.
 pub(super) struct Frames {
     /// `[shards, row_len]` for each weight, rows by the index of the shard.
     packed: Vec<Tensor<2>>,
-    statistics: Vec<RowStatistics>,
+    /// [`Statistics::norms`]
+    norms: (Tensor<1>, Tensor<1>),
     /// The tensors of the model's factors that they were made from.
     source: Option<Vec<NodeId>>,
     /// With several workers: fingerprints of this worker's frames, `[2 · weights]`.
@@ -33,7 +36,7 @@ impl Frames {
         layout: &ShardLayout,
         communicator: &dyn Communicator,
     ) -> Result<Self, OptimizerError> {
-        let own: Vec<Tensor<2>> = factors.weights.iter().map(|w| w.known_packed()).collect();
+        let own = known(factors);
         let workers = communicator.num_workers();
         let fingerprints = (workers > 1).then(|| Fingerprints::of_frames(factors, &own));
         let words = fingerprints.as_ref().map(Fingerprints::words);
@@ -44,15 +47,12 @@ impl Frames {
         let packed = if workers == 1 || knows_all {
             own
         } else {
-            let own = own.into_iter().map(|packed| packed.flatten(0, 1)).collect();
-            let gathered = communicator.all_gather(Tensor::cat(own, 0))?;
+            let gathered = communicator.all_gather(join(own))?;
             let len = gathered.dims()[0] / workers;
             layout.by_weight(gathered.reshape([workers, len]), &factors.weights)
         };
-        let statistics = packed.iter().zip(&factors.weights);
-        let statistics = statistics.map(|(packed, w)| RowStatistics::of(packed.clone(), w.split()));
         Ok(Self {
-            statistics: statistics.collect(),
+            norms: Statistics::of(&packed, &factors.weights).norms(),
             packed,
             source: factors.identity(),
             own: words,
@@ -69,8 +69,7 @@ impl Frames {
     pub(super) fn are_stale(&self, factors: &Factors) -> Tensor<1> {
         match &self.own {
             Some(own) if !self.are_of(factors) => {
-                let now: Vec<_> = factors.weights.iter().map(|w| w.known_packed()).collect();
-                let now = Fingerprints::of_frames(factors, &now).words();
+                let now = Fingerprints::of_frames(factors, &known(factors)).words();
                 let differ = now.not_equal(own.clone()).float().cast(DType::F32);
                 differ.sum()
             }
@@ -88,12 +87,19 @@ impl Frames {
         self.packed[weight].clone()
     }
 
-    pub(super) fn statistics(&self, weight: usize) -> &RowStatistics {
-        &self.statistics[weight]
+    /// Of each weight the norms of all `a` and of all `b`, `[weights]` each.
+    pub(super) fn norms(&self) -> (Tensor<1>, Tensor<1>) {
+        self.norms.clone()
     }
 
     /// The frames of all weights, for the comparison of workers.
     pub(super) fn all(&self) -> &[Tensor<2>] {
         &self.packed
     }
+}
+
+/// The packed frames that the model has, of each weight.
+fn known(factors: &Factors) -> Vec<Tensor<2>> {
+    let weights = factors.weights.iter();
+    weights.map(|weight| pack_values(&weight.known)).collect()
 }

@@ -1,13 +1,14 @@
 //! The gradients of a step, shard by shard.
 
 use std::collections::BTreeMap;
+use std::fmt::{self, Debug, Formatter};
 
 use burn::module::Module;
 use burn::optim::GradientsParams;
 
 use super::OptimizerError;
 use super::factors::Factors;
-use super::shared::SharedGradients;
+use super::shared_gradients::SharedGradients;
 use super::slots::Slots;
 use crate::GradientMode;
 
@@ -20,17 +21,17 @@ use crate::GradientMode;
 /// # use burn::nn::{Linear, LinearConfig};
 /// # use burn::optim::{AdamConfig, GradientsParams};
 /// # use burn::tensor::{Device, Distribution, Tensor};
-/// # use hd_pissa::{HdPissaConfig, HdPissaModule, HdPissaOptimizer, ShardGradients, comm::Solo};
+/// # use hd_pissa::{HdPissaConfig, HdPissaModule, HdPissaOptimizerConfig, ShardGradients, comm::Solo};
 /// # let device = Device::flex().autodiff();
 /// # let config = HdPissaConfig::new().with_rank(2).with_shards(2);
 /// # let mut model = LinearConfig::new(8, 8).init(&device).apply_hd_pissa(&config, 0..2).unwrap();
-/// # let mut optim = HdPissaOptimizer::new(AdamConfig::new().init(), Solo).unwrap();
+/// # let mut optim = HdPissaOptimizerConfig::new().init(AdamConfig::new().init(), Solo).unwrap();
 /// # let batch = |_shard: usize, _micro_batch: usize| {
 /// #     Tensor::<2>::random([4, 8], Distribution::Default, &device)
 /// # };
 /// let mut gradients = ShardGradients::new(&model);
 /// for shard in 0..2 {
-///     model = model.select_shard(shard);
+///     model = model.select_shard(shard).unwrap();
 ///     for micro_batch in 0..3 {
 ///         let loss = model.forward(batch(shard, micro_batch)).square().mean();
 ///         gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
@@ -109,6 +110,15 @@ impl ShardGradients {
     }
 }
 
+impl Debug for ShardGradients {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let shards = self.shards.iter();
+        let micro_batches = shards.map(|(shard, sum)| (shard, sum.micro_batches));
+        f.write_str("ShardGradients: micro-batches by shard ")?;
+        f.debug_map().entries(micro_batches).finish()
+    }
+}
+
 /// The gradients that a step takes: of one micro-batch ([`GradientsParams`]), or of several
 /// ([`ShardGradients`] or [`SharedGradients`], by the model's
 /// [`GradientMode`](crate::GradientMode)).
@@ -119,6 +129,18 @@ enum Source {
     One(GradientsParams),
     PerShard(ShardGradients),
     Shared(SharedGradients),
+}
+
+impl Debug for StepGradients {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let mut debug = f.debug_tuple("StepGradients");
+        match &self.0 {
+            Source::One(gradients) => debug.field(&format_args!("{} tensors", gradients.len())),
+            Source::PerShard(gradients) => debug.field(gradients),
+            Source::Shared(gradients) => debug.field(gradients),
+        };
+        debug.finish()
+    }
 }
 
 /// Gradients that fit a model.

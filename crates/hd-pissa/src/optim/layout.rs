@@ -1,11 +1,10 @@
 //! Who hosts which shard, agreed on by all workers.
 
-use burn::tensor::Tensor;
-use hd_pissa_comm::{Communicator, gather_integers};
+use burn::tensor::{DType, Int, Tensor};
+use hd_pissa_comm::{Communicator, Disagreement, agree, gather_integers};
 
 use super::factors::{Factors, WeightFactors};
-use super::{OptimizerError, WireDtype};
-use crate::GradientMode;
+use super::{CommunicationDtype, OptimizerError};
 
 /// The shards of all workers.
 #[derive(Clone, Debug)]
@@ -13,75 +12,41 @@ pub(super) struct ShardLayout {
     /// The hosted shards of all workers, worker by worker.
     order: Vec<usize>,
     /// What it holds for: [`Factors::structure`] and the shards of this worker.
-    structure: (u64, Vec<usize>),
+    structure: (String, Vec<usize>),
 }
 
 /// What workers must have in common besides their adapters.
 pub(super) struct RunSettings {
-    pub(super) wire: WireDtype,
-    pub(super) gathers: usize,
+    pub(super) communication_dtype: CommunicationDtype,
+    pub(super) buckets: usize,
 }
 
 impl ShardLayout {
-    /// Compares the workers' layouts and settings.
+    /// Compares what the workers are about to do, and learns who hosts which shard.
     pub(super) fn agree(
         factors: &Factors,
         settings: RunSettings,
         communicator: &dyn Communicator,
         model_hash: impl FnOnce() -> u64,
     ) -> Result<Self, OptimizerError> {
-        let RunSettings { wire, gathers } = settings;
-        wire.check(&factors.device())?;
+        let RunSettings {
+            communication_dtype,
+            buckets,
+        } = settings;
+        communication_dtype.check(&factors.device())?;
+        let structure = factors.structure();
         let order = if communicator.num_workers() == 1 {
             factors.hosted.clone()
         } else {
-            let [windows, seed, scale] = factors.frames().numbers();
-            let settings = [
-                (
-                    "the version of hd-pissa, major · 10⁶ + minor · 10³ + patch,",
-                    version(),
-                ),
-                ("the number of shards", factors.num_shards as u64),
-                ("the number of hosted shards", factors.hosted.len() as u64),
-                (
-                    "factors of all shards, 0 no, 1 yes:",
-                    u64::from(factors.knows_all()),
-                ),
-                (
-                    "the number of adapted weights",
-                    factors.weights.len() as u64,
-                ),
-                windows,
-                seed,
-                scale,
-                (
-                    "gradients, 0 PerShard, 1 Shared:",
-                    match factors.gradients {
-                        GradientMode::PerShard => 0,
-                        GradientMode::Shared => 1,
-                    },
-                ),
-                (
-                    "a fingerprint of paths, shapes, dtypes, ranks, rounding, frames and gradients",
-                    factors.structure(),
-                ),
-                ("a fingerprint of the model's parameters", model_hash()),
-                ("the number of bits of a delta on the wire", wire.bits()),
-                ("the number of gathers per step", gathers as u64),
-            ];
-            let own = settings.map(|(_, value)| value);
-            for (worker, theirs) in gather_integers(communicator, &own)?.into_iter().enumerate() {
-                for (&(setting, ours), theirs) in settings.iter().zip(theirs) {
-                    if theirs != ours {
-                        return Err(OptimizerError::WorkerMismatch {
-                            worker,
-                            setting,
-                            ours: ours.to_string(),
-                            theirs: theirs.to_string(),
-                        });
-                    }
-                }
-            }
+            let version = env!("CARGO_PKG_VERSION");
+            let (shards, hosted) = (factors.num_shards, factors.hosted.len());
+            let hash = model_hash();
+            let description = format!(
+                "a step of hd-pissa {version}\n{shards} shards\n{hosted} hosted shards\n\
+                 communication_dtype {communication_dtype}\n{buckets} buckets\n{structure}\
+                 parameters with the fingerprint {hash:016x}"
+            );
+            agree(communicator, &description)?;
             let hosted: Vec<u64> = factors.hosted.iter().map(|&shard| shard as u64).collect();
             let gathered = gather_integers(communicator, &hosted)?;
             let gathered = gathered.into_iter().flatten();
@@ -97,7 +62,7 @@ impl ShardLayout {
         }
         Ok(Self {
             order,
-            structure: (factors.structure(), factors.hosted.clone()),
+            structure: (structure, factors.hosted.clone()),
         })
     }
 
@@ -140,20 +105,28 @@ impl ShardLayout {
             return rows;
         }
         let position = |shard| self.order.iter().position(|&other| other == shard);
-        let sorted = (0..self.order.len()).map(|shard| {
-            let position = position(shard).expect("the layout holds every shard");
-            rows.clone().narrow(0, position, 1)
-        });
-        Tensor::cat(sorted.collect(), 0)
+        let positions: Vec<i32> = (0..self.order.len())
+            .map(|shard| position(shard).expect("the layout holds every shard") as i32)
+            .collect();
+        let positions = Tensor::<1, Int>::from_data(&positions[..], (&rows.device(), DType::I32));
+        rows.select(0, positions)
     }
 }
 
-/// Version of this crate as one number.
-fn version() -> u64 {
-    env!("CARGO_PKG_VERSION")
-        .split(['.', '-'])
-        .take(3)
-        .fold(0, |version, part| {
-            version * 1000 + part.parse().unwrap_or(0)
-        })
+impl From<Disagreement> for OptimizerError {
+    fn from(disagreement: Disagreement) -> Self {
+        let or_end = |line: Option<String>| line.unwrap_or("nothing more".into());
+        match disagreement {
+            Disagreement::Line {
+                worker,
+                ours,
+                theirs,
+            } => Self::WorkerMismatch {
+                worker,
+                ours: or_end(ours),
+                theirs: or_end(theirs),
+            },
+            Disagreement::Comm(error) => error.into(),
+        }
+    }
 }

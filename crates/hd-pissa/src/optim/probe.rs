@@ -1,17 +1,33 @@
-//! Finds out whether an optimizer's update depends on the value of the parameter.
+//! Finds out by trial what an optimizer's update depends on.
 
-use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor, Param, ParamId};
+use burn::module::ParamId;
 use burn::optim::{GradientsParams, ModuleOptimizer, OptimizerRecord};
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, Tensor, TensorData};
+
+use super::OptimizerError;
+use super::factors::Factors;
+use super::packed::unpack;
+use super::param_list::ParamList;
+use super::rows::{Rows, divide};
+use crate::ops::join;
+use crate::optimizer_state::OptimizerState;
 
 /// Large enough for a decay of 1e-6 at learning rate 1 to show, and a power of two, so that adding
 /// an update of order 1 to it rounds by no more than 2⁻¹².
 const VALUE: f64 = 4096.0;
 
-/// A module of small parameters at given paths, with given ids, as parameter groups see them.
+/// Two steps of gradients. Of different sizes and signs: an optimizer that normalizes gradients would
+/// hide a decay behind two equal ones. Some are small, so that they show an epsilon.
+const GRADIENTS: [[[f64; 3]; 2]; 2] = [
+    [[1.0, -0.5, 1e-6], [0.75, 2.0, -1e-9]],
+    [[-0.75, 0.25, 0.5], [1.0, -1.0, 1e-7]],
+];
+
+/// Small parameters at given paths, with given ids, as parameter groups see them.
 #[derive(Clone, Debug)]
 pub(super) struct Probe {
-    params: Vec<(String, Param<Tensor<2>>)>,
+    params: ParamList,
+    device: Device,
 }
 
 impl Probe {
@@ -19,115 +35,146 @@ impl Probe {
         device: &Device,
         params: impl IntoIterator<Item = (String, ParamId)>,
     ) -> Self {
-        // Burn's optimizers take parameters with autodiff, and gradients without.
-        let device = device.clone().autodiff();
-        let params = params
-            .into_iter()
-            .map(|(path, id)| {
-                let mut param = Param::from_tensor(Tensor::zeros([2, 3], &device));
-                param.id = id;
-                (path, param)
-            })
-            .collect();
-        Self { params }
+        let params = params.into_iter().map(|(path, id)| (path, id, [2, 3]));
+        Self {
+            params: ParamList::zeros(device, params),
+            device: device.clone(),
+        }
     }
 
-    /// Path of the first parameter whose update depends on its value.
-    pub(super) fn reads_parameter(&self, optimizer: &ModuleOptimizer) -> Option<String> {
-        let at_zero = self.updates(optimizer, 0.0);
-        let at_value = self.updates(optimizer, VALUE);
+    /// The updates of each parameter, or the path of the first whose update depends on its value.
+    pub(super) fn updates(&self, optimizer: &ModuleOptimizer) -> Result<Vec<Vec<f32>>, String> {
+        let at_zero = self.updates_at(optimizer, 0.0);
+        let at_value = self.updates_at(optimizer, VALUE);
         let differ = |x: &[f32], y: &[f32]| x.iter().zip(y).any(|(x, y)| (x - y).abs() > 2e-3);
-        self.params
-            .iter()
-            .zip(at_zero.iter().zip(&at_value))
-            .find(|(_, (x, y))| differ(x, y))
-            .map(|((path, _), _)| path.clone())
+        let mut pairs = at_zero.iter().zip(&at_value);
+        match pairs.position(|(x, y)| differ(x, y)) {
+            Some(position) => Err(self.params.paths().nth(position).expect("as many").into()),
+            None => Ok(at_zero),
+        }
     }
 
     /// What two steps of a fresh copy of `optimizer` add to parameters of value `start`.
-    fn updates(&self, optimizer: &ModuleOptimizer, start: f64) -> Vec<Vec<f32>> {
-        let mut optimizer = optimizer.clone().load_record(OptimizerRecord::default());
-        let mut probe = self.clone();
-        for (_, param) in &mut probe.params {
-            *param = param
-                .clone()
-                .map(|value| Tensor::from_inner(value.inner().zeros_like() + start).require_grad());
-        }
-        // Of different sizes and signs: an optimizer that normalizes gradients would hide a decay
-        // behind two equal ones.
-        for gradient in [
-            [[1.0, -0.5, 0.25], [0.75, 2.0, -1.5]],
-            [[-0.75, 0.25, 0.5], [1.0, -1.0, 0.5]],
-        ] {
+    fn updates_at(&self, optimizer: &ModuleOptimizer, start: f64) -> Vec<Vec<f32>> {
+        let mut optimizer = fresh(optimizer);
+        let mut params = self.params.clone().filled(start);
+        for gradient in GRADIENTS {
             let mut gradients = GradientsParams::new();
-            for (_, param) in &probe.params {
-                let device = param.val().device().inner();
-                gradients.register(param.id, Tensor::<2>::from_floats(gradient, &device));
+            for id in params.ids() {
+                gradients.register(id, Tensor::<2>::from_floats(gradient, &self.device));
             }
-            probe = optimizer.step(1.0, probe, gradients);
+            params = optimizer.step(1.0, params, gradients);
         }
-        probe
-            .params
-            .iter()
-            .map(|(_, param)| {
-                let update = param.val().inner() - start;
-                update.into_data().iter::<f32>().collect()
-            })
+        let updates = params.into_values().map(|value| value - start);
+        updates
+            .map(|update| update.into_data().iter::<f32>().collect())
             .collect()
     }
 }
 
-impl Module for Probe {
-    fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
-        for (_, param) in &self.params {
-            param.visit(visitor);
+fn fresh(optimizer: &ModuleOptimizer) -> ModuleOptimizer {
+    optimizer.clone().load_record(OptimizerRecord::default())
+}
+
+/// For each weight whether `optimizer` gives the same numbers, bit for bit, when the factors of all
+/// hosted shards are one parameter as when each is a parameter of its own.
+///
+/// That takes an optimizer that works element by element, the same for all factors of the weight.
+/// `updates` are those of a [`Probe`] of all factors: equal ones come from equal optimizers.
+pub(super) fn are_elementwise(
+    optimizer: &ModuleOptimizer,
+    factors: &Factors,
+    updates: &[Vec<f32>],
+) -> Result<Vec<bool>, OptimizerError> {
+    let per_weight = 2 * factors.hosted.len();
+    let mut tried: Vec<([usize; 3], &[f32], bool)> = Vec::new();
+    let mut result = Vec::with_capacity(factors.weights.len());
+    for (weight, updates) in factors.weights.iter().zip(updates.chunks(per_weight)) {
+        let first = &updates[0];
+        if updates.iter().any(|update| update != first) {
+            result.push(false);
+            continue;
+        }
+        let sizes = [weight.d_input(), weight.rank(), weight.d_output()];
+        let known = tried.iter().find(|(of, by, _)| *of == sizes && by == first);
+        let fits = match known {
+            Some(&(_, _, fits)) => fits,
+            None => {
+                // Two shards show what joins shards.
+                let fits = is_elementwise(optimizer, &Rows::of(weight, 2), &factors.device())?;
+                tried.push((sizes, first, fits));
+                fits
+            }
+        };
+        result.push(fits);
+    }
+    Ok(result)
+}
+
+/// Three steps both ways, with gradients of all sizes: the updates and the states must be the same.
+fn is_elementwise(
+    optimizer: &ModuleOptimizer,
+    rows: &Rows,
+    device: &Device,
+) -> Result<bool, OptimizerError> {
+    let factors = rows.factors.iter();
+    let factors = factors.map(|factor| (factor.path.clone(), factor.id, factor.shape));
+    let mut apart = (fresh(optimizer), ParamList::zeros(device, factors));
+    let together = [(rows.factors[0].path.clone(), rows.id(), rows.shape())];
+    let mut together = (fresh(optimizer), ParamList::zeros(device, together));
+    let [shards, row_len] = rows.shape();
+    let [d_input, rank] = rows.factors[0].shape;
+    for step in 0..3 {
+        let gradient = TensorData::new(gradient(shards * row_len, step), [shards, row_len]);
+        let gradient = Tensor::<2>::from_data(gradient, device);
+        let parts = (0..shards).flat_map(|shard| {
+            let (a, b) = unpack(gradient.clone().narrow(0, shard, 1), d_input, rank);
+            [a, b]
+        });
+        let mut gradients = GradientsParams::new();
+        for (factor, part) in rows.factors.iter().zip(parts) {
+            gradients.register(factor.id, part);
+        }
+        apart.1 = apart.0.step(1.0, apart.1, gradients);
+        let mut gradients = GradientsParams::new();
+        gradients.register(rows.id(), gradient);
+        together.1 = together.0.step(1.0, together.1, gradients);
+        let [apart, together] = [&apart.1, &together.1].map(|params| {
+            let joined = join(params.clone().into_values().collect());
+            let joined = joined.into_data();
+            joined.iter::<f32>().map(f32::to_bits).collect::<Vec<u32>>()
+        });
+        if apart != together {
+            return Ok(false);
         }
     }
+    let state = |optimizer: ModuleOptimizer| -> Result<_, OptimizerError> {
+        let bytes = optimizer.into_bytes()?;
+        Ok(OptimizerState::from_bytes(bytes)?)
+    };
+    let (apart, together) = (state(apart.0)?, state(together.0)?);
+    let same = || -> Result<bool, burn_pack::Error> {
+        let Some(together) = divide(together, std::iter::once(rows))? else {
+            return Ok(false);
+        };
+        together.is_same(&apart)
+    };
+    Ok(same()?)
+}
 
-    fn map<M: ModuleMapper>(self, mapper: &mut M) -> Self {
-        let params = self
-            .params
-            .into_iter()
-            .map(|(path, param)| {
-                for name in path.split('.') {
-                    mapper.enter_module(name, "Probe");
-                }
-                let param = Module::map(param, mapper);
-                for name in path.rsplit('.') {
-                    mapper.exit_module(name, "Probe");
-                }
-                (path, param)
-            })
-            .collect();
-        Self { params }
-    }
-
-    fn collect_devices(&self, devices: Devices) -> Devices {
-        self.params.iter().fold(devices, |devices, (_, param)| {
-            param.collect_devices(devices)
-        })
-    }
-
-    fn fork(self, device: &Device) -> Self {
-        self.to_device(device)
-    }
-
-    fn to_device(self, device: &Device) -> Self {
-        let move_to = |(path, param): (String, Param<Tensor<2>>)| (path, param.to_device(device));
-        Self {
-            params: self.params.into_iter().map(move_to).collect(),
+/// Values of either sign from 1e-12 to 1e3, and zeros.
+fn gradient(len: usize, step: u32) -> Vec<f32> {
+    let mut bits = 0x9e37_79b9_u32 ^ step.wrapping_mul(0x85eb_ca6b);
+    let values = (0..len).map(|_| {
+        bits = bits.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        let (mantissa, exponent) = (bits >> 8 & 0xffff, (bits >> 24) as i32 % 16);
+        match mantissa % 17 {
+            0 => 0.0,
+            sign => {
+                (f32::from(mantissa as u16) / 65536.0 - f32::from(sign as u8 % 2))
+                    * 10f32.powi(exponent - 12)
+            }
         }
-    }
-
-    fn train(self) -> Self {
-        self
-    }
-
-    fn valid(&self) -> Self {
-        self.clone()
-    }
-
-    fn materialize(self) -> Self {
-        self
-    }
+    });
+    values.collect()
 }

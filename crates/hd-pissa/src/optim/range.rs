@@ -4,51 +4,73 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{DType, Tensor};
 
 use super::factors::Factors;
-use super::packed::RowStatistics;
-use crate::adapter::path::{PathTracker, Place, track_path};
-use crate::ops;
+use super::statistics::Statistics;
+use crate::ops::{self, join};
+use crate::path::{PathTracker, Place, track_path};
 
 /// The largest finite values.
-const MAX_F16: f64 = 65504.0;
-const MAX_BF16: f64 = 255.0 * (1u128 << 120) as f64;
+const MAX_F16: f32 = 65504.0;
+const MAX_BF16: f32 = 255.0 * (1u128 << 120) as f32;
 /// Half of the distance between the two largest finite `f32` values.
-const HALF_STEP_F32: f64 = (1u128 << 103) as f64;
+const HALF_STEP_F32: f32 = (1u128 << 103) as f32;
 
-/// What a weight can still take.
-pub(super) struct Range {
-    /// The largest magnitude in a half-precision weight, `[1]`.
+/// What each weight can still take.
+pub(super) struct Ranges {
+    /// The largest magnitude in each half-precision weight, and zero for the others, `[weights]`.
+    /// `None` without half-precision weights.
     largest: Option<Tensor<1>>,
-    /// What that and the update together must stay below.
-    limit: f64,
+    /// What that and the update together must stay below, `[weights]`.
+    limits: Tensor<1>,
 }
 
-impl Range {
+impl Ranges {
     /// Of every adapted weight of `model`, in the order of `factors`.
-    pub(super) fn of_weights<M: Module>(model: &M, factors: &Factors) -> Vec<Self> {
+    pub(super) fn of_weights<M: Module>(model: &M, factors: &Factors) -> Self {
         let mut finder = Finder {
             path: PathTracker::default(),
             factors,
-            ranges: Vec::with_capacity(factors.weights.len()),
+            largest: Vec::with_capacity(factors.weights.len()),
         };
         model.visit(&mut finder);
-        finder.ranges
+        let device = factors.device();
+        let limits = factors.weights.iter().map(|weight| match weight.dtype {
+            DType::F16 => MAX_F16,
+            DType::BF16 => MAX_BF16,
+            _ => HALF_STEP_F32,
+        });
+        let limits: Vec<f32> = limits.collect();
+        let has_half = finder.largest.iter().any(Option::is_some);
+        Self {
+            largest: has_half.then(|| {
+                let zero = Tensor::zeros([1], (&device, DType::F32));
+                let largest = finder.largest.into_iter();
+                let largest = largest.map(|largest| largest.unwrap_or_else(|| zero.clone()));
+                join(largest.map(Tensor::unsqueeze).collect())
+            }),
+            limits: Tensor::from_data(&limits[..], (&device, DType::F32)),
+        }
     }
 
-    /// 1 if the merged weight may hold a value that its dtype cannot, else 0; `[1]`.
+    /// For each weight 1 if it may hold a value after the merge that its dtype cannot, else 0;
+    /// `[weights]`. Given the norms of its factors and the statistics of its deltas.
     ///
     /// No element of the update `(a + Δa)·Δb + Δa·b`, and no partial sum of one, is larger than the
     /// product of the norms of its factors (the Cauchy-Schwarz inequality). An `f32` weight takes
     /// every update below half of its last rounding step: even its largest value then rounds back
     /// into its range.
-    pub(super) fn may_be_left(&self, frames: &RowStatistics, deltas: &RowStatistics) -> Tensor<1> {
-        let ((a, b), (delta_a, delta_b)) = (frames.norms(), deltas.norms());
+    pub(super) fn may_be_left(
+        &self,
+        (a, b): (Tensor<1>, Tensor<1>),
+        deltas: &Statistics,
+    ) -> Tensor<1> {
+        let (delta_a, delta_b) = deltas.norms();
         let update = (a + delta_a.clone()) * delta_b + delta_a * b;
         let sum = match &self.largest {
             Some(largest) => update + largest.clone(),
             None => update,
         };
         // NaN, of an infinite norm and a zero, is not below the limit either.
-        let stays = sum.lower_elem(self.limit);
+        let stays = sum.lower(self.limits.clone());
         stays.bool_not().float().cast(DType::F32)
     }
 }
@@ -56,7 +78,8 @@ impl Range {
 struct Finder<'a> {
     path: PathTracker,
     factors: &'a Factors,
-    ranges: Vec<Range>,
+    /// `[1]` for each half-precision weight.
+    largest: Vec<Option<Tensor<1>>>,
 }
 
 impl ModuleVisitor for Finder<'_> {
@@ -64,23 +87,18 @@ impl ModuleVisitor for Finder<'_> {
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         // Both are in the order of a traversal.
-        let Some(next) = self.factors.weights.get(self.ranges.len()) else {
+        let Some(next) = self.factors.weights.get(self.largest.len()) else {
             return;
         };
         if self.path.place() != Place::Other(next.path.clone()) {
             return;
         }
-        let limit = match next.dtype {
-            DType::F16 => MAX_F16,
-            DType::BF16 => MAX_BF16,
-            _ => {
-                let (largest, limit) = (None, HALF_STEP_F32);
-                self.ranges.push(Range { largest, limit });
-                return;
+        self.largest.push(match next.dtype {
+            DType::F16 | DType::BF16 => {
+                let weight = param.base().inner().into_dispatch();
+                Some(ops::max_abs(Tensor::<2>::from_dispatch(weight)))
             }
-        };
-        let weight = Tensor::<2>::from_dispatch(param.base().inner().into_dispatch());
-        let largest = Some(ops::max_abs(weight));
-        self.ranges.push(Range { largest, limit });
+            _ => None,
+        });
     }
 }

@@ -1,57 +1,65 @@
-//! The optimizer's state as bytes and files.
+//! The optimizer's state as a record, as bytes and as a file.
 
+use std::fmt::{self, Debug, Formatter};
 use std::path::Path;
 
 use burn::optim::OptimizerRecord;
 use burn::tensor::Bytes;
-use burn_pack::{Reader, Scalar, Writer};
+use burn_pack::{Scalar, Writer};
 
+use super::factors::Factors;
 use super::{HdPissaOptimizer, OptimizerError};
-use crate::checkpoint::check_record;
+use crate::optimizer_state::OptimizerState;
 
 /// Version of the records that this build writes and reads.
 const FORMAT_VERSION: u64 = 1;
 const FORMAT_KEY: &str = "hd_pissa.format_version";
 const STEPS_KEY: &str = "hd_pissa.steps";
 
-impl HdPissaOptimizer {
-    /// Serializes the state of the inner optimizer (the moments of the hosted shards) in Burn's
-    /// format, with the number of steps and a format version.
+/// The state of a [`HdPissaOptimizer`]: what the inner optimizer keeps for the factors of the hosted
+/// shards and for dense parameters, and the number of steps.
+///
+/// Its bytes are in Burn's format, that of [`OptimizerRecord`], with a format version.
+pub struct HdPissaOptimizerRecord {
+    pub(crate) state: OptimizerState,
+    pub(crate) steps: u64,
+}
+
+impl HdPissaOptimizerRecord {
+    /// Number of steps taken.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// Serializes the record.
     ///
     /// # Errors
     ///
     /// [`OptimizerError::InvalidRecord`] if the state cannot be serialized.
-    pub fn to_bytes(&self) -> Result<Bytes, OptimizerError> {
-        let reader = Reader::from_bytes(self.inner.into_bytes()?).map_err(invalid_record)?;
-        let scalars = reader.scalars().clone();
-        let metadata = reader.metadata().clone();
-        let mut writer = Writer::new(reader.into_tensors().map_err(invalid_record)?)
-            .with_scalar(FORMAT_KEY, Scalar::from(FORMAT_VERSION))
-            .with_scalar(STEPS_KEY, Scalar::from(self.steps));
-        for (key, value) in &scalars {
-            writer = writer.with_scalar(key, *value);
-        }
-        for (key, value) in &metadata {
-            writer = writer.with_metadata(key, value);
-        }
-        writer.into_bytes().map_err(invalid_record)
+    pub fn into_bytes(self) -> Result<Bytes, OptimizerError> {
+        Ok(self.into_writer().into_bytes()?)
     }
 
-    /// Restores a state written by [`to_bytes`](Self::to_bytes).
+    fn into_writer(self) -> Writer {
+        let Self { mut state, steps } = self;
+        state.scalars.extend([
+            (FORMAT_KEY.into(), Scalar::from(FORMAT_VERSION)),
+            (STEPS_KEY.into(), Scalar::from(steps)),
+        ]);
+        state.into_writer()
+    }
+
+    /// Reads what [`into_bytes`](Self::into_bytes) wrote.
     ///
     /// # Errors
     ///
-    /// [`OptimizerError::InvalidRecord`] or [`OptimizerError::UnsupportedVersion`]; `self` is then
-    /// lost, the record unread. The next step refuses a record of other shards or frames,
-    /// [`OptimizerError::RecordOfOthers`].
-    pub fn from_bytes(self, bytes: Bytes) -> Result<Self, OptimizerError> {
-        let reader = Reader::from_bytes(bytes.clone()).map_err(invalid_record)?;
+    /// [`OptimizerError::InvalidRecord`] or [`OptimizerError::UnsupportedVersion`].
+    pub fn from_bytes(bytes: Bytes) -> Result<Self, OptimizerError> {
+        let state = OptimizerState::from_bytes(bytes)?;
         let scalar = |key: &str| {
-            let value = reader.scalars().get(key).copied();
+            let value = state.scalars.get(key).copied();
             let value = value.and_then(|value| u64::try_from(value).ok());
-            value.ok_or_else(|| OptimizerError::InvalidRecord {
-                reason: format!("it has no scalar `{key}`"),
-            })
+            value.ok_or_else(|| OptimizerError::invalid_record(format!("it has no scalar `{key}`")))
         };
         let found = scalar(FORMAT_KEY)?;
         if found != FORMAT_VERSION {
@@ -61,69 +69,99 @@ impl HdPissaOptimizer {
             });
         }
         let steps = scalar(STEPS_KEY)?;
-        self.resume(bytes, steps)
+        state.check().map_err(OptimizerError::invalid_record)?;
+        Ok(Self { state, steps })
     }
 
-    /// Goes on after `steps` steps, with the state of the inner optimizer in Burn's format.
-    pub(crate) fn resume(mut self, bytes: Bytes, steps: u64) -> Result<Self, OptimizerError> {
-        let reader = Reader::from_bytes(bytes.clone()).map_err(invalid_record)?;
-        self.steps = steps;
-        let paths = reader.metadata().iter();
-        self.recorded = paths
-            .filter_map(|(id, path)| Some((id.parse().ok()?, path.clone())))
-            .collect();
-        let scalars = reader.scalars().clone();
-        let tensors = reader.into_tensors().map_err(invalid_record)?;
-        check_record(&tensors, &scalars)
-            .map_err(|reason| OptimizerError::InvalidRecord { reason })?;
-        self.inner = self.inner.load_record(OptimizerRecord::from_bytes(bytes)?);
-        Ok(self)
-    }
-
-    /// Writes the state to a file, beside it first and then renamed: the file is complete or as
+    /// Writes the record to a file, beside it first and then renamed: the file is complete or as
     /// before.
     ///
     /// # Errors
     ///
-    /// [`OptimizerError::Io`] with the path, and those of [`to_bytes`](Self::to_bytes).
-    pub fn save(&self, path: impl AsRef<Path>) -> Result<(), OptimizerError> {
+    /// [`OptimizerError::Io`] with the path, and those of [`into_bytes`](Self::into_bytes).
+    pub fn save(self, path: impl AsRef<Path>) -> Result<(), OptimizerError> {
         let path = path.as_ref();
-        let bytes = self.to_bytes()?;
-        let write = || -> std::io::Result<()> {
-            let folder = match path.parent() {
-                Some(folder) if !folder.as_os_str().is_empty() => folder,
-                _ => Path::new("."),
-            };
-            let mut file = tempfile::NamedTempFile::new_in(folder)?;
-            std::io::Write::write_all(&mut file, &bytes)?;
-            file.as_file().sync_all()?;
-            file.persist(path)?;
-            Ok(())
-        };
-        write().map_err(|error| io_error(path, &error))
+        let writer = self.into_writer().auto_extension(false);
+        writer.write_to_file(path).map_err(|error| match error {
+            burn_pack::Error::IoError(reason) => {
+                OptimizerError::io(path, std::io::Error::other(reason))
+            }
+            error => error.into(),
+        })
     }
 
-    /// Restores a state written by [`save`](Self::save).
+    /// Reads what [`save`](Self::save) wrote.
     ///
     /// # Errors
     ///
     /// [`OptimizerError::Io`] with the path, and those of [`from_bytes`](Self::from_bytes).
-    pub fn load(self, path: impl AsRef<Path>) -> Result<Self, OptimizerError> {
+    pub fn load(path: impl AsRef<Path>) -> Result<Self, OptimizerError> {
         let path = path.as_ref();
-        let bytes = std::fs::read(path).map_err(|error| io_error(path, &error))?;
-        self.from_bytes(Bytes::from_bytes_vec(bytes))
+        let bytes = std::fs::read(path).map_err(|error| OptimizerError::io(path, error))?;
+        Self::from_bytes(Bytes::from_bytes_vec(bytes))
     }
 }
 
-fn invalid_record(error: impl std::fmt::Display) -> OptimizerError {
-    OptimizerError::InvalidRecord {
-        reason: error.to_string(),
+impl Debug for HdPissaOptimizerRecord {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HdPissaOptimizerRecord")
+            .field("steps", &self.steps)
+            .field("num_tensors", &self.state.tensors.len())
+            .finish_non_exhaustive()
     }
 }
 
-fn io_error(path: &Path, error: &std::io::Error) -> OptimizerError {
-    OptimizerError::Io {
-        path: path.display().to_string(),
-        reason: error.to_string(),
+impl HdPissaOptimizer {
+    /// The state, read from the device.
+    ///
+    /// # Errors
+    ///
+    /// [`OptimizerError::InvalidRecord`] if the inner optimizer's state is not one of Burn's.
+    pub fn to_record(&self) -> Result<HdPissaOptimizerRecord, OptimizerError> {
+        Ok(HdPissaOptimizerRecord {
+            state: self.inner.state()?,
+            steps: self.steps,
+        })
+    }
+
+    /// Takes the state of a record over.
+    ///
+    /// The next step refuses a record of other shards or frames, [`OptimizerError::RecordOfOthers`].
+    ///
+    /// # Errors
+    ///
+    /// [`OptimizerError::InvalidRecord`]; the optimizer is then as before.
+    pub fn load_record(&mut self, record: HdPissaOptimizerRecord) -> Result<(), OptimizerError> {
+        let HdPissaOptimizerRecord { state, steps } = record;
+        let paths = state.metadata.clone().into_iter();
+        let bytes = state.into_bytes()?;
+        self.inner.load(OptimizerRecord::from_bytes(bytes)?);
+        self.steps = steps;
+        self.recorded = paths
+            .filter_map(|(id, path)| Some((id.parse().ok()?, path)))
+            .collect();
+        Ok(())
+    }
+
+    /// Moments belong to the directions that they were collected in.
+    pub(super) fn refuse_record_of_others(
+        &mut self,
+        factors: &Factors,
+    ) -> Result<(), OptimizerError> {
+        if self.recorded.is_empty() {
+            return Ok(());
+        }
+        for (_, shard, _, factor) in factors.iter() {
+            let given = shard.to_string();
+            let recorded = self.recorded.get(&factor.id.val());
+            // A model may be part of a larger one by now: only the shard's own name counts.
+            let recorded = recorded.and_then(|path| path.rsplit('.').nth(1));
+            if let Some(recorded) = recorded.filter(|&recorded| recorded != given) {
+                let recorded = recorded.into();
+                return Err(OptimizerError::RecordOfOthers { recorded, given });
+            }
+        }
+        self.recorded.clear();
+        Ok(())
     }
 }

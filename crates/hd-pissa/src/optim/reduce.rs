@@ -9,10 +9,11 @@ use super::OptimizerError;
 use super::dense::{MeanGradients, take_rows};
 use super::factors::{Factors, ShardFactors, WeightFactors};
 use super::layout::ShardLayout;
-use super::packed::{pack, unpack};
+use super::packed::pack;
+use crate::ops::join;
 
-/// The mean gradients over the micro-batches of all workers: of the hosted shards, in the order of
-/// [`Factors::hosted`], and of dense parameters.
+/// The mean gradients over the micro-batches of all workers: of the hosted shards, packed for each
+/// weight, `[hosted shards, row_len]`, and of dense parameters.
 ///
 /// `sum` is that of this worker's `micro_batches`. Every worker calls it at the same time.
 pub(super) fn reduce_shared<M: Module>(
@@ -22,64 +23,49 @@ pub(super) fn reduce_shared<M: Module>(
     factors: &Factors,
     layout: &ShardLayout,
     communicator: &dyn Communicator,
-) -> Result<(Vec<GradientsParams>, MeanGradients), OptimizerError> {
+) -> Result<(Vec<Tensor<2>>, MeanGradients), OptimizerError> {
     let workers = communicator.num_workers();
     let counts = gather_integers(communicator, &[micro_batches])?;
     let total: u64 = counts.into_iter().flatten().sum();
     let factor = 1.0 / total as f64;
 
-    let mut shards: Vec<GradientsParams> = Vec::new();
-    shards.resize_with(factors.hosted.len(), GradientsParams::new);
-    if workers == 1 {
-        for weight in &factors.weights {
-            for (shard, gradients) in weight.shards.iter().zip(&mut shards) {
-                for id in [shard.a.id, shard.b.id] {
-                    let gradient = sum.remove::<2>(id).expect("no gradient is missing");
-                    gradients.register(id, gradient * factor);
-                }
-            }
-        }
+    let packed = if workers == 1 {
+        let take = |weight: &WeightFactors| take_packed(&mut sum, weight, &factors.hosted) * factor;
+        factors.weights.iter().map(take).collect()
     } else {
         let mut parts = Vec::new();
         for hosted in layout.by_worker(workers) {
             for weight in &factors.weights {
-                parts.push(take_packed(&mut sum, weight, hosted).flatten::<1>(0, 1));
+                parts.push(take_packed(&mut sum, weight, hosted));
             }
         }
-        let own = communicator.reduce_scatter(Tensor::cat(parts, 0))? * factor;
+        let own = communicator.reduce_scatter(join(parts))? * factor;
         let mut start = 0;
-        for weight in &factors.weights {
+        let unjoin = |weight: &WeightFactors| {
             let [rows, row_len] = [weight.shards.len(), weight.row_len()];
             let packed = own.clone().narrow(0, start, rows * row_len);
             start += rows * row_len;
-            let packed = packed.reshape([rows, row_len]);
-            for (row, (shard, gradients)) in weight.shards.iter().zip(&mut shards).enumerate() {
-                let row = packed.clone().narrow(0, row, 1);
-                let (a, b) = unpack(row, weight.d_input(), weight.rank());
-                gradients.register(shard.a.id, a);
-                gradients.register(shard.b.id, b);
-            }
-        }
-    }
+            packed.reshape([rows, row_len])
+        };
+        factors.weights.iter().map(unjoin).collect()
+    };
 
     let mut rows = take_rows(model, std::slice::from_mut(&mut sum));
     let dense = match rows.pop() {
         Some(row) => MeanGradients::of_row(model, all_reduce(row, communicator)? * factor),
         None => MeanGradients::default(),
     };
-    Ok((shards, dense))
+    Ok((packed, dense))
 }
 
 /// The gradients of some shards of a weight, packed: `[shards, row_len]`.
 fn take_packed(sum: &mut GradientsParams, weight: &WeightFactors, shards: &[usize]) -> Tensor<2> {
     let is_wanted = |shard: &&ShardFactors| shards.contains(&shard.name.index);
-    let wanted: Vec<_> = weight.known.iter().filter(is_wanted).collect();
-    let mut take = |id| sum.remove::<2>(id).expect("no gradient is missing");
-    pack(
-        wanted
-            .into_iter()
-            .map(|shard| (take(shard.a.id), take(shard.b.id))),
-    )
+    let wanted = weight.known.iter().filter(is_wanted);
+    pack(wanted, |shard| {
+        let ids = [shard.a.id, shard.b.id];
+        ids.map(|id| sum.remove::<2>(id).expect("no gradient is missing"))
+    })
 }
 
 /// The sum over all workers, `[n]`, in the order of `reduce_scatter`.

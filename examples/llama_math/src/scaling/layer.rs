@@ -11,7 +11,8 @@ use burn::optim::{AdamConfig, GradientsParams};
 use burn::tensor::{Device, Distribution, Tensor};
 use hd_pissa::comm::Solo;
 use hd_pissa::{
-    HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaModule, HdPissaOptimizer, ShardGradients,
+    HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaModule, HdPissaOptimizerConfig,
+    ShardGradients,
 };
 use serde::Serialize;
 
@@ -128,7 +129,7 @@ impl LayerScaling {
         let mut layer = layer.apply_hd_pissa(&config, 0..shards)?;
         let start = begin.elapsed().as_secs_f64();
         let adam = AdamConfig::new().with_epsilon(1e-12).init();
-        let mut optimizer = HdPissaOptimizer::new(adam, Solo)?;
+        let mut optimizer = HdPissaOptimizerConfig::new().init(adam, Solo)?;
         // Adam moves every entry of a factor by about the rate, and an entry of the weight's
         // coordinates along a component by that times a root of its singular value, near 1: enough
         // to travel the change a few times over.

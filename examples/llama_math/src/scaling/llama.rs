@@ -7,7 +7,7 @@ use burn::optim::{AdamConfig, GradientsParams};
 use burn::tensor::Device;
 use hd_pissa::comm::Solo;
 use hd_pissa::{
-    FrameScale, GradientMode, HdPissaModule, HdPissaOptimizer, ShardGradients, Windows,
+    FrameScale, GradientMode, HdPissaModule, HdPissaOptimizerConfig, ShardGradients, Windows,
 };
 use serde::Serialize;
 
@@ -140,7 +140,7 @@ impl LlamaScaling {
         let mut model = adaptation.apply(base)?;
         let start = start.elapsed().as_secs_f64();
         let adam = AdamConfig::new().with_epsilon(1e-8).init();
-        let mut optimizer = HdPissaOptimizer::new(adam, Solo)?;
+        let mut optimizer = HdPissaOptimizerConfig::new().init(adam, Solo)?;
         let schedule = Schedule::new(LEARNING_RATE, Decay::Cosine, 0.05, self.steps);
         let progress = Progress::new(&format!("K = {shards}"), self.steps);
         let (mut passes, mut steps) = (Vec::new(), Vec::new());
@@ -149,7 +149,7 @@ impl LlamaScaling {
             let mut gradients = ShardGradients::new(&model);
             let (mut sum, mut seen) = (0.0, 0);
             for (shard, batches) in feed.step(step).iter().enumerate() {
-                model = model.select_shard(shard);
+                model = model.select_shard(shard)?;
                 let [batch] = &batches[..] else {
                     unreachable!("one micro-batch per shard");
                 };

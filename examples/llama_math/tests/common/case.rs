@@ -93,6 +93,19 @@ impl Case {
                 arguments.extend([option.into(), value]);
             }
         }
+        // The published form, but for what is chosen.
+        let other = ["lora", "pissa", "full"];
+        if !further.iter().any(|argument| other.contains(argument)) {
+            for (option, value) in [
+                ("--gradients", "per-shard"),
+                ("--windows", "leading"),
+                ("--frame-scale", "balanced"),
+            ] {
+                if !further.contains(&option) {
+                    arguments.extend([option.into(), value.into()]);
+                }
+            }
+        }
         arguments.extend(further.iter().map(|&argument| argument.to_string()));
         arguments
     }

@@ -1,0 +1,257 @@
+//! The inner optimizer, and what it sees of factors: the packed rows of a weight as one parameter,
+//! where it gives the same numbers that way; else one parameter for each factor.
+
+use std::sync::Arc;
+
+use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
+use burn::module::Module;
+use burn::optim::{GradientsParams, ModuleOptimizer, OptimizerRecord};
+use burn::tensor::{Bytes, Device, Tensor};
+
+use super::OptimizerError;
+use super::factors::{Factors, WeightFactors};
+use super::packed::unpack;
+use super::param_list::ParamList;
+use super::probe::{Probe, are_elementwise};
+use super::rows::{Rows, divide, unite};
+use crate::ops::join;
+use crate::optimizer_state::OptimizerState;
+
+/// A [`ModuleOptimizer`] that steps packed gradients.
+///
+/// Its record has the states of single factors, whatever it sees of them.
+#[derive(Clone)]
+pub(super) struct InnerOptimizer {
+    optimizer: ModuleOptimizer,
+    /// Whether packed rows may be parameters.
+    packs: bool,
+    /// Of the model that it was last used for, weight by weight.
+    weights: Arc<Vec<Arranged>>,
+}
+
+/// What the optimizer sees of a weight's factors.
+#[derive(Clone)]
+struct Arranged {
+    /// Path of the weight.
+    path: String,
+    rows: Rows,
+    is_packed: bool,
+}
+
+impl InnerOptimizer {
+    pub(super) fn new(optimizer: ModuleOptimizer, packs: bool) -> Self {
+        Self {
+            optimizer,
+            packs,
+            weights: Arc::default(),
+        }
+    }
+
+    /// Prepares for a step of `factors`.
+    ///
+    /// # Errors
+    ///
+    /// [`OptimizerError::ReadsParameter`], found with the model's own paths and ids, which parameter
+    /// groups match.
+    pub(super) fn arrange(
+        &mut self,
+        factors: &Factors,
+        lr: &ModuleLearningRate,
+    ) -> Result<(), OptimizerError> {
+        let arranged = self.weights.iter();
+        let now = factors.weights.iter().map(|weight| &weight.path);
+        if arranged.clone().map(|weight| &weight.path).eq(now)
+            && arranged
+                .zip(&factors.weights)
+                .all(|(of, weight)| of.rows.are_of(weight))
+        {
+            // Rates may have come to differ.
+            let fits = |weight: &Arranged| !weight.is_packed || weight.rows.have_one(lr);
+            if self.weights.iter().all(fits) {
+                return Ok(());
+            }
+            let mut weights = (*self.weights).clone();
+            for weight in &mut weights {
+                weight.is_packed = fits(weight) && weight.is_packed;
+            }
+            return self.rearrange(weights);
+        }
+        let params = factors
+            .iter()
+            .map(|(weight, shard, side, factor)| (weight.factor_path(shard, side), factor.id));
+        let updates = Probe::new(&factors.device(), params).updates(&self.optimizer);
+        let updates =
+            updates.map_err(|path| OptimizerError::ReadsParameter { path: Some(path) })?;
+        let elementwise = match self.packs {
+            true => are_elementwise(&self.optimizer, factors, &updates)?,
+            false => vec![false; factors.weights.len()],
+        };
+        let weights = factors.weights.iter().zip(elementwise);
+        let weights = weights.map(|(weight, is_elementwise)| {
+            let rows = Rows::of(weight, usize::MAX);
+            let is_packed = is_elementwise && rows.have_one(lr);
+            Arranged {
+                path: weight.path.clone(),
+                rows,
+                is_packed,
+            }
+        });
+        self.rearrange(weights.collect())
+    }
+
+    fn rearrange(&mut self, mut weights: Vec<Arranged>) -> Result<(), OptimizerError> {
+        let state = self.state()?;
+        if !state.is_empty() {
+            let packed = weights.iter_mut().filter(|weight| weight.is_packed);
+            let packed: Vec<&mut Arranged> = packed.collect();
+            let rows = packed.iter().map(|weight| &weight.rows);
+            let (state, united) = unite(state, rows)?;
+            for (weight, is_united) in packed.into_iter().zip(united) {
+                weight.is_packed = is_united;
+            }
+            self.set_state(state)?;
+        }
+        self.weights = Arc::new(weights);
+        Ok(())
+    }
+
+    /// The deltas of `weights`, the neighbours of positions `range` in what was arranged.
+    ///
+    /// - gradients, output: `[hosted shards, row_len]` for each weight
+    pub(super) fn step(
+        &mut self,
+        lr: ModuleLearningRate,
+        start: usize,
+        weights: &[WeightFactors],
+        gradients: Vec<Tensor<2>>,
+        device: &Device,
+    ) -> Vec<Tensor<2>> {
+        let arranged = &self.weights[start..start + weights.len()];
+        let params = arranged.iter().flat_map(|weight| {
+            let factors = &weight.rows.factors;
+            match weight.is_packed {
+                true => vec![(
+                    factors[0].path.clone(),
+                    weight.rows.id(),
+                    weight.rows.shape(),
+                )],
+                false => {
+                    let factors = factors.iter();
+                    factors.map(|f| (f.path.clone(), f.id, f.shape)).collect()
+                }
+            }
+        });
+        // An update does not read the parameter. Of zeros it leaves exactly the delta.
+        let params = ParamList::zeros(device, params);
+        let mut of_params = GradientsParams::new();
+        for ((arranged, weight), gradient) in arranged.iter().zip(weights).zip(gradients) {
+            if arranged.is_packed {
+                of_params.register(arranged.rows.id(), gradient);
+                continue;
+            }
+            for (row, factors) in arranged.rows.factors.chunks(2).enumerate() {
+                let row = gradient.clone().narrow(0, row, 1);
+                let (a, b) = unpack(row, weight.d_input(), weight.rank());
+                of_params.register(factors[0].id, a);
+                of_params.register(factors[1].id, b);
+            }
+        }
+        let arranged = self.weights.clone();
+        let mut moved = self.optimizer.step(lr, params, of_params).into_values();
+        let deltas = arranged[start..start + weights.len()].iter().map(|weight| {
+            if weight.is_packed {
+                return moved.next().expect("a parameter for each weight");
+            }
+            let parts = moved.by_ref().take(weight.rows.factors.len());
+            join(parts.collect()).reshape(weight.rows.shape())
+        });
+        deltas.collect()
+    }
+
+    /// Burn's own step, of parameters outside the adapters.
+    pub(super) fn step_dense<M: Module>(
+        &mut self,
+        lr: ModuleLearningRate,
+        model: M,
+        gradients: GradientsParams,
+    ) -> M {
+        if gradients.is_empty() {
+            return model;
+        }
+        self.optimizer.step(lr, model, gradients)
+    }
+
+    /// The states of single factors, and of dense parameters.
+    pub(super) fn state(&self) -> Result<OptimizerState, OptimizerError> {
+        let state = OptimizerState::from_bytes(self.optimizer.into_bytes()?);
+        let packed = self.weights.iter().filter(|weight| weight.is_packed);
+        let divided = state.and_then(|state| divide(state, packed.map(|weight| &weight.rows)));
+        Ok(divided?.expect("a trial has found states of the rows' shape"))
+    }
+
+    /// Takes over the states of single factors, and of dense parameters.
+    pub(super) fn load(&mut self, record: OptimizerRecord) {
+        self.optimizer = self.optimizer.clone().load_record(record);
+        self.weights = Arc::default();
+    }
+
+    fn set_state(&mut self, state: OptimizerState) -> Result<(), OptimizerError> {
+        let bytes: Bytes = state.into_bytes()?;
+        let record = OptimizerRecord::from_bytes(bytes)?;
+        self.optimizer = self.optimizer.clone().load_record(record);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::module::ParamGroup;
+    use burn::nn::LinearConfig;
+    use burn::optim::{
+        AdafactorConfig, AdamConfig, AdamWConfig, AdanConfig, LionConfig, MuonConfig,
+        RmsPropConfig, SgdConfig,
+    };
+    use hd_pissa_comm::Solo;
+
+    use super::*;
+    use crate::{HdPissaConfig, HdPissaModule};
+
+    /// Whether a weight's rows are one parameter of `optimizer`.
+    fn is_packed(optimizer: ModuleOptimizer, packs: bool) -> bool {
+        let device = Device::flex().autodiff();
+        let config = HdPissaConfig::new().with_rank(2).with_shards(3);
+        let model = LinearConfig::new(9, 7).init(&device);
+        let model = model.apply_hd_pissa(&config, 0..3).unwrap();
+        let factors = Factors::of(&model, &Solo).unwrap();
+        let mut inner = InnerOptimizer::new(optimizer, packs);
+        inner.arrange(&factors, &1e-3.into()).unwrap();
+        inner.weights[0].is_packed
+    }
+
+    #[test]
+    fn rows_are_packed_where_elements_do_not_depend_on_each_other() {
+        let adam = || AdamConfig::new().with_epsilon(1e-8);
+        for (optimizer, expected) in [
+            (adam().init(), true),
+            (AdamWConfig::new().with_weight_decay(0.0).init(), true),
+            (SgdConfig::new().init(), true),
+            (RmsPropConfig::new().init(), true),
+            (AdanConfig::new().init(), true),
+            (LionConfig::new().with_weight_decay(0.0).init(), true),
+            (MuonConfig::new().init(), false),
+            (
+                AdafactorConfig::new().with_scale_parameter(false).init(),
+                false,
+            ),
+        ] {
+            assert_eq!(is_packed(optimizer, true), expected);
+        }
+        assert!(!is_packed(adam().init(), false));
+        let group = ParamGroup::from_predicate("shard_1_of_3");
+        let other = AdamConfig::new().with_epsilon(1e-9).build();
+        assert!(!is_packed(
+            adam().init().with_group(group, other, None),
+            true
+        ));
+    }
+}

@@ -1,0 +1,16 @@
+//! Methods compared at learning rates that were searched for.
+//!
+//! [`row`] and [`task`] say what is compared on what, a [`trial`] is one training, and [`children`]
+//! run many of them side by side. A [`sweep`] finds the rates and repeats the best on fresh seeds;
+//! [`results`] writes down what it found, and [`learning_rates`] are what it left in the repository.
+
+pub mod children;
+pub mod learning_rates;
+pub mod rates;
+pub mod results;
+pub mod row;
+pub mod statistics;
+pub mod sweep;
+pub mod task;
+pub mod trial;
+pub mod verdict;

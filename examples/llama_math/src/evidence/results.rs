@@ -1,0 +1,212 @@
+//! The files of a sweep: its tables for the book, the rates it chose, and a picture.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use super::learning_rates::{Best, LearningRates};
+use super::rates;
+use super::row::Row;
+use super::statistics::Estimate;
+use super::sweep::{Finding, Sweep};
+use super::task::{SEQUENCES_PER_STEP, Task};
+use super::trial::{Outcome, TrialResult};
+use super::verdict::{Rival, against, why_unfit};
+use crate::Error;
+use crate::chart::{self, Curve, Panel, Scale, Stroke};
+
+/// The tables, for the book.
+pub const TABLE: &str = "sweep.md";
+/// The best rates, which the run without arguments reads.
+pub const RATES: &str = "learning_rates.json";
+/// Right answers by learning rate.
+pub const PICTURE: &str = "sweep.svg";
+
+/// Writes them.
+///
+/// # Errors
+///
+/// [`Error::Io`].
+pub fn write(
+    folder: &Path,
+    sweep: &Sweep,
+    findings: &[Finding],
+    base: &[(Task, f64)],
+) -> Result<(), Error> {
+    std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+    let write = |name: &str, content: &str| {
+        let path = folder.join(name);
+        std::fs::write(&path, content).map_err(Error::io(path))
+    };
+    write(TABLE, &table(sweep, findings, base))?;
+    write(PICTURE, &picture(sweep, findings))?;
+    let rates = serde_json::to_string_pretty(&learning_rates(sweep, findings));
+    write(RATES, &(rates.expect("numbers have a JSON form") + "\n"))
+}
+
+fn learning_rates(sweep: &Sweep, findings: &[Finding]) -> LearningRates {
+    let best = findings.iter().map(|finding| Best {
+        task: finding.task,
+        row: finding.row,
+        lr: finding.lr(),
+    });
+    LearningRates {
+        tuning_seeds: sweep.tuning_seeds.clone(),
+        rank: sweep.rank,
+        shards: sweep.shards,
+        best: best.collect(),
+    }
+}
+
+/// How HD-PiSSA's rows stand against the others, a sentence each.
+pub fn verdicts(task: Task, findings: &[Finding], base: f64, sweep: &Sweep) -> Vec<String> {
+    let of_task = findings.iter().filter(|finding| finding.task == task);
+    let of_task: Vec<&Finding> = of_task.collect();
+    let full = of_task.iter().find(|finding| finding.row == Row::Full);
+    let full = full.map(|full| Estimate::of(&full.scores()).mean);
+    if let Some(reason) = full.and_then(|full| why_unfit(base, full)) {
+        return vec![format!("Nothing can be said: {reason}.")];
+    }
+    let title = |finding: &Finding| finding.row.title(sweep.rank, sweep.shards);
+    let subjects = of_task.iter().filter(|finding| finding.row.is_hd_pissa());
+    let sentences = subjects.map(|subject| {
+        let others = of_task.iter().filter(|other| {
+            !other.row.is_hd_pissa()
+                || (other.row == Row::Published && subject.row != Row::Published)
+        });
+        let rivals: Vec<Rival> = others
+            .map(|other| Rival {
+                name: title(other),
+                difference: Estimate::of_differences(&subject.scores(), &other.scores()),
+            })
+            .collect();
+        against(&title(subject), &rivals) + "."
+    });
+    sentences.collect()
+}
+
+fn table(sweep: &Sweep, findings: &[Finding], base: &[(Task, f64)]) -> String {
+    let listed = |seeds: &[u64]| {
+        let all: Vec<String> = seeds.iter().map(u64::to_string).collect();
+        all.join(", ")
+    };
+    let tuning = listed(&sweep.tuning_seeds);
+    let mut text = format!(
+        "<!-- Written by `llama_math sweep`. -->\n\nHD-PiSSA has {} shards of rank {}; \
+         every method sees the same {SEQUENCES_PER_STEP} sequences in each step. Learning rates were \
+         chosen by the tuning seeds {}, results are of the seeds {}. Intervals are 95 % ones of the mean over seeds \
+         (Student's t); differences are paired by seed. {}\n",
+        sweep.shards,
+        sweep.rank,
+        tuning,
+        listed(&sweep.seeds),
+        machine()
+    );
+    for &task in &sweep.tasks {
+        let of_task = findings.iter().filter(|finding| finding.task == task);
+        let of_task: Vec<&Finding> = of_task.collect();
+        let base = base.iter().find(|(of, _)| *of == task);
+        let base = base.map_or(0.0, |(_, share)| *share);
+        let (steps, items) = task.length(sweep.quick);
+        let what = match task {
+            Task::Problems => {
+                format!("Problems of two steps: {steps} steps, {items} test problems")
+            }
+            Task::Facts => format!("Random facts: {steps} steps, {items} facts"),
+        };
+        let _ = writeln!(text, "\n### {what}\n");
+        for sentence in verdicts(task, findings, base, sweep) {
+            let _ = writeln!(text, "- {sentence}");
+        }
+        let _ = writeln!(
+            text,
+            "\n| method | learning rate | of ({} of tuning) | {} of each seed | mean | loss | \
+             trainable | effective rank |\n|---|---|---|---|---|---|---|---|",
+            task.measure(),
+            task.measure()
+        );
+        let _ = writeln!(text, "| base | | | | {} | | | |", percent(base));
+        for finding in of_task {
+            let _ = writeln!(text, "{}", line(sweep, finding));
+        }
+    }
+    text
+}
+
+fn line(sweep: &Sweep, finding: &Finding) -> String {
+    let tried = rates::tried(&finding.tried).into_iter().map(|tried| {
+        let rate = tried.rate.value();
+        match tried.loss.is_finite() {
+            true => format!("{rate:e}: {}", percent(tried.score)),
+            false => format!("{rate:e}: diverged"),
+        }
+    });
+    let tried = tried.collect::<Vec<_>>().join(", ");
+    let each: Vec<String> = finding.scores().into_iter().map(percent).collect();
+    let share = Estimate::of(&finding.scores());
+    let losses: Vec<f64> = finding.fresh.iter().map(TrialResult::loss).collect();
+    let loss = Estimate::of(&losses);
+    let measured = finding
+        .fresh
+        .iter()
+        .filter_map(|result| match &result.outcome {
+            Outcome::Trained(measured) => Some(measured),
+            Outcome::Diverged(_) => None,
+        });
+    let measured: Vec<_> = measured.collect();
+    let trainable = measured.first().map_or(0, |measured| measured.trainable);
+    let ranks = measured.iter().map(|measured| measured.effective_rank);
+    let rank = ranks.sum::<f64>() / measured.len().max(1) as f64;
+    format!(
+        "| {} | {:e} | {tried} | {} | {} ± {:.1} | {:.3} ± {:.3} | {trainable} | {rank:.1} |",
+        finding.row.title(sweep.rank, sweep.shards),
+        finding.lr(),
+        each.join(", "),
+        percent(share.mean),
+        100.0 * share.half_width,
+        loss.mean,
+        loss.half_width
+    )
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.1} %", 100.0 * share)
+}
+
+/// The processor, as far as the system tells.
+fn machine() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let names = text.lines().filter_map(|line| line.split_once(':'));
+    let mut names = names.filter(|(key, _)| key.trim() == "model name");
+    match names.next() {
+        Some((_, name)) => format!("Processor: {}.", name.trim()),
+        None => String::new(),
+    }
+}
+
+fn picture(sweep: &Sweep, findings: &[Finding]) -> String {
+    let panel = |&task: &Task| {
+        let of_task = findings.iter().filter(|finding| finding.task == task);
+        let curves = of_task.map(|finding| {
+            let tried = rates::tried(&finding.tried).into_iter();
+            let points = tried.map(|tried| (tried.rate.value(), 100.0 * tried.score));
+            Curve {
+                name: finding.row.short(sweep.rank, sweep.shards),
+                color: finding.row.color(),
+                stroke: match finding.row {
+                    Row::LoraWide | Row::PissaWide => Stroke::Dashed,
+                    _ => Stroke::Dotted,
+                },
+                points: points.collect(),
+                band: Vec::new(),
+            }
+        });
+        Panel {
+            title: task.to_string(),
+            labels: ["learning rate".into(), format!("{}, %", task.measure())],
+            scales: [Scale::Logarithmic, Scale::FromZero],
+            curves: curves.collect(),
+        }
+    };
+    let panels: Vec<Panel> = sweep.tasks.iter().map(panel).collect();
+    chart::svg("Every method by learning rate", &panels)
+}

@@ -1,0 +1,241 @@
+//! One training: a row on a task at one learning rate and seed.
+
+use std::path::Path;
+use std::sync::Mutex;
+
+use burn::module::Module;
+use burn::tensor::Device;
+use serde::{Deserialize, Serialize};
+
+use super::row::Row;
+use super::task::{Exam, SEQUENCES_PER_STEP, Task};
+use crate::batch::FeedConfig;
+use crate::run::{Length, RunConfig};
+use crate::schedule::Decay;
+use crate::spectrum::{mean_ranks, projections};
+use crate::train::OptimizerSettings;
+use crate::{Error, Llama, tiny};
+
+/// Answers that are kept.
+const SHOWN: usize = 3;
+/// How often the loss is measured during the training.
+const WATCHED: usize = 10;
+
+/// Everything that the result of a training depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Trial {
+    /// What is trained on.
+    pub task: Task,
+    /// What is trained.
+    pub row: Row,
+    /// Largest learning rate.
+    pub lr: f64,
+    /// Seed of data, order, and random adapters and directions.
+    pub seed: u64,
+    /// Steps.
+    pub steps: usize,
+    /// Test problems, or facts.
+    pub items: usize,
+    /// Rank of a shard.
+    pub rank: usize,
+    /// Number of shards.
+    pub shards: usize,
+}
+
+/// What became of it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TrialResult {
+    /// The settings.
+    pub trial: Trial,
+    /// How it ended.
+    pub outcome: Outcome,
+}
+
+/// How a training ended.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// After its last step.
+    Trained(Box<Measured>),
+    /// With loss, gradients or weights that are no numbers; the message says where.
+    Diverged(String),
+}
+
+/// What was measured.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Measured {
+    /// Training loss of each step.
+    pub losses: Vec<f64>,
+    /// Step and loss on the first test problems, or on the facts, every few steps.
+    pub held_out: Vec<(usize, f64)>,
+    /// Mean loss per target token on the test problems, or on the facts.
+    pub loss: f64,
+    /// Right answers.
+    pub correct: usize,
+    /// Mean numeric rank of the update of a projection.
+    pub numeric_rank: f64,
+    /// Mean effective rank of the update of a projection.
+    pub effective_rank: f64,
+    /// Parameters that gradients moved.
+    pub trainable: usize,
+    /// Seconds of preparation and steps.
+    pub seconds: f64,
+    /// Tokens per second of the steps.
+    pub tokens_per_second: f64,
+    /// Peak memory of the process up to the last step, in bytes.
+    pub peak_memory: Option<u64>,
+    /// The first answers to problems, with whether they are right.
+    pub answers: Vec<(String, bool)>,
+}
+
+impl Trial {
+    /// A name for files and messages, the same for no two trials of a sweep.
+    pub fn name(&self) -> String {
+        let Self {
+            task,
+            row,
+            lr,
+            seed,
+            ..
+        } = self;
+        format!("{task}-{row}-lr{lr:e}-seed{seed}")
+    }
+
+    /// The settings of the training. In every step every method sees the same sequences.
+    pub fn config(&self) -> RunConfig {
+        let adaptation = self.row.adaptation(self.rank, self.shards, self.seed);
+        let groups = match self.row {
+            Row::Published => self.shards,
+            _ => self.task.micro_batches(self.shards),
+        };
+        assert!(
+            SEQUENCES_PER_STEP.is_multiple_of(groups),
+            "{groups} shards do not divide a step's sequences"
+        );
+        RunConfig {
+            adaptation,
+            optimizer: OptimizerSettings::default(),
+            feed: FeedConfig {
+                shards: groups,
+                accumulation: 1,
+                batch_size: SEQUENCES_PER_STEP / groups,
+                shuffle: Some(self.seed),
+            },
+            length: Length::Steps(self.steps),
+            lr: self.lr,
+            decay: Decay::Cosine,
+            warmup_ratio: 0.05,
+        }
+    }
+
+    /// Trains the tiny model and measures it.
+    ///
+    /// # Errors
+    ///
+    /// Those of the training, but no divergence.
+    ///
+    /// # Panics
+    ///
+    /// If the number of shards does not divide [`SEQUENCES_PER_STEP`].
+    pub fn run(&self, device: &Device) -> Result<TrialResult, Error> {
+        let outcome = match self.measure(device) {
+            Ok(measured) if measured.loss.is_finite() => Outcome::Trained(Box::new(measured)),
+            Ok(measured) => Outcome::Diverged(format!("the final loss is {}", measured.loss)),
+            Err(error) if error.is_divergence() => Outcome::Diverged(error.to_string()),
+            Err(error) => return Err(error),
+        };
+        Ok(TrialResult {
+            trial: *self,
+            outcome,
+        })
+    }
+
+    fn measure(&self, device: &Device) -> Result<Measured, Error> {
+        let exam = Exam::new(self.task, self.seed, self.items)?;
+        let checkpoint = tiny::checkpoint()?;
+        device.seed(self.seed);
+        let model = checkpoint.load(&device.clone().autodiff())?;
+        let held_out = Mutex::new(Vec::new());
+        let watch = |step: usize, model: &Llama| {
+            if step.is_multiple_of((self.steps / WATCHED).max(1)) {
+                let loss = exam.loss(&model.clone().valid());
+                let mut seen = held_out.lock().expect("one thread trains");
+                seen.push((step, loss));
+            }
+        };
+        let trained = self
+            .config()
+            .train(model, exam.train.clone(), &self.name(), watch)?;
+
+        let model = trained.model.valid().materialize();
+        let before = projections(&checkpoint.load(device)?);
+        let (numeric_rank, effective_rank) = mean_ranks(&before, &projections(&model));
+        let grade = exam.grade(&model)?;
+        Ok(Measured {
+            losses: trained.metrics.iter().map(|metrics| metrics.loss).collect(),
+            held_out: held_out.into_inner().expect("one thread trains"),
+            loss: grade.loss,
+            correct: grade.correct,
+            numeric_rank,
+            effective_rank,
+            trainable: trained.trainable,
+            seconds: trained.preparation + trained.seconds,
+            tokens_per_second: trained.tokens_per_second,
+            peak_memory: trained.peak_memory,
+            answers: grade.answers.into_iter().take(SHOWN).collect(),
+        })
+    }
+}
+
+impl TrialResult {
+    /// Share of right answers; none after a divergence.
+    pub fn score(&self) -> f64 {
+        match &self.outcome {
+            Outcome::Trained(measured) => measured.correct as f64 / self.trial.items as f64,
+            Outcome::Diverged(_) => 0.0,
+        }
+    }
+
+    /// Mean loss per target token; infinite after a divergence.
+    pub fn loss(&self) -> f64 {
+        match &self.outcome {
+            Outcome::Trained(measured) => measured.loss,
+            Outcome::Diverged(_) => f64::INFINITY,
+        }
+    }
+
+    /// Writes the result as JSON. The file is complete or absent.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`].
+    pub fn write(&self, path: &Path) -> Result<(), Error> {
+        let json = serde_json::to_vec(self)
+            .map_err(|error| Error::field(path, "content", error.to_string()))?;
+        let partial = path.with_extension(format!("partial-{}", std::process::id()));
+        std::fs::write(&partial, json).map_err(Error::io(&partial))?;
+        std::fs::rename(&partial, path).map_err(Error::io(path))
+    }
+
+    /// The result of `trial` in a file, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`], and [`Error::Field`] for a file that holds something else.
+    pub fn read(path: &Path, trial: &Trial) -> Result<Option<Self>, Error> {
+        if !path.exists() {
+            return Ok(None);
+        }
+        let invalid = |reason: String| Error::field(path, "content", reason);
+        let text = crate::files::text(path)?;
+        let result: Self = serde_json::from_str(&text)
+            .map_err(|error| invalid(format!("is no result of a trial: {error}; delete it")))?;
+        if result.trial != *trial {
+            return Err(invalid(format!(
+                "is the result of other settings, {:?}; delete it, or choose another folder",
+                result.trial
+            )));
+        }
+        Ok(Some(result))
+    }
+}

@@ -1,0 +1,103 @@
+//! What a table shows, in words, whichever way its numbers fall. Losses come first.
+
+use super::statistics::Estimate;
+
+/// Less than this share of right answers is a failure, and so is no more than the base has.
+const LEARNED: f64 = 0.1;
+
+/// A method that another is compared with.
+#[derive(Clone, Debug)]
+pub struct Rival {
+    /// Its name.
+    pub name: String,
+    /// How much larger the other's share of right answers is.
+    pub difference: Estimate,
+}
+
+/// Why the shares of right answers of a task say nothing about methods, if so: the base model knows
+/// the answers, or full fine-tuning does not learn them.
+pub fn why_unfit(base: f64, full: f64) -> Option<String> {
+    if base > 0.5 {
+        let percent = 100.0 * base;
+        return Some(format!(
+            "the base model already has {percent:.1} % of the answers"
+        ));
+    }
+    if full < LEARNED || full <= base {
+        let percent = 100.0 * full;
+        return Some(format!(
+            "full fine-tuning has no more than {percent:.1} % of the answers"
+        ));
+    }
+    None
+}
+
+/// How a method stands against others. A difference counts if its 95 % interval leaves out zero.
+pub fn against(subject: &str, rivals: &[Rival]) -> String {
+    let part = |words: &str, counts: fn(Estimate) -> bool| {
+        let named: Vec<String> = rivals
+            .iter()
+            .filter(|rival| counts(rival.difference))
+            .map(|rival| format!("{} ({})", rival.name, points(rival.difference)))
+            .collect();
+        (!named.is_empty()).then(|| format!("{words} {}", named.join(", ")))
+    };
+    let parts = [
+        part("behind", Estimate::is_negative),
+        part("no difference shown from", |difference| {
+            !difference.is_negative() && !difference.is_positive()
+        }),
+        part("ahead of", Estimate::is_positive),
+    ];
+    let parts: Vec<String> = parts.into_iter().flatten().collect();
+    format!("{subject}: {}", parts.join("; "))
+}
+
+/// A difference of shares in points.
+fn points(difference: Estimate) -> String {
+    let Estimate { mean, half_width } = difference;
+    format!("{:+.1} ± {:.1} points", 100.0 * mean, 100.0 * half_width)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rival(name: &str, mean: f64, half_width: f64) -> Rival {
+        let name = name.into();
+        let difference = Estimate { mean, half_width };
+        Rival { name, difference }
+    }
+
+    #[test]
+    fn losses_come_first_and_a_draw_is_called_one() {
+        let rivals = [
+            rival("A", 0.2, 0.1),
+            rival("B", -0.3, 0.25),
+            rival("C", 0.05, 0.06),
+            rival("D", -0.02, 0.1),
+            rival("E", -0.5, 0.1),
+        ];
+        assert_eq!(
+            against("X", &rivals),
+            "X: behind B (-30.0 ± 25.0 points), E (-50.0 ± 10.0 points); no difference shown from C \
+             (+5.0 ± 6.0 points), D (-2.0 ± 10.0 points); ahead of A (+20.0 ± 10.0 points)"
+        );
+        assert_eq!(
+            against("X", &rivals[..1]),
+            "X: ahead of A (+20.0 ± 10.0 points)"
+        );
+        assert_eq!(
+            against("X", &rivals[1..2]),
+            "X: behind B (-30.0 ± 25.0 points)"
+        );
+    }
+
+    #[test]
+    fn a_task_that_is_known_or_not_learned_tells_nothing() {
+        assert!(why_unfit(0.6, 0.9).unwrap().contains("base model"));
+        assert!(why_unfit(0.02, 0.05).unwrap().contains("full fine-tuning"));
+        assert!(why_unfit(0.3, 0.3).unwrap().contains("full fine-tuning"));
+        assert_eq!(why_unfit(0.02, 0.5), None);
+    }
+}

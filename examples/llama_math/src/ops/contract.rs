@@ -1,0 +1,97 @@
+//! What the model asks of a backend beyond Burn's own operations.
+
+use burn::backend::{Backend, backend_extension, tensor::FloatTensor};
+
+/// Which keys a query may look at: those up to its own position, and no more than `window` of them.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Causal {
+    /// Number of keys before the first query.
+    pub start: usize,
+    /// Number of queries that follow each other; their rows repeat for every head.
+    pub positions: usize,
+    /// Largest number of keys, the query's own position included.
+    pub window: Option<usize>,
+}
+
+impl Causal {
+    /// The keys of a row of scores, of `keys` in all.
+    pub fn keys_of(&self, row: usize, keys: usize) -> std::ops::Range<usize> {
+        let end = (self.start + row % self.positions + 1).min(keys);
+        let first = self.window.map_or(0, |window| end.saturating_sub(window));
+        first..end
+    }
+}
+
+/// Operations that Burn composes of several, and their gradients. All tensors are `f32`.
+///
+/// Only the backends that gain by it have them; the functions on tensors ask the others for Burn's
+/// operations.
+#[backend_extension(Autodiff, Flex: cfg(feature = "flex"))]
+pub trait LlamaOps: Backend {
+    /// Softmax over the visible keys of `scale · scores`, with 0 for the others.
+    ///
+    /// `scores` and the result are `[batch, heads, rows, keys]`.
+    fn llama_attention_weights(
+        scores: FloatTensor<Self>,
+        scale: f64,
+        causal: Causal,
+    ) -> FloatTensor<Self>;
+
+    /// The gradient of the scores, given the weights and their gradient.
+    fn llama_attention_weights_backward(
+        weights: FloatTensor<Self>,
+        gradient: FloatTensor<Self>,
+        scale: f64,
+        causal: Causal,
+    ) -> FloatTensor<Self>;
+
+    /// `gate · sigmoid(gate) · up`, all of one shape.
+    fn llama_swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// The gradients of `gate` and `up`.
+    fn llama_swiglu_backward(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        gradient: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// `x / √(mean(x²) + epsilon) · gamma` for `x: [.., d]` and `gamma: [d]`.
+    fn llama_rms_norm(
+        x: FloatTensor<Self>,
+        gamma: FloatTensor<Self>,
+        epsilon: f64,
+    ) -> FloatTensor<Self>;
+
+    /// The gradients of `x` and `gamma`.
+    fn llama_rms_norm_backward(
+        x: FloatTensor<Self>,
+        gamma: FloatTensor<Self>,
+        gradient: FloatTensor<Self>,
+        epsilon: f64,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// From `x: [batch, positions, heads · head_dim]` to `[batch, heads, positions, head_dim]`, each
+    /// dimension `i` rotated with `i + head_dim / 2`, by the angles of its position:
+    /// `cos, sin: [positions, head_dim / 2]`.
+    fn llama_rotate_heads(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+    ) -> FloatTensor<Self>;
+
+    /// The gradient of `x`: back to its shape, rotated the other way.
+    fn llama_rotate_heads_backward(
+        gradient: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+    ) -> FloatTensor<Self>;
+
+    /// `Σ_i log Σ_j exp(logits_ij) − logits_i,labels_i`, `[1]`, for `logits: [rows, vocabulary]`.
+    fn llama_target_loss(logits: FloatTensor<Self>, labels: Vec<u32>) -> FloatTensor<Self>;
+
+    /// The same, and the gradient of the logits: `softmax(logits) − one_hot(labels)`.
+    fn llama_target_loss_with_gradient(
+        logits: FloatTensor<Self>,
+        labels: Vec<u32>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+}

@@ -1,0 +1,13 @@
+//! The model's small operations, each in one pass over memory on the CPU: [`LlamaOps`] is the contract,
+//! and the functions re-exported here apply it to tensors where it pays.
+
+mod autodiff;
+mod contract;
+#[cfg(feature = "flex")]
+mod flex;
+#[cfg(feature = "flex")]
+mod rows;
+mod tensor;
+
+pub use contract::{Causal, LlamaOps};
+pub use tensor::{attention_weights, rms_norm, rotate_heads, swiglu, target_loss};

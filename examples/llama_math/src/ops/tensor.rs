@@ -1,0 +1,255 @@
+//! The operations as functions of tensors, of Burn's own operations where those are better.
+
+use burn::backend::{Dispatch, DispatchDevice};
+use burn::nn;
+use burn::tensor::activation::{log_softmax, silu, softmax};
+use burn::tensor::{Bool, DType, Int, Tensor, TensorData};
+
+use super::{Causal, LlamaOps};
+use crate::rope::Rotation;
+
+/// Whether the tensor's backend has the operations for its dtype.
+fn has_own<const D: usize>(x: &Tensor<D>) -> bool {
+    fn is_flex(device: &DispatchDevice) -> bool {
+        match device {
+            DispatchDevice::Autodiff(device) => is_flex(&device.clone().inner()),
+            #[cfg(feature = "flex")]
+            DispatchDevice::Flex(_) => true,
+            #[allow(unreachable_patterns)]
+            _ => false,
+        }
+    }
+    x.dtype() == DType::F32 && is_flex(x.device().as_dispatch())
+}
+
+/// Softmax over the visible keys of `scale · scores`, with 0 for the others.
+///
+/// # Shapes
+///
+/// - scores: `[batch, heads, rows, keys]`; row `i` is the query at position `i % causal.positions`
+/// - output: the same
+pub fn attention_weights(scores: Tensor<4>, scale: f64, causal: Causal) -> Tensor<4> {
+    if has_own(&scores) {
+        let weights = Dispatch::llama_attention_weights(scores.into_dispatch(), scale, causal);
+        return Tensor::from_dispatch(weights);
+    }
+    let scores = scores * scale;
+    softmax(
+        match mask(causal, scores.dims()) {
+            Some(hidden) => {
+                let hidden = Tensor::<4, Bool>::from_data(hidden, &scores.device());
+                let hidden = hidden.expand(scores.dims());
+                scores.mask_fill(hidden, f32::NEG_INFINITY)
+            }
+            None => scores,
+        },
+        3,
+    )
+}
+
+/// `true` where a query may not look, `[1, 1, rows, keys]`; `None` where every query may look everywhere.
+fn mask(causal: Causal, [_, _, rows, keys]: [usize; 4]) -> Option<TensorData> {
+    if (0..causal.positions).all(|row| causal.keys_of(row, keys) == (0..keys)) {
+        return None;
+    }
+    let hidden: Vec<bool> = (0..rows)
+        .flat_map(|row| {
+            let visible = causal.keys_of(row, keys);
+            (0..keys).map(move |key| !visible.contains(&key))
+        })
+        .collect();
+    Some(TensorData::new(hidden, [1, 1, rows, keys]))
+}
+
+/// `silu(gate) · up`, all of one shape.
+pub fn swiglu(gate: Tensor<3>, up: Tensor<3>) -> Tensor<3> {
+    match has_own(&gate) {
+        true => Tensor::from_dispatch(Dispatch::llama_swiglu(
+            gate.into_dispatch(),
+            up.into_dispatch(),
+        )),
+        false => silu(gate) * up,
+    }
+}
+
+/// The norm of `x: [.., d]`.
+pub fn rms_norm(norm: &nn::RmsNorm, x: Tensor<3>) -> Tensor<3> {
+    let gamma = norm.gamma.val();
+    match has_own(&x) && has_own(&gamma) {
+        true => Tensor::from_dispatch(Dispatch::llama_rms_norm(
+            x.into_dispatch(),
+            gamma.into_dispatch(),
+            norm.epsilon,
+        )),
+        false => norm.forward(x),
+    }
+}
+
+/// The heads of a projection, rotated: `[batch, positions, heads · head_dim]` to
+/// `[batch, heads, positions, head_dim]`.
+pub fn rotate_heads(x: Tensor<3>, rotation: &Rotation) -> Tensor<4> {
+    let [batch, positions, width] = x.dims();
+    if has_own(&x) {
+        return Tensor::from_dispatch(Dispatch::llama_rotate_heads(
+            x.into_dispatch(),
+            rotation.cos.clone().into_dispatch(),
+            rotation.sin.clone().into_dispatch(),
+        ));
+    }
+    let head_dim = 2 * rotation.cos.dims()[1];
+    let heads = x.reshape([batch, positions, width / head_dim, head_dim]);
+    rotation.apply(heads.swap_dims(1, 2))
+}
+
+/// Sum over rows of the negative log-likelihood of their labels, `[1]`.
+///
+/// # Shapes
+///
+/// - logits: `[rows, vocabulary]`
+/// - labels: one for each row
+pub fn target_loss(logits: Tensor<2>, labels: Vec<u32>) -> Tensor<1> {
+    if has_own(&logits) {
+        let loss = Dispatch::llama_target_loss(logits.into_dispatch(), labels);
+        return Tensor::from_dispatch(loss);
+    }
+    let count = labels.len();
+    let labels: Vec<i64> = labels.into_iter().map(i64::from).collect();
+    let labels = TensorData::new(labels, [count, 1]);
+    let labels = Tensor::<2, Int>::from_data(labels, &logits.device());
+    log_softmax(logits, 1).gather(1, labels).sum().neg()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::nn::RmsNormConfig;
+    use burn::tensor::{Device, Distribution};
+
+    /// Largest difference of the entries, relative to the largest of them.
+    fn error<const D: usize>(ours: Tensor<D>, theirs: Tensor<D>) -> f64 {
+        let largest: f64 = theirs.clone().abs().max().into_scalar();
+        let difference: f64 = (ours - theirs).abs().max().into_scalar();
+        difference / largest
+    }
+
+    /// Compares value and gradient with respect to the input of an operation in `f32`, which has its own
+    /// kernels, and in `f64`, which is Burn's. The gradient is that of the sum of `f(x)·w`.
+    fn agrees<const I: usize, const O: usize>(
+        shape: [usize; I],
+        f: impl Fn(Tensor<I>) -> Tensor<O>,
+    ) {
+        let device = Device::flex().autodiff();
+        let x = Tensor::<I>::random(shape, Distribution::Normal(0.0, 2.0), &device);
+        let run = |dtype: DType| {
+            let x = x.clone().cast(dtype).detach().require_grad();
+            let y = f(x.clone());
+            let count = y.shape().num_elements() as i64;
+            let weight = Tensor::<1, Int>::arange(0..count, &device).float();
+            let weight = (weight * 0.7 + 0.5).sin().cast(dtype).reshape(y.shape());
+            let gradients = (y.clone() * weight).sum().backward();
+            let gradient = x.grad(&gradients).expect("x has a gradient");
+            [
+                y.inner().cast(DType::F64).flatten::<1>(0, O - 1),
+                gradient.cast(DType::F64).flatten(0, I - 1),
+            ]
+        };
+        assert!(has_own(&x) && !has_own(&x.clone().cast(DType::F64)));
+        let [ours, theirs] = [DType::F32, DType::F64].map(run);
+        for (ours, theirs) in ours.into_iter().zip(theirs) {
+            let error = error(ours, theirs);
+            assert!(error < 2e-6, "{error:e}");
+        }
+    }
+
+    #[test]
+    fn weights_of_attention() {
+        for (start, window) in [(0, None), (4, None), (4, Some(3)), (0, Some(20))] {
+            let causal = Causal {
+                start,
+                positions: 7,
+                window,
+            };
+            agrees([2, 3, 21, start + 7], |scores| {
+                attention_weights(scores, 0.3, causal)
+            });
+        }
+    }
+
+    #[test]
+    fn gates() {
+        let device = Device::flex().autodiff();
+        let other = Tensor::<3>::random([2, 5, 37], Distribution::Normal(0.0, 2.0), &device);
+        agrees([2, 5, 37], |x| {
+            let other = other.clone().cast(x.dtype());
+            swiglu(x.clone(), other.clone()) + swiglu(other, x)
+        });
+    }
+
+    #[test]
+    fn norms() {
+        let device = Device::flex().autodiff();
+        let mut norm = RmsNormConfig::new(37).with_epsilon(0.1).init(&device);
+        let gamma = Tensor::<1>::random([37], Distribution::Default, &device);
+        norm.gamma = norm.gamma.map(|_| gamma.clone());
+        let with = |gamma: Tensor<1>| {
+            let mut norm = norm.clone();
+            norm.gamma = norm.gamma.map(|_| gamma);
+            norm
+        };
+        agrees([2, 5, 37], |x| {
+            rms_norm(&with(gamma.clone().cast(x.dtype())), x)
+        });
+        // As a function of gamma.
+        let x = Tensor::<3>::random([2, 5, 37], Distribution::Normal(0.0, 2.0), &device);
+        agrees([37], |gamma| {
+            let x = x.clone().cast(gamma.dtype());
+            let mut norm = norm.clone();
+            let (id, _, mapper) = norm.gamma.consume();
+            norm.gamma = burn::module::Param::from_mapped_value(id, gamma, mapper);
+            rms_norm(&norm, x)
+        });
+    }
+
+    #[test]
+    fn rotated_heads() {
+        let device = Device::flex().autodiff();
+        let rotation = Rotation::new(&[1.0, 0.3, 0.01], 2, 7, &device);
+        agrees([2, 7, 5 * 6], |x| {
+            let rotation = Rotation {
+                cos: rotation.cos.clone().cast(x.dtype()),
+                sin: rotation.sin.clone().cast(x.dtype()),
+            };
+            rotate_heads(x, &rotation)
+        });
+    }
+
+    #[test]
+    fn losses() {
+        let labels = vec![3, 0, 36, 3, 8];
+        agrees([5, 37], |logits| target_loss(logits * 3.0, labels.clone()));
+        // What is not a number does not get lost.
+        let device = Device::flex();
+        for bad in [f32::NAN, f32::INFINITY] {
+            let logits = Tensor::<2>::from_floats([[0.0, bad, 1.0]], &device);
+            let loss: f64 = target_loss(logits, vec![0]).into_scalar();
+            assert!(!loss.is_finite());
+        }
+    }
+
+    /// An operation may take the memory of what nothing else holds, and of that alone.
+    #[test]
+    fn operands_that_others_hold_stay_as_they_are() {
+        let device = Device::flex();
+        let logits = Tensor::<2>::random([4, 9], Distribution::Default, &device);
+        let before = logits.to_data();
+        target_loss(logits.clone(), vec![0, 1, 2, 3]);
+        let scores = logits.clone().reshape([1, 1, 4, 9]);
+        let causal = Causal {
+            start: 5,
+            positions: 4,
+            window: None,
+        };
+        attention_weights(scores, 1.0, causal);
+        assert_eq!(logits.to_data(), before);
+    }
+}
