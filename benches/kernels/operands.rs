@@ -41,5 +41,5 @@ pub struct Variant<'a, R> {
 /// A merged weight, and how many merges it has taken.
 pub type Merged = (Host, usize);
 
-/// `y` and `p`, of which the last run may have kept one.
+/// `y` and `p`; the last run may have kept only one of them.
 pub type Products = [Option<Host>; 2];

@@ -154,9 +154,9 @@ fn workers() -> String {
                 0.08,
             );
         }
-        for shard in 0..8 {
+        for (shard, colour) in SHARD.into_iter().enumerate() {
             let x = left + shard as f32 * 42.0 + 4.0;
-            svg.cell(x, top + 11.0, 30.0, 36.0, SHARD[shard], 0.9);
+            svg.cell(x, top + 11.0, 30.0, 36.0, colour, 0.9);
         }
     }
     svg.text(

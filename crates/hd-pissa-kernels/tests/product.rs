@@ -209,7 +209,7 @@ fn without_one_the_projection_is_within_the_rounding_bound() {
     }
 }
 
-/// The backward pass, `G·Wᵀ` and `G·bᵀ`, takes `W` and `b` as they lie.
+/// The backward pass, `G·Wᵀ` and `G·bᵀ`, takes `W` and `b` without copies.
 #[test]
 fn transposed_operands_give_the_backward_products() {
     let Some(client) = client() else { return };

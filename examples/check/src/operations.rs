@@ -221,7 +221,7 @@ impl<'a> Operands<'a> {
         ]
     }
 
-    /// The product with a factor, of operands as they lie and transposed.
+    /// The product with a factor, of operands in both orders of memory.
     fn factor_product(&self) -> Vec<Compared> {
         let product = |x: Tensor<2>, f: &Host| {
             let f = f.tensor(self.device, DType::F32);

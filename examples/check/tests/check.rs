@@ -50,8 +50,8 @@ fn everything_is_within_its_bounds() {
                 "recorded run",
                 "row_statistics",
                 "step",
-                "step, Plain",
-                "step, Split",
+                "step, Compensated",
+                "step, Nearest",
                 "step, Stochastic",
             ],
         );

@@ -80,7 +80,7 @@ impl MicroBatch {
 
 /// How records are dealt to shards and steps.
 #[derive(Clone, Copy, Debug)]
-pub struct FeedConfig {
+pub struct BatcherConfig {
     /// Number of shards, each with its own records.
     pub shards: usize,
     /// Micro-batches per shard and step.
@@ -96,20 +96,23 @@ pub struct FeedConfig {
 /// Shard `k` takes records `k`, `k + K`, ... of the epoch's order. An epoch has whole steps only
 /// and no record twice; records left over are skipped.
 #[derive(Clone, Debug)]
-pub struct Feed {
+pub struct Batcher {
     sequences: Arc<[Sequence]>,
-    config: FeedConfig,
+    config: BatcherConfig,
     steps_per_epoch: usize,
     /// The epoch that `order` is for.
     epoch: usize,
     order: Vec<usize>,
 }
 
-impl Feed {
+impl Batcher {
     /// # Errors
     ///
     /// [`Error::Option`] if there are too few sequences for one step.
-    pub fn new(sequences: impl Into<Arc<[Sequence]>>, config: FeedConfig) -> Result<Self, Error> {
+    pub fn new(
+        sequences: impl Into<Arc<[Sequence]>>,
+        config: BatcherConfig,
+    ) -> Result<Self, Error> {
         let sequences = sequences.into();
         let per_step = config.shards * config.accumulation * config.batch_size;
         let steps_per_epoch = match per_step {
@@ -152,7 +155,7 @@ impl Feed {
             self.order = shuffled(self.sequences.len(), self.config.shuffle, epoch);
             self.epoch = epoch;
         }
-        let FeedConfig {
+        let BatcherConfig {
             shards,
             accumulation,
             batch_size,
@@ -206,37 +209,37 @@ mod tests {
 
     #[test]
     fn shards_take_every_kth_record_in_order() {
-        let config = FeedConfig {
+        let config = BatcherConfig {
             shards: 3,
             accumulation: 2,
             batch_size: 2,
             shuffle: None,
         };
         // 3 shards of 9 records each, of which a step takes 4; one record of 28 has no shard.
-        let mut feed = Feed::new(sequences(28), config).unwrap();
-        assert_eq!(feed.steps_per_epoch(), 2);
-        let step = feed.step(1);
+        let mut batcher = Batcher::new(sequences(28), config).unwrap();
+        assert_eq!(batcher.steps_per_epoch(), 2);
+        let step = batcher.step(1);
         let seen: Vec<Vec<Vec<u32>>> = step
             .iter()
             .map(|shard| shard.iter().map(ids).collect())
             .collect();
         assert_eq!(seen[0], [[12, 15], [18, 21]]);
         assert_eq!(seen[2], [[14, 17], [20, 23]]);
-        assert_eq!(ids(&feed.step(2)[1][0]), [1, 4]);
+        assert_eq!(ids(&batcher.step(2)[1][0]), [1, 4]);
     }
 
     #[test]
     fn a_shuffled_epoch_has_no_record_twice_and_differs_from_the_next() {
-        let config = FeedConfig {
+        let config = BatcherConfig {
             shards: 2,
             accumulation: 1,
             batch_size: 2,
             shuffle: Some(7),
         };
-        let mut feed = Feed::new(sequences(12), config).unwrap();
+        let mut batcher = Batcher::new(sequences(12), config).unwrap();
         let mut epoch = |epoch: usize| -> Vec<u32> {
             (0..3)
-                .flat_map(|step| feed.step(epoch * 3 + step))
+                .flat_map(|step| batcher.step(epoch * 3 + step))
                 .flatten()
                 .flat_map(|micro_batch| ids(&micro_batch))
                 .collect()
@@ -251,14 +254,14 @@ mod tests {
 
     #[test]
     fn too_few_records_for_a_step_are_refused() {
-        let config = FeedConfig {
+        let config = BatcherConfig {
             shards: 4,
             accumulation: 1,
             batch_size: 2,
             shuffle: None,
         };
         assert!(matches!(
-            Feed::new(sequences(7), config),
+            Batcher::new(sequences(7), config),
             Err(Error::Option { .. })
         ));
     }

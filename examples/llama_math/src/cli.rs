@@ -7,7 +7,7 @@ use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser
 use clap::{Args, Parser, Subcommand};
 use hd_pissa::{CommunicationDtype, FrameScale, GradientMode, Windows};
 
-use crate::batch::FeedConfig;
+use crate::batch::BatcherConfig;
 use crate::compare::Comparison;
 use crate::data::Fields;
 use crate::evidence::children::{self, Children};
@@ -645,7 +645,7 @@ impl Options {
                     weight_decay: self.weight_decay.unwrap_or(0.0),
                     wire: self.wire,
                 },
-                feed: FeedConfig {
+                batcher: BatcherConfig {
                     shards: groups,
                     accumulation: self.accumulation.unwrap_or(self.shards / groups),
                     batch_size: self.batch_size,

@@ -129,7 +129,7 @@ impl Comparison {
         };
         let results = children.run(&trials, "trainings")?;
 
-        let model = tiny::checkpoint()?.load(device)?;
+        let model = tiny::pretrained()?.load(device)?;
         let mut parts = Vec::new();
         for task in Task::ALL {
             let of_task = |result: &&TrialResult| result.trial.task == task;

@@ -1,4 +1,4 @@
-//! `config.json` of a Hugging Face checkpoint.
+//! `config.json` of a pretrained model in the Hugging Face layout.
 
 use std::path::Path;
 

@@ -1,5 +1,5 @@
-//! A trained model as a checkpoint: weights in the dtype that is asked for, and every other file of
-//! the checkpoint it came from.
+//! A trained model in the layout of the pretrained one: weights in the dtype that is asked for, and
+//! every other file of the model it came from.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -14,14 +14,14 @@ use safetensors::{Dtype, SafeTensorError};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use crate::checkpoint::TensorName;
+use crate::pretrained::TensorName;
 use crate::weights::{Encoded, SINGLE, encode, transpose};
-use crate::{Checkpoint, Error, Llama};
+use crate::{Error, Llama, Pretrained};
 
 /// The dtype of written weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum OutputDtype {
-    /// That which each tensor has in the checkpoint.
+    /// That which each tensor has in the pretrained model.
     #[default]
     Same,
     /// 32 bits: what was trained, bit for bit.
@@ -146,8 +146,8 @@ impl ExportConfig {
     }
 }
 
-impl Checkpoint {
-    /// Writes `model` into `folder` with the names and other files of this checkpoint. Adapters are
+impl Pretrained {
+    /// Writes `model` into `folder` with the names and other files of this one. Adapters are
     /// merged. The folder must exist.
     ///
     /// # Errors
@@ -181,7 +181,7 @@ impl Checkpoint {
             encoded.push(encoded_as(name, shape, &written, dtype, &path)?);
         }
         write(encoded, &path)?;
-        for (name, bytes) in &self.companions {
+        for (name, bytes) in &self.known_files {
             let path = folder.join(name);
             let content = match name.as_str() {
                 "config.json" => config.config(bytes, self.is_untied),
@@ -190,7 +190,7 @@ impl Checkpoint {
             std::fs::write(&path, content).map_err(Error::io(&path))?;
         }
         let mut left_out = Vec::new();
-        for name in &self.others {
+        for name in &self.other_files {
             let (from, to) = (self.folder.join(name), folder.join(name));
             let parent = to.parent().unwrap_or(folder);
             let copied = std::fs::create_dir_all(parent).and_then(|()| std::fs::copy(&from, &to));
@@ -212,12 +212,12 @@ impl Checkpoint {
             let values = entry.len / size(entry.dtype);
             (values * size(config.dtype(Some(entry.dtype)))) as u64
         });
-        let companions = self.companions.values().map(|bytes| bytes.len() as u64);
-        let others = self.others.iter().filter_map(|name| {
+        let known_files = self.known_files.values().map(|bytes| bytes.len() as u64);
+        let others = self.other_files.iter().filter_map(|name| {
             let found = self.folder.join(name).metadata().ok()?;
             Some(found.len())
         });
-        weights.sum::<u64>() + companions.sum::<u64>() + others.sum::<u64>()
+        weights.sum::<u64>() + known_files.sum::<u64>() + others.sum::<u64>()
     }
 }
 
@@ -226,7 +226,7 @@ impl Checkpoint {
 ///
 /// # Errors
 ///
-/// See [`Checkpoint::export`].
+/// See [`Pretrained::export`].
 pub fn write_weights(
     model: &Llama,
     dtype: impl Fn(&str) -> Dtype,

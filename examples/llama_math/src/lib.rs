@@ -1,13 +1,12 @@
 //! Fine-tunes Llama-family models on word problems, with HD-PiSSA and its baselines.
 //!
 //! `cargo run --release --example llama_math` runs it; this library holds its parts. In reading
-//! order: [`config`], [`rope`], [`model`] and [`checkpoint`]; [`data`], [`tokenize`] and
+//! order: [`config`], [`rope`], [`model`] and [`pretrained`]; [`data`], [`tokenize`] and
 //! [`batch`]; [`method`], [`schedule`], [`train`] and [`run`]; [`evaluate`] and [`spectrum`]; and
 //! what the command line offers: [`finetune`], [`compare`], [`scaling`] and [`pretrain`].
 
 pub mod batch;
 pub mod chart;
-pub mod checkpoint;
 pub mod cli;
 pub mod compare;
 pub mod config;
@@ -32,6 +31,7 @@ pub mod output;
 mod panics;
 pub mod picture;
 pub mod pretrain;
+pub mod pretrained;
 pub mod problems;
 pub mod progress;
 pub mod rope;
@@ -48,7 +48,7 @@ pub mod tokenize;
 pub mod train;
 mod weights;
 
-pub use checkpoint::Checkpoint;
 pub use config::LlamaConfig;
 pub use error::Error;
 pub use model::{Cache, Llama};
+pub use pretrained::Pretrained;

@@ -94,7 +94,8 @@ impl Cache {
 }
 
 impl Llama {
-    /// A model with random weights, drawn when first read: a checkpoint loads without drawing any.
+    /// A model with random weights, drawn when first read: a pretrained one loads without drawing
+    /// any.
     pub fn new(config: &LlamaConfig, device: &Device) -> Self {
         // The standard deviation that Llama's own training starts from.
         let initializer = Initializer::Normal {

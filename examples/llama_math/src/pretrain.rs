@@ -20,7 +20,7 @@ use crate::progress::Progress;
 use crate::schedule::{Decay, Schedule};
 use crate::tokenize::Tokens;
 use crate::train::{OptimizerSettings, Trainer};
-use crate::{Checkpoint, Error, Llama};
+use crate::{Error, Llama, Pretrained};
 
 const UNKNOWN: &str = "<unk>";
 const END: &str = "<end>";
@@ -41,7 +41,7 @@ pub struct Pretraining {
 }
 
 impl Pretraining {
-    /// Trains the tiny model from random weights and writes its checkpoint.
+    /// Trains the tiny model from random weights and writes it.
     ///
     /// # Errors
     ///
@@ -69,7 +69,7 @@ impl Pretraining {
         let config = crate::LlamaConfig::from_json(&contents[0], &folder.join(files[0]))?;
         let model = Llama::new(&config, &device);
         write_weights(&model, |_| Dtype::F32, &folder.join("model.safetensors"))?;
-        let tokens = Tokens::of(&Checkpoint::open(folder)?)?;
+        let tokens = Tokens::of(&Pretrained::open(folder)?)?;
 
         let everything = Adaptation {
             method: Method::Full,

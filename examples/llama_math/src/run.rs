@@ -13,7 +13,7 @@ use hd_pissa::checkpoint::{Checkpoint, Checkpoints, Snapshot};
 use hd_pissa::comm::{Communicator, Solo, thread_group};
 use serde::{Deserialize, Serialize};
 
-use crate::batch::{Feed, FeedConfig, Sequence};
+use crate::batch::{Batcher, BatcherConfig, Sequence};
 use crate::method::Adaptation;
 use crate::panics::message;
 use crate::progress::Progress;
@@ -39,7 +39,7 @@ pub struct RunConfig {
     /// Settings of the optimizer.
     pub optimizer: OptimizerSettings,
     /// How records are dealt to shards and steps.
-    pub feed: FeedConfig,
+    pub batcher: BatcherConfig,
     /// How long the run is.
     pub length: Length,
     /// Largest learning rate.
@@ -57,7 +57,7 @@ impl RunConfig {
     ///
     /// [`Error::Usage`] for `option`, which chooses the number.
     pub fn check_workers(&self, option: &'static str, workers: usize) -> Result<(), Error> {
-        let micro_batches = self.feed.shards * self.feed.accumulation;
+        let micro_batches = self.batcher.shards * self.batcher.accumulation;
         self.adaptation
             .check_workers(option, workers, micro_batches)
     }
@@ -166,7 +166,7 @@ struct Elapsed {
 pub struct Training<'a> {
     config: &'a RunConfig,
     label: &'a str,
-    feed: Feed,
+    batcher: Batcher,
     total: usize,
     /// Where and when to save; without it the run cannot stop early.
     pub saving: Option<Saving>,
@@ -201,15 +201,15 @@ impl<'a> Training<'a> {
         sequences: impl Into<Arc<[Sequence]>>,
         label: &'a str,
     ) -> Result<Self, Error> {
-        let feed = Feed::new(sequences, config.feed)?;
+        let batcher = Batcher::new(sequences, config.batcher)?;
         let total = match config.length {
-            Length::Epochs(epochs) => epochs * feed.steps_per_epoch(),
+            Length::Epochs(epochs) => epochs * batcher.steps_per_epoch(),
             Length::Steps(steps) => steps,
         };
         Ok(Self {
             config,
             label,
-            feed,
+            batcher,
             total,
             saving: None,
             resume: None,
@@ -257,14 +257,14 @@ impl<'a> Training<'a> {
         let start = Instant::now();
         let mut observing = Duration::ZERO;
         let mut last_save = Instant::now();
-        let mut feed = self.feed.clone();
+        let mut batcher = self.batcher.clone();
         let first = history.metrics.len();
         let progress = Progress::resumed(self.label, self.total, first, !is_first);
         self.stop.begin_steps();
         for step in first..self.total {
             let step_start = Instant::now();
             let lr = schedule.at(step);
-            let report = trainer.step(step + 1, lr, feed.step(step))?;
+            let report = trainer.step(step + 1, lr, batcher.step(step))?;
             progress.step(report.loss, report.tokens);
             history.push(StepMetrics {
                 step: step + 1,
@@ -295,7 +295,7 @@ impl<'a> Training<'a> {
                     tokens: history.tokens + progress.tokens(),
                 };
                 // A run that starts again from there could only fail again.
-                let next = feed.step((step + 1).min(self.total - 1));
+                let next = batcher.step((step + 1).min(self.total - 1));
                 let is_sound = trainer.is_sound(next);
                 let sound = trainer.gather(&[f32::from(u8::from(is_sound))])?;
                 if sound.contains(&0.0) {
@@ -450,7 +450,7 @@ impl RunConfig {
     ///
     /// # Errors
     ///
-    /// Those of the adapters, the feed and the steps.
+    /// Those of the adapters, the batcher and the steps.
     pub fn train(
         &self,
         model: Llama,

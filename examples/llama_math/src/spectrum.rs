@@ -6,8 +6,8 @@ use faer::Mat;
 
 use crate::Llama;
 
-/// The weight matrices of a model at one moment.
-pub struct Snapshot(Vec<Matrix>);
+/// The weight matrices of a model before training.
+pub struct WeightsBefore(Vec<Matrix>);
 
 enum Matrix {
     Dense(Box<Tensor<2>>),
@@ -54,7 +54,7 @@ impl Matrix {
     }
 }
 
-impl Snapshot {
+impl WeightsBefore {
     /// The matrices of `model` as they are now. Holds the tensors themselves, not copies.
     pub fn of(model: &Llama) -> Self {
         Self(

@@ -1,15 +1,15 @@
 //! The tiny model that is part of this example, and its prompt.
 
 use crate::tokenize::PromptTemplate;
-use crate::{Checkpoint, Error};
+use crate::{Error, Pretrained};
 
-/// The checkpoint that `pretrain` made.
+/// The model that `pretrain` made.
 ///
 /// # Errors
 ///
 /// None for the files as committed.
-pub fn checkpoint() -> Result<Checkpoint, Error> {
-    Checkpoint::embedded(
+pub fn pretrained() -> Result<Pretrained, Error> {
+    Pretrained::embedded(
         "<embedded tiny model>",
         include_bytes!("../assets/tiny/model.safetensors"),
         &[

@@ -195,7 +195,7 @@ mod tests {
     use crate::tiny;
 
     fn sample() -> (Tokens, Vec<Record>) {
-        let tokens = Tokens::of(&tiny::checkpoint().unwrap()).unwrap();
+        let tokens = Tokens::of(&tiny::pretrained().unwrap()).unwrap();
         let record = |i: usize| Record {
             instruction: format!("How many are {i} and 2?"),
             input: String::new(),

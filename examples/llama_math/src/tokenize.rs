@@ -14,7 +14,7 @@ use tokenizers::{AddedToken, Tokenizer};
 use crate::batch::Sequence;
 use crate::config::Family;
 use crate::data::Record;
-use crate::{Checkpoint, Error, files, panics};
+use crate::{Error, Pretrained, files, panics};
 
 /// The published prompt. Nothing is added between it and the answer.
 pub const ALPACA: &str = "Below is an instruction that describes a task. Write a response that \
@@ -85,7 +85,7 @@ impl Default for PromptTemplate {
     }
 }
 
-/// The tokenizer of a checkpoint with what training and decoding need of it.
+/// The tokenizer of a pretrained model with what training and decoding need of it.
 pub struct Tokens {
     tokenizer: Tokenizer,
     path: PathBuf,
@@ -111,10 +111,10 @@ impl Tokens {
     ///
     /// [`Error::Field`] for a file that cannot be read, and an end token that is not in the
     /// vocabulary.
-    pub fn of(checkpoint: &Checkpoint) -> Result<Self, Error> {
-        let path = checkpoint.path("tokenizer.json");
+    pub fn of(pretrained: &Pretrained) -> Result<Self, Error> {
+        let path = pretrained.path("tokenizer.json");
         let fail = |field: &str, reason: String| Error::field(&path, field, reason);
-        let Some(bytes) = checkpoint.companions.get("tokenizer.json") else {
+        let Some(bytes) = pretrained.known_files.get("tokenizer.json") else {
             return Err(fail("content", "the checkpoint has no such file".into()));
         };
         let mut tokenizer = parse(files::as_text(bytes, &path)?)
@@ -124,14 +124,14 @@ impl Tokens {
         tokenizer
             .with_truncation(None)
             .map_err(|error| fail("truncation", error.to_string()))?;
-        let settings = settings_of(checkpoint)?;
-        as_transformers(&mut tokenizer, checkpoint, &settings).map_err(|r| fail("content", r))?;
+        let settings = settings_of(pretrained)?;
+        as_transformers(&mut tokenizer, pretrained, &settings).map_err(|r| fail("content", r))?;
 
-        let configured = checkpoint.config.eos_tokens.first().copied();
-        let end = match (named_end(checkpoint, &settings), configured) {
+        let configured = pretrained.config.eos_tokens.first().copied();
+        let end = match (named_end(pretrained, &settings), configured) {
             (Some(end), _) => end,
             (None, Some(id)) => tokenizer.id_to_token(id).ok_or_else(|| {
-                let path = checkpoint.path("config.json");
+                let path = pretrained.path("config.json");
                 Error::field(
                     path,
                     "eos_token_id",
@@ -141,18 +141,18 @@ impl Tokens {
             (None, None) => {
                 let reason = "is missing, and so is eos_token in tokenizer_config.json";
                 return Err(Error::field(
-                    checkpoint.path("config.json"),
+                    pretrained.path("config.json"),
                     "eos_token_id",
                     reason,
                 ));
             }
         };
         let Some(end_id) = tokenizer.token_to_id(&end) else {
-            let path = checkpoint.path("tokenizer_config.json");
+            let path = pretrained.path("tokenizer_config.json");
             let reason = format!("`{end}` is not in the vocabulary of tokenizer.json");
             return Err(Error::field(path, "eos_token", reason));
         };
-        let mut end_ids = checkpoint.config.eos_tokens.clone();
+        let mut end_ids = pretrained.config.eos_tokens.clone();
         end_ids.push(end_id);
         let mut tokens = Self {
             tokenizer,
@@ -161,9 +161,9 @@ impl Tokens {
             end_text: end,
             before: Vec::new(),
             behind: Vec::new(),
-            vocab_size: checkpoint.config.vocab_size,
+            vocab_size: pretrained.config.vocab_size,
             end_ids,
-            digest: digest_of(checkpoint),
+            digest: digest_of(pretrained),
         };
         tokens.check(&[end_id])?;
         // Around any text.
@@ -377,14 +377,14 @@ impl Display for Sequences {
 }
 
 /// A hash of the files of the tokenizer, and of what the model's configuration says of tokens.
-fn digest_of(checkpoint: &Checkpoint) -> Vec<u8> {
+fn digest_of(pretrained: &Pretrained) -> Vec<u8> {
     let mut hash = Sha256::new();
     for name in [
         "tokenizer.json",
         "tokenizer_config.json",
         "special_tokens_map.json",
     ] {
-        let content = checkpoint.companions.get(name);
+        let content = pretrained.known_files.get(name);
         hash.update(
             content
                 .map_or(u64::MAX, |bytes| bytes.len() as u64)
@@ -393,17 +393,17 @@ fn digest_of(checkpoint: &Checkpoint) -> Vec<u8> {
         hash.update(content.map_or(&[][..], |bytes| bytes));
     }
     // The class of a tokenizer may follow from the family of the model.
-    let config = &checkpoint.config;
+    let config = &pretrained.config;
     let of_model = (config.vocab_size, &config.eos_tokens, config.family);
     hash.update(format!("{of_model:?}"));
     hash.finalize().to_vec()
 }
 
 /// `tokenizer_config.json`; empty where there is none.
-fn settings_of(checkpoint: &Checkpoint) -> Result<Map<String, Value>, Error> {
+fn settings_of(pretrained: &Pretrained) -> Result<Map<String, Value>, Error> {
     let name = "tokenizer_config.json";
-    let path = checkpoint.path(name);
-    match checkpoint.companions.get(name) {
+    let path = pretrained.path(name);
+    match pretrained.known_files.get(name) {
         None => Ok(Map::new()),
         Some(bytes) => serde_json::from_str(files::as_text(bytes, &path)?)
             .map_err(|error| Error::field(&path, "content", error.to_string())),
@@ -416,13 +416,13 @@ fn text_of(token: &Value) -> Option<&str> {
 }
 
 /// The end token that the tokenizer's own files name.
-fn named_end(checkpoint: &Checkpoint, settings: &Map<String, Value>) -> Option<String> {
+fn named_end(pretrained: &Pretrained, settings: &Map<String, Value>) -> Option<String> {
     let own = settings
         .get("eos_token")
         .and_then(text_of)
         .map(String::from);
     own.or_else(|| {
-        let bytes = checkpoint.companions.get("special_tokens_map.json")?;
+        let bytes = pretrained.known_files.get("special_tokens_map.json")?;
         let map: Value = serde_json::from_slice(bytes).ok()?;
         Some(text_of(map.get("eos_token")?)?.to_string())
     })
@@ -433,17 +433,17 @@ fn named_end(checkpoint: &Checkpoint, settings: &Map<String, Value>) -> Option<S
 /// tokens are found in texts whether `tokenizer.json` adds them or not.
 fn as_transformers(
     tokenizer: &mut Tokenizer,
-    checkpoint: &Checkpoint,
+    pretrained: &Pretrained,
     settings: &Map<String, Value>,
 ) -> Result<(), String> {
     let class = settings.get("tokenizer_class").and_then(Value::as_str);
     let is_llama = class.is_some_and(|class| class.trim_end_matches("Fast") == "LlamaTokenizer");
-    let content = checkpoint.companions.get("tokenizer.json");
+    let content = pretrained.known_files.get("tokenizer.json");
     let has_bytes = content.is_some_and(|bytes| {
         let name = b"\"ByteLevel\"";
         bytes.windows(name.len()).any(|window| window == name)
     });
-    if is_llama && checkpoint.config.family == Family::Llama && !has_bytes {
+    if is_llama && pretrained.config.family == Family::Llama && !has_bytes {
         let flag = |name: &str| settings.get(name).and_then(Value::as_bool);
         let scheme = match (flag("add_prefix_space"), flag("legacy")) {
             (Some(false), _) => PrependScheme::Never,

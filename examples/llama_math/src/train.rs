@@ -18,7 +18,7 @@ use hd_pissa::{
 
 use crate::batch::MicroBatch;
 use crate::method::{Adaptation, Method, num_trainable};
-use crate::spectrum::Snapshot;
+use crate::spectrum::WeightsBefore;
 use crate::{Error, Llama};
 
 /// Epsilon of Adam: PyTorch's default, where Burn's is 1e-5.
@@ -422,7 +422,7 @@ fn step_of_mean(
             scale_gradients(&model, &mut mean, factor);
         }
     }
-    let before = Snapshot::of(&model);
+    let before = WeightsBefore::of(&model);
     let model = optimizer.step(lr, model, mean);
     let update = before.distance(&model);
     (

@@ -205,8 +205,8 @@ fn a_begin_token_is_not_doubled() {
     };
     let (model, prompt) = (case.base("l3"), case.own("prompt.txt"));
     case.says(&[("--model", &model), ("--prompt-template", &prompt)], &[]);
-    let checkpoint = llama_math::Checkpoint::open(Path::new(&model)).unwrap();
-    let tokens = llama_math::tokenize::Tokens::of(&checkpoint).unwrap();
+    let pretrained = llama_math::Pretrained::open(Path::new(&model)).unwrap();
+    let tokens = llama_math::tokenize::Tokens::of(&pretrained).unwrap();
     let prompt = std::fs::read_to_string(prompt).unwrap();
     assert_eq!(tokens.encode(&prompt).unwrap()[..2], [0, 3]);
 }

@@ -13,7 +13,7 @@ use llama_math::tokenize::Tokens;
 #[test]
 fn the_update_of_eight_shards_is_not_clipped() {
     let comparison = Comparison::new(1);
-    let model = tiny::checkpoint().unwrap().load(&Device::flex()).unwrap();
+    let model = tiny::pretrained().unwrap().load(&Device::flex()).unwrap();
     let sides = model
         .matrices()
         .into_iter()
@@ -25,8 +25,8 @@ fn the_update_of_eight_shards_is_not_clipped() {
 
 #[test]
 fn the_tokenizer_knows_every_problem() {
-    let checkpoint = tiny::checkpoint().unwrap();
-    let tokens = Tokens::of(&checkpoint).unwrap();
+    let pretrained = tiny::pretrained().unwrap();
+    let tokens = Tokens::of(&pretrained).unwrap();
     let (train, test) = problems(5, 3000, 300);
     for record in train.iter().chain(&test) {
         let text = tiny::template().prompt(record) + &record.answer;
@@ -34,7 +34,7 @@ fn the_tokenizer_knows_every_problem() {
         // Token 0 stands for what is not in the vocabulary.
         assert!(!ids.contains(&0), "{text}");
         assert_eq!(tokens.decode(&ids).unwrap(), text);
-        assert!(ids.len() < checkpoint.config.max_positions / 2);
+        assert!(ids.len() < pretrained.config.max_positions / 2);
     }
 }
 
@@ -72,7 +72,7 @@ fn short_runs(task: Task) -> [Measured; 7] {
 fn methods_train_different_numbers_of_parameters_and_report_them() {
     let results = short_runs(Task::Problems);
     let [lora, pissa, published, shared, lora_wide, pissa_wide, full] = &results;
-    let parameters = tiny::checkpoint()
+    let parameters = tiny::pretrained()
         .unwrap()
         .load(&Device::flex())
         .unwrap()

@@ -42,7 +42,7 @@ fn is_complete(output: &Path) -> bool {
         "metrics.jsonl",
     ];
     let complete = files.iter().all(|name| output.join(name).is_file());
-    complete && llama_math::Checkpoint::open(output).is_ok()
+    complete && llama_math::Pretrained::open(output).is_ok()
 }
 
 #[test]

@@ -242,9 +242,9 @@ fn a_training_that_diverges_is_a_result() {
 
 #[test]
 fn answers_in_batches_are_those_of_one_by_one() {
-    let checkpoint = tiny::checkpoint().unwrap();
-    let model = checkpoint.load(&Device::flex()).unwrap();
-    let (tokens, template) = (Tokens::of(&checkpoint).unwrap(), tiny::template());
+    let pretrained = tiny::pretrained().unwrap();
+    let model = pretrained.load(&Device::flex()).unwrap();
+    let (tokens, template) = (Tokens::of(&pretrained).unwrap(), tiny::template());
     let solver = Solver {
         model: &model,
         tokens: &tokens,

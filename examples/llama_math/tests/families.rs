@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use llama_math::export::ExportConfig;
-use llama_math::{Cache, Checkpoint};
+use llama_math::{Cache, Pretrained};
 use safetensors::SafeTensors;
 
 use common::{floats, integers, largest, largest_difference, tokens};
@@ -37,7 +37,7 @@ fn logits_are_those_of_transformers() {
         let file = SafeTensors::deserialize(&bytes).unwrap();
         let (expected, shape) = floats(&file, "logits");
         let ids = integers(&file, "input_ids");
-        let model = Checkpoint::open(&folder).unwrap().load(&device).unwrap();
+        let model = Pretrained::open(&folder).unwrap().load(&device).unwrap();
         let logits = model.forward(tokens(&ids, [shape[0], shape[1]], &device));
         let logits: Vec<f32> = logits.into_data().iter().collect();
         let error = largest_difference(&logits, &expected) / largest(&expected);
@@ -91,10 +91,10 @@ fn contents(folder: &Path) -> BTreeMap<String, (String, Vec<usize>, Vec<u8>)> {
 fn an_untrained_export_is_the_checkpoint_bit_for_bit() {
     for name in FAMILIES {
         let folder = fixture(name);
-        let checkpoint = Checkpoint::open(&folder).unwrap();
-        let model = checkpoint.load(&Device::flex()).unwrap();
+        let pretrained = Pretrained::open(&folder).unwrap();
+        let model = pretrained.load(&Device::flex()).unwrap();
         let output = tempfile::tempdir().unwrap();
-        checkpoint
+        pretrained
             .export(&model, output.path(), &ExportConfig::default())
             .unwrap();
         assert_eq!(contents(output.path()), contents(&folder), "{name}");

@@ -11,7 +11,7 @@ use burn::tensor::Device;
 use llama_math::data::read_records;
 use llama_math::export::write_weights;
 use llama_math::tokenize::{PromptTemplate, Tokens};
-use llama_math::{Checkpoint, Llama, LlamaConfig};
+use llama_math::{Llama, LlamaConfig, Pretrained};
 use safetensors::Dtype;
 use serde_json::json;
 
@@ -81,25 +81,25 @@ impl Target {
     }
 
     /// Opens the checkpoint with another content of one file and does `then` with it.
-    fn fuzz(&self, name: &str, then: impl Fn(&Checkpoint) -> Result<(), llama_math::Error>) {
+    fn fuzz(&self, name: &str, then: impl Fn(&Pretrained) -> Result<(), llama_math::Error>) {
         fuzz(name, &[self.content(name)], self.size(), |input| {
             std::fs::write(self.path(name), input).unwrap();
-            Checkpoint::open(self.folder.path())
-                .and_then(|checkpoint| then(&checkpoint))
+            Pretrained::open(self.folder.path())
+                .and_then(|pretrained| then(&pretrained))
                 .map_err(|error| error.to_string())
         });
     }
 }
 
-fn load(checkpoint: &Checkpoint) -> Result<(), llama_math::Error> {
-    checkpoint.load(&Device::flex()).map(drop)
+fn load(pretrained: &Pretrained) -> Result<(), llama_math::Error> {
+    pretrained.load(&Device::flex()).map(drop)
 }
 
 #[test]
 fn configuration() {
-    Target::new().fuzz("config.json", |checkpoint| {
-        load(checkpoint)?;
-        Tokens::of(checkpoint).map(drop)
+    Target::new().fuzz("config.json", |pretrained| {
+        load(pretrained)?;
+        Tokens::of(pretrained).map(drop)
     });
 }
 
@@ -125,8 +125,8 @@ fn index_of_weights() {
 
 #[test]
 fn tokenizer() {
-    Target::new().fuzz("tokenizer.json", |checkpoint| {
-        let tokens = Tokens::of(checkpoint)?;
+    Target::new().fuzz("tokenizer.json", |pretrained| {
+        let tokens = Tokens::of(pretrained)?;
         let ids = tokens.encode("Ada has 3 + 4 = 7 eggs.")?;
         tokens.decode(&ids).map(drop)
     });
@@ -134,8 +134,8 @@ fn tokenizer() {
 
 #[test]
 fn configuration_of_the_tokenizer() {
-    Target::new().fuzz("tokenizer_config.json", |checkpoint| {
-        Tokens::of(checkpoint).map(drop)
+    Target::new().fuzz("tokenizer_config.json", |pretrained| {
+        Tokens::of(pretrained).map(drop)
     });
 }
 
@@ -151,8 +151,8 @@ fn data() {
         "{\"query\": \"q\", \"response\": \"The answer is: 2\", \"type\": [1, {\"x\": null}]}",
     ];
     let corpus = corpus.map(|text| text.as_bytes().to_vec());
-    let checkpoint = Checkpoint::open(target.folder.path()).unwrap();
-    let tokens = Tokens::of(&checkpoint).unwrap();
+    let pretrained = Pretrained::open(target.folder.path()).unwrap();
+    let tokens = Tokens::of(&pretrained).unwrap();
     fuzz("data", &corpus, target.size(), |input| {
         std::fs::write(&path, input).unwrap();
         let records = read_records(&path, None).map_err(|error| error.to_string())?;

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use burn::tensor::Device;
 use hd_pissa::{FrameScale, GradientMode, Windows};
-use llama_math::Checkpoint;
+use llama_math::Pretrained;
 use llama_math::batch::{MicroBatch, Sequence};
 use llama_math::export::ExportConfig;
 use llama_math::method::{Adaptation, Method};
@@ -54,7 +54,7 @@ fn logits_of_the_recorded_model() {
     write_checkpoint(&file, &case(&bytes), folder.path());
 
     let device = Device::flex();
-    let model = Checkpoint::open(folder.path())
+    let model = Pretrained::open(folder.path())
         .unwrap()
         .load(&device)
         .unwrap();
@@ -123,7 +123,7 @@ fn training_reaches_the_recorded_weights() {
     };
 
     let device = Device::flex().autodiff();
-    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let pretrained = Pretrained::open(folder.path()).unwrap();
     let adaptation = Adaptation {
         method: Method::HdPissa,
         rank: size(&case, "r"),
@@ -134,7 +134,7 @@ fn training_reaches_the_recorded_weights() {
         targets: None,
         gradients: GradientMode::PerShard,
     };
-    let model = checkpoint.load(&device).unwrap();
+    let model = pretrained.load(&device).unwrap();
     let mut trainer = Trainer::new(model, &adaptation, OptimizerSettings::default()).unwrap();
     let schedule = Schedule {
         peak: case["lr"].as_f64().unwrap(),
@@ -166,7 +166,7 @@ fn training_reaches_the_recorded_weights() {
     }
 
     let output = tempfile::tempdir().unwrap();
-    checkpoint
+    pretrained
         .export(
             &trainer.into_model(),
             output.path(),

@@ -13,7 +13,7 @@ use llama_math::method::{Adaptation, Method};
 use llama_math::schedule::{Decay, Schedule};
 use llama_math::tokenize::{PromptTemplate, Tokens};
 use llama_math::train::{OptimizerSettings, Trainer};
-use llama_math::{Cache, Checkpoint};
+use llama_math::{Cache, Pretrained};
 use serde_json::Value;
 
 use common::{recorded, smollm2, tokens};
@@ -46,8 +46,8 @@ fn logits_and_greedy_tokens_are_the_recorded_ones() {
         return;
     };
     let device = Device::flex();
-    let checkpoint = Checkpoint::open(&folder).unwrap();
-    let model = checkpoint.load(&device).unwrap();
+    let pretrained = Pretrained::open(&folder).unwrap();
+    let model = pretrained.load(&device).unwrap();
     for (name, case) in read(&path).as_object().unwrap() {
         if case.get("greedy20").is_none() {
             continue;
@@ -125,8 +125,8 @@ fn four_recorded_steps() {
     };
 
     let device = Device::flex().autodiff();
-    let checkpoint = Checkpoint::open(&folder).unwrap();
-    let model = checkpoint.load(&device).unwrap();
+    let pretrained = Pretrained::open(&folder).unwrap();
+    let model = pretrained.load(&device).unwrap();
     let before: Vec<(String, _)> = model
         .matrices()
         .into_iter()
@@ -192,9 +192,9 @@ fn the_first_problem_of_gsm8k_has_the_recorded_tokens_and_loss() {
     ) else {
         return;
     };
-    let checkpoint = Checkpoint::open(&folder).unwrap();
+    let pretrained = Pretrained::open(&folder).unwrap();
     let record = &read_records(&data, None).unwrap()[0];
-    let tokens = Tokens::of(&checkpoint).unwrap();
+    let tokens = Tokens::of(&pretrained).unwrap();
     let sequence = tokens
         .sequence(record, &PromptTemplate::default(), 512)
         .unwrap();
@@ -206,7 +206,7 @@ fn the_first_problem_of_gsm8k_has_the_recorded_tokens_and_loss() {
         case["source_len"].as_u64().unwrap()
     );
 
-    let model = checkpoint.load(&Device::flex()).unwrap();
+    let model = pretrained.load(&Device::flex()).unwrap();
     let loss = mean_loss(&model, &[sequence], || ());
     let recorded = case["loss_fp32"].as_f64().unwrap();
     println!("loss {loss:.6}, recorded {recorded:.6}");
@@ -222,8 +222,8 @@ fn tokenization_is_the_recorded_one() {
     ) else {
         return;
     };
-    let checkpoint = Checkpoint::open(&folder).unwrap();
-    let tokenizer = Tokens::of(&checkpoint).unwrap();
+    let pretrained = Pretrained::open(&folder).unwrap();
+    let tokenizer = Tokens::of(&pretrained).unwrap();
     let template = PromptTemplate::default();
     let mut records = read_records(&data, None).unwrap();
     records.extend(read_records(&data.with_file_name("train.jsonl"), None).unwrap());

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use llama_math::Checkpoint;
+use llama_math::Pretrained;
 use llama_math::data::Record;
 use llama_math::tokenize::{PromptTemplate, Tokens};
 use serde_json::{Value, json};
@@ -52,8 +52,8 @@ impl Variant {
             .collect();
         // Weights of nothing: a header without tensors.
         let weights: &'static [u8] = b"\x02\0\0\0\0\0\0\0{}";
-        let checkpoint = Checkpoint::embedded(&self.name(), weights, &files).unwrap();
-        Tokens::of(&checkpoint).unwrap()
+        let pretrained = Pretrained::embedded(&self.name(), weights, &files).unwrap();
+        Tokens::of(&pretrained).unwrap()
     }
 
     fn end(&self) -> u32 {

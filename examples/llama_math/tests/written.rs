@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Device;
 use common::case::{Case, text};
 use half::{bf16, f16};
-use llama_math::Checkpoint;
+use llama_math::Pretrained;
 use llama_math::data::read_records;
 use llama_math::evaluate::mean_loss;
 use llama_math::tokenize::{PromptTemplate, Tokens};
@@ -174,14 +174,14 @@ fn the_loss_is_that_of_the_written_weights_and_the_share_that_of_the_update() {
         shares.push(expected);
 
         // The printed loss, and that of the folder as anybody reads it.
-        let checkpoint = Checkpoint::open(&output).unwrap();
-        let tokens = Tokens::of(&checkpoint).unwrap();
+        let pretrained = Pretrained::open(&output).unwrap();
+        let tokens = Tokens::of(&pretrained).unwrap();
         let mut records = read_records(Path::new(&path("data.jsonl")), None).unwrap();
         records.truncate(8);
         let template = std::fs::read_to_string(path("template.txt")).unwrap();
         let template = PromptTemplate::new(template).unwrap();
         let sequences = tokens.sequences(&records, &template, 256).unwrap().usable;
-        let model = checkpoint.load(&Device::flex()).unwrap();
+        let model = pretrained.load(&Device::flex()).unwrap();
         let loss = mean_loss(&model, &sequences, || ());
         assert!(
             (number(&said, "held-out loss after: ") - loss).abs() < 1e-4,

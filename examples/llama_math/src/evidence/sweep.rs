@@ -122,7 +122,7 @@ impl Sweep {
         let (_, items) = task.length(self.quick);
         let mut seeds = self.seeds.iter().chain(&self.tuning_seeds);
         let seed = seeds.next().copied().unwrap_or_default();
-        let model = tiny::checkpoint()?.load(device)?;
+        let model = tiny::pretrained()?.load(device)?;
         let grade = Exam::new(task, seed, items)?.grade(&model)?;
         Ok(grade.correct as f64 / items as f64)
     }

@@ -105,8 +105,8 @@ impl Exam {
     ///
     /// None for the embedded model.
     pub fn new(task: Task, seed: u64, items: usize) -> Result<Self, Error> {
-        let checkpoint = tiny::checkpoint()?;
-        let tokens = Tokens::of(&checkpoint)?;
+        let pretrained = tiny::pretrained()?;
+        let tokens = Tokens::of(&pretrained)?;
         let (train, test, records) = match task {
             Task::Problems => {
                 let (train, test) = problems(seed, TRAIN_PROBLEMS, items);
@@ -117,7 +117,7 @@ impl Exam {
             }
             Task::Facts => {
                 // Every token but those for the unknown and for the end.
-                let vocabulary = 2..checkpoint.config.vocab_size as u32;
+                let vocabulary = 2..pretrained.config.vocab_size as u32;
                 let facts = facts(seed, items, vocabulary);
                 (facts.clone(), facts, Vec::new())
             }

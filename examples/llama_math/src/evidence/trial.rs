@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::row::Row;
 use super::task::{Exam, SEQUENCES_PER_STEP, Task};
-use crate::batch::FeedConfig;
+use crate::batch::BatcherConfig;
 use crate::run::{Length, RunConfig};
 use crate::schedule::Decay;
 use crate::spectrum::{mean_ranks, projections};
@@ -57,7 +57,7 @@ pub struct TrialResult {
 pub enum Outcome {
     /// After its last step.
     Trained(Box<Measured>),
-    /// With loss, gradients or weights that are no numbers; the message says where.
+    /// With a loss, gradients or weights that are not numbers; the message says where.
     Diverged(String),
 }
 
@@ -115,7 +115,7 @@ impl Trial {
         RunConfig {
             adaptation,
             optimizer: OptimizerSettings::default(),
-            feed: FeedConfig {
+            batcher: BatcherConfig {
                 shards: groups,
                 accumulation: 1,
                 batch_size: SEQUENCES_PER_STEP / groups,
@@ -152,9 +152,9 @@ impl Trial {
 
     fn measure(&self, device: &Device) -> Result<Measured, Error> {
         let exam = Exam::new(self.task, self.seed, self.items)?;
-        let checkpoint = tiny::checkpoint()?;
+        let pretrained = tiny::pretrained()?;
         device.seed(self.seed);
-        let model = checkpoint.load(&device.clone().autodiff())?;
+        let model = pretrained.load(&device.clone().autodiff())?;
         let held_out = Mutex::new(Vec::new());
         let watch = |step: usize, model: &Llama| {
             if step.is_multiple_of((self.steps / WATCHED).max(1)) {
@@ -168,7 +168,7 @@ impl Trial {
             .train(model, exam.train.clone(), &self.name(), watch)?;
 
         let model = trained.model.valid().materialize();
-        let before = projections(&checkpoint.load(device)?);
+        let before = projections(&pretrained.load(device)?);
         let (numeric_rank, effective_rank) = mean_ranks(&before, &projections(&model));
         let grade = exam.grade(&model)?;
         Ok(Measured {

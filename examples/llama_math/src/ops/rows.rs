@@ -18,7 +18,7 @@ pub(super) fn exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0;
     let shifted = x * std::f32::consts::LOG2_E + ROUND;
     let n = shifted - ROUND;
-    // ln 2 in two parts, of which the first has few bits.
+    // ln 2 in two parts; the first has few bits.
     let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
     let series = ((((1.987_569_1e-4 * r + 1.398_2e-3) * r + 8.333_452e-3) * r + 4.166_579_6e-2)
         * r

@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use super::cost::{Sample, StepTime, Work};
 use super::{median, time_of_merges};
-use crate::batch::{Feed, FeedConfig, Sequence};
+use crate::batch::{Batcher, BatcherConfig, Sequence};
 use crate::evaluate::mean_loss;
 use crate::method::{Adaptation, Method};
 use crate::problems::problems;
@@ -21,7 +21,7 @@ use crate::progress::Progress;
 use crate::schedule::{Decay, Schedule};
 use crate::spectrum::{mean_ranks, projections};
 use crate::tokenize::Tokens;
-use crate::{Checkpoint, Error, Llama, tiny};
+use crate::{Error, Llama, Pretrained, tiny};
 
 const MAX_LENGTH: usize = 128;
 const TRAIN_PROBLEMS: usize = 6000;
@@ -80,8 +80,8 @@ impl LlamaScaling {
     ///
     /// Those of the adapters and the steps.
     pub fn run(&self, device: &Device) -> Result<LlamaReport, Error> {
-        let checkpoint = tiny::checkpoint()?;
-        let tokens = Tokens::of(&checkpoint)?;
+        let pretrained = tiny::pretrained()?;
+        let tokens = Tokens::of(&pretrained)?;
         let (train, test) = problems(self.seed, TRAIN_PROBLEMS, self.test_problems);
         let train = tokens
             .sequences(&train, &tiny::template(), MAX_LENGTH)?
@@ -89,7 +89,7 @@ impl LlamaScaling {
         let test = tokens
             .sequences(&test, &tiny::template(), MAX_LENGTH)?
             .usable;
-        let base = checkpoint.load(device)?;
+        let base = pretrained.load(device)?;
         let total: usize = train.iter().map(|sequence| sequence.tokens.len()).sum();
         let work = Work {
             shapes: shapes(&base),
@@ -98,7 +98,7 @@ impl LlamaScaling {
         };
         let mut rows = Vec::with_capacity(self.shards.len());
         for &shards in &self.shards {
-            rows.push(self.train(&checkpoint, &train, &test, &work, shards, device)?);
+            rows.push(self.train(&pretrained, &train, &test, &work, shards, device)?);
         }
         Ok(LlamaReport {
             settings: self.clone(),
@@ -110,7 +110,7 @@ impl LlamaScaling {
 
     fn train(
         &self,
-        checkpoint: &Checkpoint,
+        pretrained: &Pretrained,
         train: &[Sequence],
         test: &[Sequence],
         work: &Work,
@@ -118,13 +118,13 @@ impl LlamaScaling {
         device: &Device,
     ) -> Result<LlamaRow, Error> {
         let autodiff = device.clone().autodiff();
-        let feed = FeedConfig {
+        let batcher = BatcherConfig {
             shards,
             accumulation: 1,
             batch_size: self.batch_size,
             shuffle: Some(self.seed),
         };
-        let mut feed = Feed::new(train.to_vec(), feed)?;
+        let mut batcher = Batcher::new(train.to_vec(), batcher)?;
         let adaptation = Adaptation {
             method: Method::HdPissa,
             rank: self.rank,
@@ -135,7 +135,7 @@ impl LlamaScaling {
             targets: None,
             gradients: GradientMode::PerShard,
         };
-        let base = checkpoint.load(&autodiff)?;
+        let base = pretrained.load(&autodiff)?;
         let start = Instant::now();
         let mut model = adaptation.apply(base)?;
         let start = start.elapsed().as_secs_f64();
@@ -148,7 +148,7 @@ impl LlamaScaling {
             let begin = Instant::now();
             let mut gradients = ShardGradients::new(&model);
             let (mut sum, mut seen) = (0.0, 0);
-            for (shard, batches) in feed.step(step).iter().enumerate() {
+            for (shard, batches) in batcher.step(step).iter().enumerate() {
                 model = model.select_shard(shard)?;
                 let [batch] = &batches[..] else {
                     unreachable!("one micro-batch per shard");
@@ -175,7 +175,7 @@ impl LlamaScaling {
         progress.finish();
         let merge = time_of_merges(work, shards, device);
         let model = model.valid().materialize();
-        let before = projections(&checkpoint.load(device)?);
+        let before = projections(&pretrained.load(device)?);
         let (numeric_rank, effective_rank) = mean_ranks(&before, &projections(&model));
         Ok(LlamaRow {
             shards,

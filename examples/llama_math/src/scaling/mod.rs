@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use crate::console::say;
 use crate::output::Staged;
-use crate::{Checkpoint, Error, Llama};
+use crate::{Error, Llama, Pretrained};
 use cost::{Layout, Rates, Sample, StartTime, StepTime, Work};
 use layer::{LayerReport, LayerScaling};
 use llama::{LlamaReport, LlamaScaling};
@@ -184,13 +184,13 @@ impl Scaling {
 }
 
 impl Question {
-    /// The weights of a checkpoint that HD-PiSSA adapts.
+    /// The weights of a pretrained model that HD-PiSSA adapts.
     ///
     /// # Errors
     ///
-    /// Those of [`Checkpoint::open`].
+    /// Those of [`Pretrained::open`].
     pub fn shapes_of(folder: &Path, device: &Device) -> Result<Vec<([usize; 2], usize)>, Error> {
-        let config = Checkpoint::open(folder)?.config;
+        let config = Pretrained::open(folder)?.config;
         // Nothing is drawn: weights are made when they are first read.
         Ok(llama::shapes(&Llama::new(&config, device)))
     }

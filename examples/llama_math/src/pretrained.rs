@@ -1,5 +1,5 @@
-//! Checkpoints in the Hugging Face layout: `config.json`, `tokenizer.json`, and safetensors in one
-//! file or in shards with an index.
+//! Pretrained models in the Hugging Face layout: `config.json`, `tokenizer.json`, and safetensors in
+//! one file or in shards with an index.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Cursor;
@@ -14,8 +14,8 @@ use crate::weights::{
 };
 use crate::{Error, Llama, LlamaConfig, device, files, memory};
 
-/// Files that the tokenizer and an export need, held in memory.
-const COMPANIONS: [&str; 10] = [
+/// Files with a meaning of their own to the tokenizer or an export, held in memory.
+const KNOWN_FILES: [&str; 10] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -51,17 +51,17 @@ const WEIGHTS: [&str; 13] = [
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 
-/// A checkpoint whose configuration and tensor headers have been read and checked.
+/// A pretrained model whose configuration and tensor headers have been read and checked.
 #[derive(Debug)]
-pub struct Checkpoint {
+pub struct Pretrained {
     /// The folder; of the embedded model a name in angle brackets.
     pub folder: PathBuf,
     /// The shape of the model.
     pub config: LlamaConfig,
     /// Name and content of the files that belong to model and tokenizer.
-    pub companions: BTreeMap<String, Vec<u8>>,
+    pub known_files: BTreeMap<String, Vec<u8>>,
     /// Every other file, relative to the folder, as an export carries it over.
-    pub others: Vec<PathBuf>,
+    pub other_files: Vec<PathBuf>,
     /// Files and folders that an export does not carry over.
     pub left_out: Vec<String>,
     /// Whether the files hold a head of their own, which `config.json` does not mention.
@@ -69,7 +69,7 @@ pub struct Checkpoint {
     pub(crate) tensors: BTreeMap<String, Entry>,
 }
 
-impl Checkpoint {
+impl Pretrained {
     /// Opens a folder, reading everything but the weights themselves.
     ///
     /// # Errors
@@ -79,40 +79,42 @@ impl Checkpoint {
         let read = |name: &str| files::read(&folder.join(name));
         let path = folder.join("config.json");
         let config = LlamaConfig::from_json(&read("config.json")?, &path)?;
-        let mut companions = BTreeMap::new();
-        for name in COMPANIONS {
+        let mut known_files = BTreeMap::new();
+        for name in KNOWN_FILES {
             if folder.join(name).exists() {
-                companions.insert(name.to_string(), read(name)?);
+                known_files.insert(name.to_string(), read(name)?);
             }
         }
         let (tensors, weights) = read_tensors(folder)?;
         let mut rest = Rest {
             root: folder,
             used: weights,
-            others: Vec::new(),
+            other_files: Vec::new(),
             left_out: Vec::new(),
         };
         rest.used.extend([SINGLE, INDEX].map(String::from));
         rest.used
-            .extend(COMPANIONS.into_iter().chain(OWN).map(String::from));
+            .extend(KNOWN_FILES.into_iter().chain(OWN).map(String::from));
         rest.look_into(Path::new(""))?;
         let Rest {
-            others, left_out, ..
+            other_files,
+            left_out,
+            ..
         } = rest;
         // Before anything reads the values.
         for (name, entry) in &tensors {
             entry.check_memory(name)?;
         }
-        let checkpoint = Self {
+        let pretrained = Self {
             folder: folder.into(),
             config,
-            companions,
-            others,
+            known_files,
+            other_files,
             left_out,
             is_untied: false,
             tensors,
         };
-        checkpoint.with_stored_head()
+        pretrained.with_stored_head()
     }
 
     /// Uses the head that is stored beside a tied embedding and differs from it, as transformers does.
@@ -130,7 +132,7 @@ impl Checkpoint {
         Ok(self)
     }
 
-    /// A checkpoint compiled into the program: its `model.safetensors` and its other files.
+    /// A model compiled into the program: its `model.safetensors` and its other files.
     ///
     /// # Errors
     ///
@@ -138,15 +140,17 @@ impl Checkpoint {
     pub fn embedded(
         name: &str,
         weights: &'static [u8],
-        companions: &[(&str, &[u8])],
+        known_files: &[(&str, &[u8])],
     ) -> Result<Self, Error> {
         let folder = PathBuf::from(name);
-        let companions: BTreeMap<String, Vec<u8>> = companions
+        let known_files: BTreeMap<String, Vec<u8>> = known_files
             .iter()
             .map(|(name, bytes)| (name.to_string(), bytes.to_vec()))
             .collect();
         let path = folder.join("config.json");
-        let config = companions.get("config.json").map_or(&[][..], Vec::as_slice);
+        let config = known_files
+            .get("config.json")
+            .map_or(&[][..], Vec::as_slice);
         let config = LlamaConfig::from_json(config, &path)?;
         let mut tensors = BTreeMap::new();
         let path = folder.join(SINGLE);
@@ -161,15 +165,15 @@ impl Checkpoint {
         Ok(Self {
             folder,
             config,
-            companions,
-            others: Vec::new(),
+            known_files,
+            other_files: Vec::new(),
             left_out: Vec::new(),
             is_untied: false,
             tensors,
         })
     }
 
-    /// Path of one of the checkpoint's files, for messages.
+    /// Path of one of the model's files, for messages.
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.join(name)
     }
@@ -181,7 +185,7 @@ impl Checkpoint {
     /// [`Error::Io`] if one of them cannot be read.
     pub fn digest(&self) -> Result<String, Error> {
         let mut hash = Sha256::new();
-        if let Some(config) = self.companions.get("config.json") {
+        if let Some(config) = self.known_files.get("config.json") {
             hash.update(config);
         }
         for source in self.sources() {
@@ -215,7 +219,7 @@ impl Checkpoint {
             fits.map_err(|reason| Error::field(&self.folder, "weights", reason))?;
         }
         let mut loader = Loader {
-            checkpoint: self,
+            pretrained: self,
             names: TensorName::default(),
             used: BTreeSet::new(),
             error: None,
@@ -265,7 +269,7 @@ impl Checkpoint {
 struct Rest<'a> {
     root: &'a Path,
     used: BTreeSet<String>,
-    others: Vec<PathBuf>,
+    other_files: Vec<PathBuf>,
     left_out: Vec<String>,
 }
 
@@ -288,7 +292,7 @@ impl Rest<'_> {
             // Links to files are how the hub's cache stores every file.
             match path.metadata() {
                 Ok(found) if found.is_file() && !is_weights(&relative) => {
-                    self.others.push(relative);
+                    self.other_files.push(relative);
                 }
                 Ok(found) if found.is_dir() && !is_link && !is_hidden => {
                     match holds_weights(&path) {
@@ -352,7 +356,7 @@ impl TensorName {
 }
 
 struct Loader<'a> {
-    checkpoint: &'a Checkpoint,
+    pretrained: &'a Pretrained,
     names: TensorName,
     used: BTreeSet<String>,
     error: Option<Error>,
@@ -361,10 +365,10 @@ struct Loader<'a> {
 impl Loader<'_> {
     fn tensor(&mut self, shape: &[usize]) -> Result<TensorData, Error> {
         let name = self.names.name();
-        let Some(entry) = self.checkpoint.tensors.get(&name) else {
-            let path = match self.checkpoint.tensors.values().next() {
+        let Some(entry) = self.pretrained.tensors.get(&name) else {
+            let path = match self.pretrained.tensors.values().next() {
                 Some(entry) => entry.path.clone(),
-                None => self.checkpoint.path(SINGLE),
+                None => self.pretrained.path(SINGLE),
             };
             return Err(Error::field(
                 path,

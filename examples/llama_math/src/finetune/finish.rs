@@ -1,0 +1,87 @@
+//! What follows the last step: the model is written, and what is written is evaluated.
+
+use std::path::Path;
+
+use burn::module::Module;
+use hd_pissa::checkpoint::Checkpoints;
+
+use super::inputs::Inputs;
+use super::options::FineTuning;
+use super::resume::{ended, remove_checkpoints};
+use crate::console::say;
+use crate::export::Exported;
+use crate::output::Staged;
+use crate::run::{METRICS, Trained};
+use crate::stop::Stop;
+use crate::{Error, Llama, Pretrained};
+
+impl FineTuning {
+    /// Writes, then evaluates: whatever fails or ends the program after the training, the model is
+    /// there.
+    pub(super) fn finish(
+        &self,
+        inputs: Inputs,
+        trained: Trained,
+        checkpoints: &Checkpoints,
+        stop: &Stop,
+    ) -> Result<(), Error> {
+        // Adapters are merged, as in what is written.
+        let model = trained.model.valid().materialize();
+        let device = model.device();
+        let exported = self.write(&inputs, &model, &trained.lines);
+        let exported = exported.map_err(|error| match error {
+            Error::NotMoved { .. } => error,
+            error => ended(error, checkpoints),
+        })?;
+        stop.end();
+        drop(model);
+        self.print_written(&exported);
+        self.draw_losses(&trained.metrics);
+        remove_checkpoints(checkpoints);
+
+        let Some(held_out) = &inputs.held_out else {
+            return Ok(());
+        };
+        if stop.requested() {
+            say!("stopped before the evaluation");
+            return Ok(());
+        }
+        // What is measured is what lies on the disk.
+        let model = Pretrained::open(&self.output)?.load(&device)?;
+        let loss = held_out.loss(&model);
+        say!("held-out loss after: {loss:.4}, of the weights as they are written");
+        match self.max_new_tokens {
+            0 => Ok(()),
+            limit => held_out.answer(&model, &inputs.tokens, &inputs.template, limit),
+        }
+    }
+
+    /// Writes the model and the lines of its metrics as the output; elsewhere if that fails, which is
+    /// an error that says where.
+    fn write(&self, inputs: &Inputs, model: &Llama, metrics: &str) -> Result<Exported, Error> {
+        let settings = serde_json::to_value(self.of_output(&inputs.settings));
+        let settings = settings.expect("a map of texts has a JSON form");
+        let write = |folder: &Path| {
+            let exported = inputs.pretrained.export(model, folder, &self.export)?;
+            let path = folder.join(METRICS);
+            std::fs::write(&path, metrics).map_err(Error::io(path))?;
+            Ok(exported)
+        };
+        let staged = Staged::new(&self.output, self.overwrite).and_then(|staged| {
+            let exported = write(staged.path())?;
+            Ok((staged, exported))
+        });
+        match staged {
+            Ok((staged, exported)) => {
+                staged.with_settings(settings).commit()?;
+                Ok(exported)
+            }
+            // Anywhere is better than nowhere.
+            Err(Error::Io { source, .. }) => {
+                let write = |folder: &Path| write(folder).map(drop);
+                Err(Staged::rescue(&self.output, source, &settings, write))
+            }
+            Err(error) => Err(error),
+        }
+    }
+}

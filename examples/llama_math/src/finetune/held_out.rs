@@ -1,0 +1,92 @@
+//! Held-out records: their loss, and answers to them.
+
+use std::path::Path;
+
+use crate::batch::Sequence;
+use crate::console::say;
+use crate::data::Record;
+use crate::evaluate::{Solver, mean_loss};
+use crate::progress::Progress;
+use crate::tokenize::{PromptTemplate, Tokens};
+use crate::{Error, Llama};
+
+/// Held-out records with their sequences.
+pub(super) struct HeldOut {
+    records: Vec<Record>,
+    pub(super) sequences: Vec<Sequence>,
+}
+
+impl HeldOut {
+    /// The records of the file at `path`, as sequences of at most `max_length` tokens.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Field`] if none of them has a target.
+    pub(super) fn new(
+        path: &Path,
+        records: Vec<Record>,
+        tokens: &Tokens,
+        template: &PromptTemplate,
+        max_length: usize,
+    ) -> Result<Self, Error> {
+        let sequences = tokens.sequences(&records, template, max_length)?;
+        if sequences.usable.is_empty() {
+            let reason = format!("no target to measure within {max_length} tokens");
+            return Err(Error::field(
+                path,
+                "content",
+                format!("{sequences}: {reason}"),
+            ));
+        }
+        let sequences = sequences.usable;
+        Ok(Self { records, sequences })
+    }
+
+    /// Mean loss per target.
+    pub(super) fn loss(&self, model: &Llama) -> f64 {
+        let progress = Progress::new("held out", self.sequences.len());
+        let loss = mean_loss(model, &self.sequences, || progress.tick());
+        progress.finish();
+        loss
+    }
+
+    /// Answers every record with at most `max_new_tokens` tokens, and says how many answers are
+    /// right.
+    pub(super) fn answer(
+        &self,
+        model: &Llama,
+        tokens: &Tokens,
+        template: &PromptTemplate,
+        max_new_tokens: usize,
+    ) -> Result<(), Error> {
+        let solver = Solver {
+            model,
+            tokens,
+            template,
+            max_new_tokens,
+        };
+        let progress = Progress::new("answering", self.records.len());
+        let (mut correct, mut scored) = (0, 0);
+        let mut shown = Vec::new();
+        for record in &self.records {
+            let answer = solver.answer(record)?;
+            correct += usize::from(answer.correct == Some(true));
+            scored += usize::from(answer.correct.is_some());
+            if shown.len() < 2 {
+                shown.push((record, answer));
+            }
+            progress.tick();
+        }
+        progress.finish();
+        let total = self.records.len();
+        match total - scored {
+            0 => say!("exact match: {correct} of {total}"),
+            left => say!("exact match: {correct} of {scored}; {left} have no number to compare"),
+        }
+        for (record, answer) in shown {
+            say!("\n{}\n-> {}", record.instruction, answer.text.trim());
+        }
+        say!("");
+        Ok(())
+    }
+}

@@ -1,0 +1,12 @@
+//! A pretrained model on data of the user's own.
+
+mod finish;
+mod held_out;
+mod inputs;
+mod options;
+mod report;
+mod resume;
+mod run;
+mod settings;
+
+pub use options::{Change, FineTuning, Resume, SaveOptions};

@@ -1,0 +1,90 @@
+//! The options of a fine-tuning run.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::ValueEnum;
+
+use crate::data::Fields;
+use crate::export::ExportConfig;
+use crate::run::RunConfig;
+
+/// Settings of a fine-tuning run on files.
+#[derive(Clone, Debug)]
+pub struct FineTuning {
+    /// Folder of the pretrained model.
+    pub model: PathBuf,
+    /// Training data.
+    pub data: PathBuf,
+    /// Fields of a record; found where `None`.
+    pub fields: Option<Fields>,
+    /// File of the prompt template; the published one where `None`.
+    pub template: Option<PathBuf>,
+    /// Longest sequence; 512 where `None`, or what the model was made for.
+    pub max_length: Option<usize>,
+    /// Held-out data, and how many of its records are answered.
+    pub eval: Option<(PathBuf, usize)>,
+    /// Longest generated answer, in tokens; with 0 nothing is answered.
+    pub max_new_tokens: usize,
+    /// The training.
+    pub run: RunConfig,
+    /// Where the results go.
+    pub output: PathBuf,
+    /// Whether an existing folder is replaced.
+    pub overwrite: bool,
+    /// How the weights are written.
+    pub export: ExportConfig,
+    /// Seed of whatever is drawn.
+    pub seed: u64,
+    /// When to save, and where to go on.
+    pub saving: SaveOptions,
+    /// How long workers wait for each other.
+    pub timeout: Duration,
+}
+
+/// The options about checkpoints.
+#[derive(Clone, Debug)]
+pub struct SaveOptions {
+    /// Folder of the checkpoints; beside the output where `None`.
+    pub folder: Option<PathBuf>,
+    /// Save every so many steps.
+    pub every: Option<usize>,
+    /// Save when so much time has passed.
+    pub interval: Option<Duration>,
+    /// Number of checkpoints that are kept.
+    pub keep_last: usize,
+    /// Where to go on, if anywhere.
+    pub resume: Option<Resume>,
+    /// What may differ from the settings of the checkpoint.
+    pub change: Vec<Change>,
+}
+
+/// A setting that a run that goes on may have changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Change {
+    /// The largest learning rate.
+    Lr,
+    /// The number of steps, or of epochs.
+    Steps,
+}
+
+impl Change {
+    pub(super) const ALL: [Self; 2] = [Self::Lr, Self::Steps];
+
+    /// The name of the setting.
+    pub(super) fn setting(self) -> &'static str {
+        match self {
+            Self::Lr => "--lr",
+            Self::Steps => "--steps",
+        }
+    }
+}
+
+/// Where a run goes on.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Resume {
+    /// At the newest checkpoint of this output, or at the start if there is none.
+    Latest,
+    /// At a checkpoint, or at the newest one of a folder.
+    At(PathBuf),
+}

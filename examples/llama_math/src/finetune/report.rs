@@ -1,0 +1,123 @@
+//! What a run tells its user.
+
+use std::path::Path;
+
+use super::inputs::Inputs;
+use super::options::{Change, FineTuning};
+use crate::console::{complain, say};
+use crate::export::{Exported, Rounding};
+use crate::picture;
+use crate::run::{StepMetrics, Trained};
+
+impl FineTuning {
+    /// Before the first step: data, model and workers, and where the run goes on.
+    pub(super) fn announce(&self, inputs: &Inputs, workers: usize) {
+        say!(
+            "{}: {} within {} tokens",
+            self.data.display(),
+            inputs.summary,
+            inputs.max_length
+        );
+        let pretrained = &inputs.pretrained;
+        if pretrained.is_untied {
+            say!(
+                "{}: lm_head.weight differs from the embedding that tie_word_embeddings names; it is \
+                 used, as transformers does, and the output says that nothing is tied",
+                pretrained.folder.display()
+            );
+        }
+        if !pretrained.left_out.is_empty() {
+            let names = pretrained.left_out.join(", ");
+            say!("not carried over to the output: {names}");
+        }
+        if workers > 1 {
+            let shards = self.run.adaptation.shards;
+            say!(
+                "{workers} processes, {} of {shards} shards each",
+                shards / workers
+            );
+        }
+        if let Some(saved) = &inputs.saved {
+            say!(
+                "resumed: {} of {} steps are taken ({})",
+                saved.step(),
+                inputs.settings["--steps"],
+                saved.path().display()
+            );
+            for change in Change::ALL.map(Change::setting) {
+                let before = saved.settings().get(change);
+                if let Some(before) = before.filter(|&before| *before != inputs.settings[change]) {
+                    say!(
+                        "changed: {change} from {before} to {}",
+                        inputs.settings[change]
+                    );
+                }
+            }
+        }
+    }
+
+    /// What is written, and how much of the update it holds.
+    pub(super) fn print_written(&self, exported: &Exported) {
+        say!("written: {}", self.output.display());
+        if !exported.left_out.is_empty() {
+            complain!("not carried over: {}", exported.left_out.join(", "));
+        }
+        if let Some(share) = exported.survived {
+            say!(
+                "{:.1} % of the update survives the rounding of the written weights{}",
+                100.0 * share,
+                match share < 0.99 && self.export.rounding == Rounding::Nearest {
+                    true => "; --output-dtype f32 keeps all of it, --rounding stochastic its mean",
+                    false => "",
+                }
+            );
+        }
+    }
+
+    /// Draws the losses beside the weights.
+    pub(super) fn draw_losses(&self, metrics: &[StepMetrics]) {
+        let losses: Vec<f64> = metrics.iter().map(|metrics| metrics.loss).collect();
+        let method = self.run.adaptation.method.to_string();
+        let title = format!("{method} on {}", file_name(&self.data));
+        let picture = self.output.join("loss.svg");
+        if let Err(error) = picture::losses(&picture, &title, &losses) {
+            complain!("without a picture: {error}");
+        }
+    }
+}
+
+/// What the steps took, and what they did to the loss.
+pub(super) fn print_summary(method: &str, trained: &Trained) {
+    say!(
+        "{method}: {} steps in {:.1} s after {:.1} s of preparation, {:.0} tokens/s, {} trainable \
+         parameters, peak memory {}",
+        trained.metrics.len(),
+        trained.seconds,
+        trained.preparation,
+        trained.tokens_per_second,
+        trained.trainable,
+        mebibytes(trained.peak_memory)
+    );
+    if let (Some(first), Some(last)) = (trained.metrics.first(), trained.metrics.last()) {
+        say!(
+            "training loss: {:.4} in the first step, {:.4} in the last",
+            first.loss,
+            last.loss
+        );
+    }
+}
+
+/// A number of bytes, for people.
+fn mebibytes(bytes: Option<u64>) -> String {
+    match bytes {
+        Some(bytes) => format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20)),
+        None => "unknown".into(),
+    }
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name()
+        .unwrap_or(path.as_os_str())
+        .to_string_lossy()
+        .into_owned()
+}
