@@ -1,6 +1,6 @@
 //! Attaching adapters: targets, errors, values, records, lifecycle.
 
-use burn::module::{Lora, Module, ParamGroup};
+use burn::module::{DisplaySettings, Lora, Module, ModuleDisplay, ParamGroup};
 use burn::nn::{Linear, LinearConfig, LinearLayout};
 use burn::optim::GradientsParams;
 use burn::store::ModuleRecord;
@@ -625,5 +625,21 @@ fn half_precision_weights_have_f32_factors() {
         assert_eq!(y.dtype(), dtype);
         let grads = y.sum().backward();
         assert_eq!(shard.a.val().grad(&grads).unwrap().dtype(), DType::F32);
+    }
+}
+
+#[test]
+fn adapted_layers_and_adapters_can_be_displayed() {
+    let config = HdPissaConfig::new().with_rank(2).with_shards(3);
+    let model = Lean::new(&Device::flex()).apply_hd_pissa(&config, [0, 2]);
+    let model = model.unwrap();
+    let shown = model.to_string();
+    for part in ["d_input: 13", "rank: 2", "shards: [0, 2]", "num_shards: 3"] {
+        assert!(shown.contains(part), "{shown}");
+    }
+    let adapter = model.first.weight.reparameterization::<HdPissaAdapter>();
+    let shown = adapter.unwrap().format(DisplaySettings::default());
+    for part in ["gradients: PerShard", "frame_scale: ", "num_shards: 3"] {
+        assert!(shown.contains(part), "{shown}");
     }
 }

@@ -2,9 +2,11 @@
 
 use std::time::Duration;
 
+use burn::nn::attention::{MhaInput, MultiHeadAttention, MultiHeadAttentionConfig};
 use burn::nn::{Linear, LinearConfig, Relu};
 use burn::optim::{AdamConfig, GradientsParams};
 use burn::prelude::*;
+use burn::tensor::activation::softmax;
 use hd_pissa::comm::{Communicator, Solo, thread_group};
 use hd_pissa::ops::adapter_linear;
 use hd_pissa::{
@@ -320,5 +322,74 @@ fn refused_and_records() -> Result {
         bits(&base(&model.up.weight))
     );
     drop(optim);
+    Ok(())
+}
+
+// ANCHOR: lean_attention
+/// Burn's `MultiHeadAttention`, without masks and dropout, with lean projections.
+#[derive(Module, Debug)]
+struct LeanAttention {
+    query: HdPissaLinear,
+    key: HdPissaLinear,
+    value: HdPissaLinear,
+    output: HdPissaLinear,
+    n_heads: usize,
+}
+
+impl From<MultiHeadAttention> for LeanAttention {
+    fn from(burns: MultiHeadAttention) -> Self {
+        Self {
+            query: burns.query.into(),
+            key: burns.key.into(),
+            value: burns.value.into(),
+            output: burns.output.into(),
+            n_heads: burns.n_heads,
+        }
+    }
+}
+
+impl LeanAttention {
+    fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+        let [batch, length, d_model] = x.dims();
+        let d_head = d_model / self.n_heads;
+        let heads = |projection: &HdPissaLinear| {
+            let all = projection.forward(x.clone());
+            let all = all.reshape([batch, length, self.n_heads, d_head]);
+            all.swap_dims(1, 2)
+        };
+        let scores = heads(&self.query).matmul(heads(&self.key).transpose());
+        let weights = softmax(scores / (d_head as f64).sqrt(), 3);
+        let context = weights.matmul(heads(&self.value)).swap_dims(1, 2);
+        self.output
+            .forward(context.reshape([batch, length, d_model]))
+    }
+}
+// ANCHOR_END: lean_attention
+
+#[test]
+fn lean_attention_is_burns() -> Result {
+    let device = Device::flex().autodiff();
+    let config = HdPissaConfig::new().with_rank(2).with_shards(2);
+    let burns = MultiHeadAttentionConfig::new(12, 3)
+        .with_dropout(0.0)
+        .init(&device);
+    let burns = burns.apply_hd_pissa(&config, 0..2)?;
+    let lean = LeanAttention::from(burns.clone());
+    let record = lean.clone().into_record();
+    // The paths are the same: the record of one loads into the other.
+    let burns = burns.load_record(record);
+
+    let x = normal([2, 5, 12], &device);
+    let dense = burns.forward(MhaInput::self_attn(x.clone())).context;
+    let output = lean.forward(x);
+    assert_close(output.clone(), dense.clone(), 1e-6);
+    let gradients = GradientsParams::from_grads(output.square().sum().backward(), &lean);
+    let expected = GradientsParams::from_grads(dense.square().sum().backward(), &burns);
+    let adapter = burns.value.weight.reparameterization::<HdPissaAdapter>();
+    let shard = &adapter.unwrap().shards[0];
+    for id in [shard.a.id, shard.b.id] {
+        let [gradient, expected] = [&gradients, &expected].map(|all| all.get::<2>(id).unwrap());
+        assert_close(gradient, expected, 1e-5);
+    }
     Ok(())
 }

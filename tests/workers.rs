@@ -20,9 +20,11 @@ fn config() -> HdPissaConfig {
     HdPissaConfig::new().with_rank(2).with_shards(SHARDS)
 }
 
-/// Trains the shards `hosted` of `start`, one of whose biases trains too; the final parameters.
+/// Trains the shards `hosted` of `start`, one of whose biases trains too; the final parameters. The
+/// model has the factors of the shards `known`.
 fn train(
     start: Lean,
+    known: Vec<usize>,
     hosted: Vec<usize>,
     data: &[Vec<Tensor<2>>],
     communicator: impl Communicator + 'static,
@@ -30,7 +32,7 @@ fn train(
     gathers: usize,
 ) -> Vec<TensorData> {
     let mut model = start
-        .apply_hd_pissa(&config(), hosted.clone())
+        .apply_hd_pissa(&config(), known)
         .unwrap()
         .set_require_grad_group(ParamGroup::from_path("first.bias"), true);
     let adam = AdamConfig::new().with_epsilon(1e-8).init();
@@ -63,17 +65,18 @@ fn every_layout_of_shards_on_workers_gives_the_same_bits() {
         .map(|_| (0..SHARDS).map(|_| normal([5, 13], &device)).collect())
         .collect();
     let alone = |wire| {
-        let all = (0..SHARDS).collect();
-        train(start.clone(), all, &data, Solo, wire, 1)
+        let all: Vec<usize> = (0..SHARDS).collect();
+        train(start.clone(), all.clone(), all, &data, Solo, wire, 1)
     };
     let solo = [CommunicationDtype::F32, CommunicationDtype::Bf16].map(|wire| (wire, alone(wire)));
     assert_ne!(solo[0].1, solo[1].1);
     // Contiguous blocks, and shards dealt out in another order; one gather per step, as many as
-    // there are weights, and more.
-    for (gathers, layout) in [
-        (1, vec![vec![0, 1], vec![2, 3]]),
-        (2, vec![vec![3, 0], vec![1, 2]]),
-        (1 << 40, vec![vec![2], vec![0], vec![3], vec![1]]),
+    // there are weights, and more. Workers that have the factors of all shards host blocks.
+    for (gathers, layout, knows_all) in [
+        (1, vec![vec![0, 1], vec![2, 3]], false),
+        (2, vec![vec![3, 0], vec![1, 2]], false),
+        (1 << 40, vec![vec![2], vec![0], vec![3], vec![1]], false),
+        (2, vec![vec![0, 1], vec![2, 3]], true),
     ] {
         for (wire, solo) in &solo {
             let group = thread_group(layout.len(), Duration::from_secs(60));
@@ -83,8 +86,13 @@ fn every_layout_of_shards_on_workers_gives_the_same_bits() {
                     .zip(group)
                     .map(|(hosted, communicator)| {
                         let (start, hosted, data) = (start.clone(), hosted.clone(), &data);
-                        scope
-                            .spawn(move || train(start, hosted, data, communicator, *wire, gathers))
+                        let known = match knows_all {
+                            true => (0..SHARDS).collect(),
+                            false => hosted.clone(),
+                        };
+                        scope.spawn(move || {
+                            train(start, known, hosted, data, communicator, *wire, gathers)
+                        })
                     })
                     .collect();
                 for worker in workers {
@@ -207,6 +215,14 @@ fn workers_that_disagree_are_refused() {
             theirs: theirs.into(),
         })
     };
+    let all = start.clone().apply_hd_pissa(&config, 0..2).unwrap();
+    let errors = first_steps([all, model(&config, 1)], [0, 1], 1.0, plain);
+    let [all, own] = [
+        "factors of all shards",
+        "factors of the hosted shards alone",
+    ];
+    assert_eq!(errors[0], mismatch(1, all, own));
+    assert_eq!(errors[1], mismatch(0, own, all));
     let errors = first_steps(models(), [0, 1], 1.0, |index| match index {
         0 => plain(index),
         _ => plain(index).with_communication_dtype(CommunicationDtype::Bf16),

@@ -4,28 +4,23 @@ use std::ops::Range;
 
 use hd_pissa_comm::Communicator;
 
-use crate::GradientMode;
-
-/// Of the shards whose factors a worker's model has, those that it hosts.
+/// Of the shards whose factors a worker's model has, those that it hosts: its share of them if these are
+/// all `shards` that there are, else all that the model has.
 pub(crate) fn hosted_shards(
     known: &[usize],
-    gradients: GradientMode,
+    shards: usize,
     communicator: &dyn Communicator,
 ) -> Vec<usize> {
-    let share = match gradients {
-        GradientMode::PerShard => return known.to_vec(),
-        GradientMode::Shared => share(
-            known.len(),
-            communicator.worker_index(),
-            communicator.num_workers(),
-        ),
-    };
-    known[share].to_vec()
+    if known.len() < shards {
+        return known.to_vec();
+    }
+    let (worker, workers) = (communicator.worker_index(), communicator.num_workers());
+    known[share(known.len(), worker, workers)].to_vec()
 }
 
 /// The part of `count` things that falls to a worker, in the order of workers. Parts differ in size by
 /// 1 at most.
-fn share(count: usize, worker: usize, workers: usize) -> Range<usize> {
+pub(crate) fn share(count: usize, worker: usize, workers: usize) -> Range<usize> {
     count * worker / workers..count * (worker + 1) / workers
 }
 

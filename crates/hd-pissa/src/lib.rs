@@ -40,8 +40,8 @@
 //!
 //! No backend by default. `flex` (CPU), `wgpu`, `vulkan`, `metal`, `cuda`, `rocm` and `cpu` enable
 //! Burn's feature of the same name and this crate's operations on it; `fusion` adds kernel fusion
-//! on the GPU backends. `checkpoint` adds the module of that name, `mpi` and `collectives` their
-//! [transports](comm).
+//! on the GPU backends. `checkpoint` adds the module of that name, `learner` HD-PiSSA in Burn's own
+//! training loop, `mpi` and `collectives` their [transports](comm).
 
 #![warn(missing_debug_implementations, missing_docs)]
 #![forbid(unsafe_code)]
@@ -56,6 +56,8 @@ mod error;
 mod frames;
 mod host;
 mod hosting;
+#[cfg(feature = "learner")]
+pub mod learner;
 mod linear;
 pub mod ops;
 mod optim;

@@ -157,7 +157,8 @@ impl ModuleDisplay for HdPissaLinear {
                 let rank = adapter.shards.first().map_or(0, |shard| shard.a.dims()[1]);
                 content
                     .add("rank", &rank)
-                    .add_formatted(&format!("shards: {hosted:?} of {}", adapter.num_shards))
+                    .add_debug_attribute("shards", &hosted)
+                    .add("num_shards", &adapter.num_shards)
             }
             None => content,
         }

@@ -83,12 +83,17 @@ pub fn side_by_side<M: Module, B: Send, R: Send>(
             .map(|batch| work(model, batch))
             .for_each(collect);
     }
-    let workers = (0..threads.get().min(batches.len())).map(|_| model.clone().map(&mut Fork));
+    let workers = (0..threads.get().min(batches.len())).map(|_| fork(model));
     let collect = |result| {
         collect(result);
         Ok(())
     };
     let Ok(()) = spread::<_, _, _, Infallible>(workers.collect(), batches, threads, work, collect);
+}
+
+/// A copy of the model for another thread, over the same memory.
+pub(crate) fn fork<M: Module>(model: &M) -> M {
+    model.clone().map(&mut Fork)
 }
 
 /// Gives every parameter a node of its own in the autodiff graph, over the same memory: two threads that
@@ -150,10 +155,8 @@ fn spread<W: Send, T: Send, R: Send, E>(
     let (count, total) = (workers.len(), items.len());
     let queue = Queue::new(items, 2 * count);
     std::thread::scope(|scope| {
-        for (index, worker) in workers.into_iter().enumerate() {
-            let compute = threads.get() / count + usize::from(index < threads.get() % count);
+        for (worker, pool) in workers.into_iter().zip(share_out(threads, count)) {
             let (queue, work) = (&queue, &work);
-            let pool = pool(compute);
             scope.spawn(move || {
                 let _end = queue.guard();
                 pool.install(move || {
@@ -177,6 +180,19 @@ fn spread<W: Send, T: Send, R: Send, E>(
         }
         Ok(())
     })
+}
+
+/// A pool for each of `count` threads, which share out the compute threads of the current pool. A pool
+/// has at least one.
+#[cfg(feature = "learner")]
+pub(crate) fn pools(count: usize) -> Vec<ThreadPool> {
+    share_out(current_threads(), count)
+}
+
+fn share_out(threads: NonZeroUsize, count: usize) -> Vec<ThreadPool> {
+    let threads = threads.get().max(count);
+    let share = |index| threads / count + usize::from(index < threads % count);
+    (0..count).map(|index| pool(share(index))).collect()
 }
 
 fn pool(threads: usize) -> ThreadPool {

@@ -86,6 +86,7 @@ impl HdPissa {
 
     /// What [`prepare`](Self::prepare) makes, with zeros in the place of all factors: for a record that
     /// holds them.
+    #[cfg(feature = "checkpoint")]
     pub(crate) fn blank<M: Module>(
         model: &M,
         config: &HdPissaConfig,
@@ -260,8 +261,9 @@ pub trait HdPissaModule: Module {
     /// float parameter. Model code stays as it is.
     ///
     /// `hosted_shards` are the shards whose gradients this worker computes: `0..config.shards` on
-    /// a single worker, and on every worker with [`GradientMode::Shared`]. The values of all weights
-    /// are unchanged, bit for bit. Module-owned flags (dropout, batch normalization) keep their
+    /// a single worker, and on every worker with [`GradientMode::Shared`]. Several workers that are all
+    /// given all shards host an even share each, in the order of workers, and keep the factors of the
+    /// others. The values of all weights are unchanged, bit for bit. Module-owned flags (dropout, batch normalization) keep their
     /// state, as under Burn's `Lora`.
     ///
     /// An adapted weight takes no gradient of its own. `freeze()` stops the training of everything;

@@ -212,9 +212,9 @@ impl ModuleDisplayDefault for HdPissaAdapter {
     fn content(&self, content: Content) -> Option<Content> {
         content
             .add("num_shards", &self.num_shards)
-            .add_formatted(&format!("gradients: {:?}", self.gradients))
-            .add_formatted(&format!("windows: {:?}", self.windows))
-            .add_formatted(&format!("frame_scale: {:?}", self.frame_scale))
+            .add_debug_attribute("gradients", &self.gradients)
+            .add_debug_attribute("windows", &self.windows)
+            .add_debug_attribute("frame_scale", &self.frame_scale)
             .add("scale", &self.scale)
             .add("residual", &self.residual.is_some())
             .add("shards", &self.shards)

@@ -58,7 +58,7 @@ impl Parameters {
 
     /// Those that the worker of `communicator` hosts.
     pub(super) fn hosted(&self, communicator: &dyn Communicator) -> Vec<usize> {
-        hosted_shards(&self.known(), self.gradients, communicator)
+        hosted_shards(&self.known(), self.shards, communicator)
     }
 
     pub(super) fn shard_of(&self) -> HashMap<u64, usize> {

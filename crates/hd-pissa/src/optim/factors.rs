@@ -43,7 +43,7 @@ pub(super) struct WeightFactors {
     pub(super) dtype: DType,
     /// Those that this worker hosts.
     pub(super) shards: Vec<ShardFactors>,
-    /// Those whose factors the model has: all of them where they share gradients.
+    /// Those whose factors the model has: those that this worker hosts, or all of them.
     pub(super) known: Vec<ShardFactors>,
     /// Seed of stochastic rounding, if the adapter asks for it.
     pub(super) rounding_seed: Option<u64>,
@@ -100,19 +100,19 @@ impl WeightFactors {
 
 /// All factors of a model, in traversal order of the weights.
 #[derive(Clone, Debug)]
-pub(super) struct Factors {
+pub(crate) struct Factors {
     pub(super) weights: Vec<WeightFactors>,
     /// The shards that this worker hosts, the same for every weight.
-    pub(super) hosted: Vec<usize>,
+    pub(crate) hosted: Vec<usize>,
     /// Number of shards over all workers.
-    pub(super) num_shards: usize,
+    pub(crate) num_shards: usize,
     /// Which gradients the shards learn from, the same for every weight.
-    pub(super) gradients: GradientMode,
+    pub(crate) gradients: GradientMode,
 }
 
 impl Factors {
     /// Those of `model`, on the worker of `communicator`.
-    pub(super) fn of<M: Module>(
+    pub(crate) fn of<M: Module>(
         model: &M,
         communicator: &dyn Communicator,
     ) -> Result<Self, OptimizerError> {
@@ -156,7 +156,7 @@ impl Factors {
                 });
             }
         }
-        let hosted = hosted_shards(&known, gradients, communicator);
+        let hosted = hosted_shards(&known, num_shards, communicator);
         for weight in &mut weights {
             let known = weight.known.iter();
             let is_hosted = |shard: &&ShardFactors| hosted.contains(&shard.name.index);
@@ -184,7 +184,11 @@ impl Factors {
                  {gradients:?} gradients of `{path}`\nrounding seed {seed:?} of `{path}`\n"
             )
         });
-        weights.collect()
+        let known = match self.knows_all() {
+            true => "all shards",
+            false => "the hosted shards alone",
+        };
+        format!("factors of {known}\n{}", weights.collect::<String>())
     }
 
     /// Path of a shard of the weight at position `weight`, hosted here or elsewhere.
@@ -202,6 +206,20 @@ impl Factors {
         let factors = self.known();
         factors
             .map(|(_, _, _, factor)| identity(&factor.value))
+            .collect()
+    }
+
+    /// Whether the model has the factors of every shard, as it does where they share gradients.
+    pub(crate) fn knows_all(&self) -> bool {
+        self.weights[0].known.len() == self.num_shards
+    }
+
+    /// By the id of its parameter the shard of each factor that the model has.
+    #[cfg(feature = "learner")]
+    pub(crate) fn shard_of(&self) -> std::collections::HashMap<u64, usize> {
+        let known = self.known();
+        known
+            .map(|(_, shard, _, factor)| (factor.id.val(), shard.index))
             .collect()
     }
 

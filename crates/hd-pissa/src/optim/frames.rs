@@ -10,7 +10,6 @@ use super::fingerprint::Fingerprints;
 use super::layout::ShardLayout;
 use super::packed::pack_values;
 use super::statistics::Statistics;
-use crate::GradientMode;
 use crate::ops::join;
 
 /// The frames of every weight, as its merges read them.
@@ -41,11 +40,11 @@ impl Frames {
         let workers = communicator.num_workers();
         let fingerprints = (workers > 1).then(|| Fingerprints::of_frames(factors, &own));
         let words = fingerprints.as_ref().map(Fingerprints::words);
-        let is_shared = factors.gradients == GradientMode::Shared;
-        if let (true, Some(fingerprints)) = (is_shared, fingerprints) {
+        let knows_all = factors.knows_all();
+        if let (true, Some(fingerprints)) = (knows_all, fingerprints) {
             fingerprints.compare(communicator)?;
         }
-        let packed = if workers == 1 || is_shared {
+        let packed = if workers == 1 || knows_all {
             own
         } else {
             let gathered = communicator.all_gather(join(own))?;

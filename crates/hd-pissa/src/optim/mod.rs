@@ -31,6 +31,8 @@ mod step;
 pub use communication::CommunicationDtype;
 pub use config::HdPissaOptimizerConfig;
 pub use error::{OptimizerError, StepError};
+#[cfg(feature = "learner")]
+pub(crate) use factors::Factors;
 pub use gradients::{ShardGradients, StepGradients};
 pub use optimizer::HdPissaOptimizer;
 pub use record::HdPissaOptimizerRecord;

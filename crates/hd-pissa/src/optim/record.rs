@@ -21,8 +21,8 @@ const STEPS_KEY: &str = "hd_pissa.steps";
 ///
 /// Its bytes are in Burn's format, that of [`OptimizerRecord`], with a format version.
 pub struct HdPissaOptimizerRecord {
-    state: OptimizerState,
-    steps: u64,
+    pub(crate) state: OptimizerState,
+    pub(crate) steps: u64,
 }
 
 impl HdPissaOptimizerRecord {

@@ -20,7 +20,6 @@ use super::range::Ranges;
 use super::reduce::reduce_shared;
 use super::statistics::Statistics;
 use super::{HdPissaOptimizer, OptimizerError, StepError};
-use crate::GradientMode;
 use crate::ops::MergeInputs;
 
 impl HdPissaOptimizer {
@@ -220,7 +219,7 @@ impl HdPissaOptimizer {
             }
             _ => {
                 let (shards, workers) = (factors.num_shards, communicator.num_workers());
-                if factors.gradients == GradientMode::Shared && !shards.is_multiple_of(workers) {
+                if factors.knows_all() && !shards.is_multiple_of(workers) {
                     return Err(OptimizerError::UnevenWorkers { shards, workers });
                 }
                 let settings = RunSettings {
