@@ -18,12 +18,16 @@ use burn::train::{
     InferenceStep, RegressionOutput, SupervisedTraining, TrainOutput, TrainStep, TrainingStrategy,
 };
 use hd_pissa::learner::HdPissaStrategy;
-use hd_pissa::{HdPissaConfig, HdPissaLinear, HdPissaLinearConfig, HdPissaModule};
+use hd_pissa::{
+    FrameScale, HdPissaConfig, HdPissaLinear, HdPissaLinearConfig, HdPissaModule, Windows,
+};
 
 use allocator::{LIVE, MEASURING, measure};
 
-const D_INPUT: usize = 768;
-const D_OUTPUT: usize = 640;
+// A thread that multiplies matrices on the CPU keeps a buffer of 64 MiB, and may end after the training. The
+// bounds below, from half a weight on, are above it.
+const D_INPUT: usize = 6144;
+const D_OUTPUT: usize = 6400;
 const WEIGHT_BYTES: usize = 4 * D_INPUT * D_OUTPUT;
 
 #[derive(Module, Debug)]
@@ -90,7 +94,12 @@ fn the_weight_is_updated_in_place() {
     let _guard = MEASURING.lock().unwrap();
     let bytes = |epochs: usize, saves: bool| {
         let device = Device::flex().autodiff();
-        let config = HdPissaConfig::new().with_rank(4).with_shards(2);
+        // Random directions: a weight of this size takes long to decompose.
+        let config = HdPissaConfig::new()
+            .with_rank(4)
+            .with_shards(2)
+            .with_windows(Windows::Random { seed: 1 })
+            .with_frame_scale(FrameScale::Unit);
         let layer = HdPissaLinearConfig::new(D_INPUT, D_OUTPUT).init(&device);
         let layer = layer.apply_hd_pissa(&config, 0..2).unwrap();
         let data = || {
