@@ -188,7 +188,8 @@ impl Factors {
             true => "all shards",
             false => "the hosted shards alone",
         };
-        format!("factors of {known}\n{}", weights.collect::<String>())
+        // Last: another setting is the reason where workers know different factors because of it.
+        format!("{}factors of {known}\n", weights.collect::<String>())
     }
 
     /// Path of a shard of the weight at position `weight`, hosted here or elsewhere.
