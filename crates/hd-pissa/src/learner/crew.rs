@@ -182,9 +182,12 @@ fn catch<T>(work: impl FnOnce() -> T) -> Result<T, String> {
 
 type Job<M> = Box<dyn FnOnce(&mut Worker<M>) + Send>;
 
+/// Where a worker takes its jobs, and what it leaves at its end.
+type Thread<'scope, M> = (mpsc::Sender<Job<M>>, ScopedJoinHandle<'scope, Worker<M>>);
+
 /// All workers at work.
 pub(super) struct Crew<'scope, M> {
-    threads: Vec<(mpsc::Sender<Job<M>>, ScopedJoinHandle<'scope, Worker<M>>)>,
+    threads: Vec<Thread<'scope, M>>,
 }
 
 impl<'scope, M: LearnerModel> Crew<'scope, M> {
