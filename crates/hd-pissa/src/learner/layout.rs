@@ -15,7 +15,7 @@ use crate::{GradientMode, OptimizerError};
 pub(super) struct Layout {
     pub(super) mode: GradientMode,
     pub(super) workers: usize,
-    /// Parts of the data, each of which gives a step micro-batches: one for each shard, or for each
+    /// Parts of the data. Each gives a step micro-batches: one part for each shard, or for each
     /// micro-batch of a step with shared gradients.
     pub(super) parts: usize,
     /// Micro-batches of a step from each part.

@@ -103,7 +103,7 @@ impl HdPissaStrategy {
         self
     }
 
-    /// One worker on each of `devices`, of which several may be the same. Their number divides that of
+    /// One worker on each of `devices`; a device may occur several times. Their number divides that of
     /// the shards. None: the device of the model.
     pub fn with_devices(mut self, devices: Vec<Device>) -> Self {
         self.devices = devices;
