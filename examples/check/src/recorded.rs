@@ -7,7 +7,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use hd_pissa::comm::Solo;
 use hd_pissa::{
     HdPissaConfig, HdPissaError, HdPissaLinear, HdPissaLinearConfig, HdPissaModule,
-    HdPissaOptimizerConfig, OptimizerError, ShardGradients, SvdMethod, SvdPrecision,
+    HdPissaOptimizerConfig, OptimizerError, ShardGradients, SvdMethod,
 };
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -223,12 +223,12 @@ impl RecordedRun {
     pub fn replay(
         &self,
         device: &Device,
-        precision: SvdPrecision,
+        svd: SvdMethod,
     ) -> Result<Vec<f64>, ReplayError> {
         let largest_change = (1..=self.case.steps)
             .map(|step| largest_difference(self.recorded(step), self.recorded(0)))
             .fold(0.0, f64::max);
-        let weights = self.weights(device, precision)?;
+        let weights = self.weights(device, svd)?;
         let differences = weights.iter().enumerate().map(|(step, ours)| {
             match largest_difference(ours, self.recorded(step + 1)) {
                 0.0 => 0.0,
@@ -247,7 +247,7 @@ impl RecordedRun {
     pub fn weights(
         &self,
         device: &Device,
-        precision: SvdPrecision,
+        svd: SvdMethod,
     ) -> Result<Vec<Vec<f32>>, ReplayError> {
         let case = &self.case;
         let device = device.clone().autodiff();
@@ -263,7 +263,7 @@ impl RecordedRun {
             .with_rank(case.rank)
             .with_shards(case.shards)
             .with_alpha(Some(case.scale * case.rank as f64))
-            .with_svd(SvdMethod::Exact(precision));
+            .with_svd(svd);
         let mut model = layer
             .apply_hd_pissa(&config, 0..case.shards)
             .map_err(|source| ReplayError::Model {

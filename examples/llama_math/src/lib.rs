@@ -12,6 +12,7 @@ pub mod compare;
 pub mod config;
 mod console;
 pub mod data;
+mod decompositions;
 pub mod device;
 mod error;
 pub mod evaluate;
@@ -46,6 +47,7 @@ pub mod tiny;
 pub mod token_cache;
 pub mod tokenize;
 pub mod train;
+pub mod user_cache;
 mod weights;
 
 pub use config::LlamaConfig;

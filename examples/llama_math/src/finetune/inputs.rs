@@ -13,7 +13,6 @@ use crate::batch::Sequence;
 use crate::data::read_records;
 use crate::output::Staged;
 use crate::run::Training;
-use crate::token_cache::TokenCache;
 use crate::tokenize::{PromptTemplate, Tokens};
 use crate::weights::hexadecimal;
 use crate::{Error, Pretrained, files};
@@ -41,7 +40,7 @@ impl FineTuning {
         let tokens = Tokens::of(&pretrained)?;
         let max_length = self.max_length(&pretrained)?;
         let records = read_records(&self.data, self.fields.as_ref())?;
-        let cache = TokenCache::of_user();
+        let cache = &self.token_cache;
         let data = cache.sequences(&tokens, &records, &template, max_length)?;
         let held_out = match &self.eval {
             Some((path, samples)) => {
