@@ -1,19 +1,20 @@
 //! The decomposition of a weight when adapters are attached: once for each size, method and number of
-//! triples, as it takes seconds. The weights are random, as before any training: neighbouring singular
-//! values are as close as those of trained ones, and none stands out.
+//! triples, as it takes seconds. The weights are random, with rows and columns of very different lengths: as in
+//! trained weights, a few singular values are much larger than the others. With `--flat` all have about the
+//! same length, as before any training.
 //!
 //! `cargo bench --workspace --bench decomposition -- 1024x1024 4096x4096 --triples 32,128`; without sizes,
 //! three.
 
 use std::time::Instant;
 
+use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
-use burn::tensor::Tensor;
+use burn::tensor::{Distribution, Tensor};
 use clap::Parser;
 use hd_pissa::{
     Decomposition, HdPissa, HdPissaAdapter, HdPissaConfig, HdPissaLinear, SvdMethod, SvdPrecision,
 };
-use burn::module::Module;
 use hd_pissa_benches::{device, size, write_rows};
 use serde::Serialize;
 
@@ -43,6 +44,9 @@ struct Options {
     /// Shards times rank; multiples of 8.
     #[arg(long, value_delimiter = ',', default_values_t = [32, 128])]
     triples: Vec<usize>,
+    /// Rows and columns of about the same length.
+    #[arg(long)]
+    flat: bool,
     /// Leave out the exact method in `f64`.
     #[arg(long)]
     no_f64: bool,
@@ -55,7 +59,10 @@ fn main() {
     let options = Options::parse();
     let (name, device) = device();
     let device = device.autodiff();
-    println!("{:>11} {:>7} {:>10}  {:>9} {:>6}", "shape", "triples", "method", "time", "ratio");
+    println!(
+        "{:>11} {:>7} {:>10}  {:>9} {:>6}",
+        "shape", "triples", "method", "time", "ratio"
+    );
     let mut rows = Vec::new();
     let mut methods = vec![
         ("exact f32", SvdMethod::Exact(SvdPrecision::F32)),
@@ -68,6 +75,10 @@ fn main() {
         let layer = LinearConfig::new(d_input, d_output)
             .with_bias(false)
             .init(&device);
+        let layer = match options.flat {
+            true => layer,
+            false => stretched(layer),
+        };
         for &triples in &options.triples {
             let mut exact = None;
             for &(method, svd) in &methods {
@@ -106,6 +117,20 @@ fn main() {
         }
     }
     write_rows("decomposition", &rows, env!("CARGO_TARGET_TMPDIR"));
+}
+
+/// The layer with log-normal factors on the rows and columns of its weight.
+fn stretched(mut layer: Linear) -> Linear {
+    layer.weight = layer.weight.map(|weight| {
+        let [rows, cols] = weight.dims();
+        let factors = |shape| {
+            let exponents = Distribution::Normal(0.0, 0.5);
+            Tensor::<2>::random(shape, exponents, &weight.device()).exp()
+        };
+        let (rows, cols) = (factors([rows, 1]), factors([1, cols]));
+        (weight * rows * cols).detach()
+    });
+    layer
 }
 
 /// `W·bᵢᵀ` points along `aᵢ` for every component: `W` has not changed, and its singular vectors

@@ -382,7 +382,13 @@ fn decompositions() -> Result {
         .with_svd_cache(Some(SvdCache::new(folder.clone())));
     let model = model.apply_hd_pissa(&config, 0..4)?;
     // ANCHOR_END: decomposition
-    assert!(model.up.weight.reparameterization::<HdPissaAdapter>().is_some());
+    assert!(
+        model
+            .up
+            .weight
+            .reparameterization::<HdPissaAdapter>()
+            .is_some()
+    );
     assert_eq!(std::fs::read_dir(folder)?.count(), 2);
     Ok(())
 }

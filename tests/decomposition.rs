@@ -49,9 +49,14 @@ fn decaying() -> Vec<f64> {
 }
 
 /// The adapted layer, and what was told of it.
-fn adapted(layer: &Linear, config: &HdPissaConfig) -> Result<(Linear, LayerProgress), HdPissaError> {
+fn adapted(
+    layer: &Linear,
+    config: &HdPissaConfig,
+) -> Result<(Linear, LayerProgress), HdPissaError> {
     let mut told = None;
-    let adapters = HdPissa::prepare(layer, config, 0..config.shards, |weight| told = Some(weight))?;
+    let adapters = HdPissa::prepare(layer, config, 0..config.shards, |weight| {
+        told = Some(weight)
+    })?;
     let layer = layer.clone().apply_reparameterization(adapters);
     Ok((layer, told.unwrap()))
 }
@@ -60,7 +65,9 @@ fn adapted(layer: &Linear, config: &HdPissaConfig) -> Result<(Linear, LayerProgr
 fn factors(layer: &Linear) -> Vec<[TensorData; 2]> {
     let adapter: &HdPissaAdapter = layer.weight.reparameterization().unwrap();
     let factors = adapter.shards.iter().map(|shard| [&shard.a, &shard.b]);
-    factors.map(|pair| pair.map(|factor| bits(&factor.val()))).collect()
+    factors
+        .map(|pair| pair.map(|factor| bits(&factor.val())))
+        .collect()
 }
 
 /// The smallest cosine of the vectors in the factors of two layers.
@@ -72,7 +79,10 @@ fn smallest_cosine(ours: &Linear, theirs: &Linear) -> f64 {
             [a, shard.b.val().inner()].map(|rows| {
                 let width = rows.dims()[1];
                 let values: Vec<f64> = rows.into_data().iter().collect();
-                values.chunks(width).map(<[f64]>::to_vec).collect::<Vec<_>>()
+                values
+                    .chunks(width)
+                    .map(<[f64]>::to_vec)
+                    .collect::<Vec<_>>()
             })
         });
         vectors.flatten().collect::<Vec<_>>()
@@ -80,9 +90,10 @@ fn smallest_cosine(ours: &Linear, theirs: &Linear) -> f64 {
     let product = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
     let (ours, theirs) = (vectors(ours), vectors(theirs));
     assert_eq!(ours.len(), theirs.len());
-    let cosines = ours.iter().zip(&theirs).map(|(x, y)| {
-        product(x, y) / (product(x, x) * product(y, y)).sqrt()
-    });
+    let cosines = ours
+        .iter()
+        .zip(&theirs)
+        .map(|(x, y)| product(x, y) / (product(x, x) * product(y, y)).sqrt());
     cosines.fold(1.0, f64::min)
 }
 
@@ -135,7 +146,10 @@ fn what_does_not_converge_is_told_and_exact() {
     assert_eq!(factors(&krylov), factors(&exact));
     let plan = config(SvdMethod::Krylov).plan(&layer).unwrap();
     assert_eq!(plan.weights[0].decomposition, told.decomposition);
-    assert!(plan.to_string().contains("weight  decomposed exactly: the block Krylov method"));
+    assert!(
+        plan.to_string()
+            .contains("weight  decomposed exactly: the block Krylov method")
+    );
     let text = failure.to_string();
     assert!(text.contains("has not converged in") && text.contains("component 6"));
 }
@@ -149,7 +163,11 @@ fn low_ranks_are_found() {
     assert_eq!(error(SvdMethod::Krylov), error(EXACT));
     assert!(matches!(
         error(SvdMethod::Krylov),
-        HdPissaError::RankDeficient { numeric_rank: 9, needed: 12, .. }
+        HdPissaError::RankDeficient {
+            numeric_rank: 9,
+            needed: 12,
+            ..
+        }
     ));
     let unit = |svd| config(svd).with_frame_scale(FrameScale::Unit);
     let (krylov, told) = adapted(&layer, &unit(SvdMethod::Krylov)).unwrap();
@@ -188,7 +206,9 @@ fn workers_and_threads_get_the_same_bits() {
         assert_eq!(factors(&ours), alone, "{threads} threads");
     }
     on_threads(2, |communicator| {
-        let shared = layer.clone().apply_hd_pissa_shared(&config, 0..SHARDS, &communicator);
+        let shared = layer
+            .clone()
+            .apply_hd_pissa_shared(&config, 0..SHARDS, &communicator);
         assert_eq!(factors(&shared.unwrap()), alone);
     });
 }
@@ -245,7 +265,10 @@ fn one_file_for_each_decomposition() {
     let folder = tempfile::tempdir().unwrap();
     let first = layer([150, 190], &decaying(), DType::F32);
     let used = |layer: &Linear, config: HdPissaConfig| {
-        adapted(layer, &cached(config, folder.path())).unwrap().1.cache
+        adapted(layer, &cached(config, folder.path()))
+            .unwrap()
+            .1
+            .cache
     };
     assert_eq!(used(&first, config(EXACT)), CacheUse::Written);
     // Shards and ranks of the same product, and another length of the frames.
@@ -256,7 +279,9 @@ fn one_file_for_each_decomposition() {
     // A half-precision weight with these values.
     let half = layer([150, 190], &decaying(), DType::BF16);
     let mut single = half.clone();
-    single.weight = Param::from_tensor(Tensor::from_inner(half.weight.val().inner().cast(DType::F32)));
+    single.weight = Param::from_tensor(Tensor::from_inner(
+        half.weight.val().inner().cast(DType::F32),
+    ));
     assert_eq!(used(&half, config(EXACT)), CacheUse::Written);
     assert_eq!(used(&single, config(EXACT)), CacheUse::Read);
 
@@ -296,13 +321,19 @@ fn one_file_for_each_decomposition() {
 fn low_ranks_are_refused_from_the_cache() {
     let folder = tempfile::tempdir().unwrap();
     let layer = layer([150, 190], &decaying()[..9], DType::F32);
-    let unit = cached(config(EXACT).with_frame_scale(FrameScale::Unit), folder.path());
+    let unit = cached(
+        config(EXACT).with_frame_scale(FrameScale::Unit),
+        folder.path(),
+    );
     let (computed, _) = adapted(&layer, &unit).unwrap();
     let (read, told) = adapted(&layer, &unit).unwrap();
     assert_eq!(told.cache, CacheUse::Read);
     assert_eq!(factors(&read), factors(&computed));
     let error = adapted(&layer, &cached(config(EXACT), folder.path())).err();
-    assert!(matches!(error, Some(HdPissaError::RankDeficient { .. })), "{error:?}");
+    assert!(
+        matches!(error, Some(HdPissaError::RankDeficient { .. })),
+        "{error:?}"
+    );
 }
 
 #[test]
@@ -315,7 +346,9 @@ fn damaged_files_are_computed_again() {
         panic!("one file");
     };
     let whole = std::fs::read(path).unwrap();
-    let cuts = (0..whole.len()).step_by(97).map(|end| whole[..end].to_vec());
+    let cuts = (0..whole.len())
+        .step_by(97)
+        .map(|end| whole[..end].to_vec());
     let flips = (0..whole.len()).step_by(89).map(|at| {
         let mut bytes = whole.clone();
         bytes[at] ^= 0x10;
@@ -346,7 +379,12 @@ fn other_content_is_computed_again() {
     let cache = hd_pissa::cache::FileCache::new(folder.path(), "svd", 1 << 20);
     let mut renamed = content.to_vec();
     renamed[0] ^= 1;
-    for other in [&renamed, &content[..100], &content[..content.len() - 4], &[]] {
+    for other in [
+        &renamed,
+        &content[..100],
+        &content[..content.len() - 4],
+        &[],
+    ] {
         cache.write(key, other).unwrap();
         let (_, told) = adapted(&layer, &config).unwrap();
         assert_eq!(told.cache, CacheUse::Replaced);

@@ -6,9 +6,7 @@ use faer::Mat;
 use crate::basis::random_columns;
 use crate::host::HostMatrix;
 use crate::parallel::on_one_thread;
-use crate::svd::{
-    Decomposition, Request, Svd, number_of_leading, numeric_rank, singular_values,
-};
+use crate::svd::{Decomposition, Request, Svd, number_of_leading, numeric_rank, singular_values};
 use crate::svd_cache::{self, CacheUse};
 use crate::{FrameScale, HdPissaConfig, HdPissaError, SvdCache, SvdMethod, Windows};
 
@@ -268,7 +266,9 @@ fn explained_by_components(
     let total = weight.squared_norm();
     let share = |&component: &usize| values[component] * values[component] / total;
     let windows = components.chunks(rank);
-    windows.map(|window| window.iter().map(share).sum()).collect()
+    windows
+        .map(|window| window.iter().map(share).sum())
+        .collect()
 }
 
 fn explained_by_directions(
@@ -320,13 +320,12 @@ mod tests {
     fn explained_variance_of_a_known_spectrum() {
         let values = [4.0, 3.0, 0.0, 0.0];
         let device = Device::flex();
-        let weight = Tensor::<2>::from_floats(
-            [[0.0, 3.0, 0.0, 0.0], [4.0, 0.0, 0.0, 0.0]],
-            &device,
-        );
+        let weight =
+            Tensor::<2>::from_floats([[0.0, 3.0, 0.0, 0.0], [4.0, 0.0, 0.0, 0.0]], &device);
         let weight = HostMatrix::read("w", &weight).unwrap();
-        let explained =
-            |components: &[usize], rank| explained_by_components(&values, &weight, components, rank);
+        let explained = |components: &[usize], rank| {
+            explained_by_components(&values, &weight, components, rank)
+        };
         assert_eq!(explained(&[1, 0], 1), [9.0 / 25.0, 16.0 / 25.0]);
         assert_eq!(explained(&[0, 1, 2, 3], 2), [1.0, 0.0]);
     }

@@ -68,7 +68,7 @@ pub(crate) fn is_worth_it(side: usize, count: usize) -> bool {
 /// Number of vectors that enter the space at a time. Fewer need a smaller space, and more passes over the
 /// weight.
 fn block_size(count: usize) -> usize {
-    (count / 8).clamp(4, 32)
+    (count / 8).clamp(8, 32)
 }
 
 /// The largest space that is tried. All of a small matrix costs next to nothing.
@@ -89,7 +89,7 @@ pub(crate) fn leading(
     let [d_input, d_output] = weight.dims();
     let limit = largest_dimension(d_input.min(d_output));
     let mut process = Process::start(name, weight, block_size(count));
-    let (mut next_test, mut before) = (2 * count, None);
+    let (mut next_test, mut before) = (3 * count, None);
     loop {
         process.step();
         let dimension = process.dimension();
@@ -112,7 +112,7 @@ pub(crate) fn leading(
             _ => dimension,
         };
         before = Some((dimension, failures));
-        next_test = dimension + further.min(dimension / 4);
+        next_test = dimension + further.clamp(dimension / 16, dimension / 3);
     }
 }
 
@@ -156,8 +156,12 @@ impl Process {
     fn step(&mut self) {
         let (before, block) = (self.dimension(), self.block);
         let dimension = before + block;
-        let images = self.right.last.clone().matmul(self.weight.clone().transpose());
-        let columns = self.left.extend(images);
+        // In this order a CPU reads the weight as it lies in memory.
+        let images = self
+            .weight
+            .clone()
+            .matmul(self.right.last.clone().transpose());
+        let columns = self.left.extend(images.transpose());
         let projected = std::mem::replace(&mut self.projected, Mat::zeros(dimension, dimension));
         let mut old = self.projected.submatrix_mut(0, 0, before, before);
         old.copy_from(&projected);
@@ -205,7 +209,12 @@ impl Process {
         }
         let u = self.left.combine(of_left);
         let v = self.right.combine(of_right.as_ref());
-        let images_of_v = columns(v.clone().matmul(self.weight.clone().transpose()));
+        let images_of_v = columns(
+            self.weight
+                .clone()
+                .matmul(v.clone().transpose())
+                .transpose(),
+        );
         let images_of_u = columns(u.clone().matmul(self.weight.clone()));
         let (u, v) = (columns(u), columns(v));
         for i in 0..count {
@@ -274,7 +283,8 @@ impl Basis {
         // The second time removes what rounding has left of the others in small images.
         for _ in 0..2 {
             if dimension > 0 {
-                let inner = images.clone().matmul(self.vectors.clone().transpose());
+                let inner = self.vectors.clone().matmul(images.clone().transpose());
+                let inner = inner.transpose();
                 images = images - inner.clone().matmul(self.vectors.clone());
                 let mut along = coefficients.subrows_mut(0, dimension);
                 along += columns(inner) * &triangle;
@@ -287,7 +297,9 @@ impl Basis {
             triangle = Mat::from_fn(block, block, |i, j| f64::from(r[(i, j)])) * triangle;
             images = self.tensor(q.as_ref());
         }
-        coefficients.subrows_mut(dimension, block).copy_from(&triangle);
+        coefficients
+            .subrows_mut(dimension, block)
+            .copy_from(&triangle);
         self.push(images);
         coefficients
     }
@@ -417,7 +429,7 @@ mod tests {
     fn what_passes_the_test_is_close() {
         let values: Vec<f64> = (0..200).map(|i| 0.97f64.powi(i)).collect();
         let (weight, u, v) = with_values(200, 260, &values);
-        let mut process = Process::start("w", &weight, 4);
+        let mut process = Process::start("w", &weight, 8);
         let mut passed = 0;
         while process.dimension() < 160 {
             process.step();

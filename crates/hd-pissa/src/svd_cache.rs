@@ -121,7 +121,12 @@ fn encode(svd: &Svd) -> Vec<u8> {
             (2, failure)
         }
     };
-    let entries = || [u, v].into_iter().flat_map(|side| side.col_iter()).flat_map(|col| col.iter());
+    let entries = || {
+        [u, v]
+            .into_iter()
+            .flat_map(|side| side.col_iter())
+            .flat_map(|col| col.iter())
+    };
     let is_single = entries().all(|&entry| f64::from(entry as f32) == entry);
     let mut bytes = MAGIC.to_vec();
     let sizes = [u.nrows(), v.nrows(), u.ncols(), values.len()].map(|size| size as u64);
@@ -142,7 +147,12 @@ fn encode(svd: &Svd) -> Vec<u8> {
 /// `None` for what [`encode`] does not write.
 fn decode(bytes: &[u8]) -> Option<Svd> {
     let (numbers, rest) = bytes.strip_prefix(MAGIC)?.split_at_checked(9 * 8)?;
-    let mut numbers = numbers.as_chunks().0.iter().copied().map(u64::from_le_bytes);
+    let mut numbers = numbers
+        .as_chunks()
+        .0
+        .iter()
+        .copied()
+        .map(u64::from_le_bytes);
     let mut next = || numbers.next();
     let (d_input, d_output, triples, count) = (next()?, next()?, next()?, next()?);
     let [d_input, d_output, triples, count] =
@@ -169,7 +179,9 @@ fn decode(bytes: &[u8]) -> Option<Svd> {
     let entries = match width {
         4 => {
             let singles = entries.as_chunks().0.iter().copied();
-            singles.map(|single| f64::from(f32::from_le_bytes(single))).collect()
+            singles
+                .map(|single| f64::from(f32::from_le_bytes(single)))
+                .collect()
         }
         8 => doubles(entries),
         _ => return None,

@@ -220,11 +220,7 @@ impl RecordedRun {
     /// # Errors
     ///
     /// Those of [`weights`](Self::weights).
-    pub fn replay(
-        &self,
-        device: &Device,
-        svd: SvdMethod,
-    ) -> Result<Vec<f64>, ReplayError> {
+    pub fn replay(&self, device: &Device, svd: SvdMethod) -> Result<Vec<f64>, ReplayError> {
         let largest_change = (1..=self.case.steps)
             .map(|step| largest_difference(self.recorded(step), self.recorded(0)))
             .fold(0.0, f64::max);
@@ -244,11 +240,7 @@ impl RecordedRun {
     /// # Errors
     ///
     /// [`ReplayError::Model`] or [`ReplayError::Step`] if the library refuses the run.
-    pub fn weights(
-        &self,
-        device: &Device,
-        svd: SvdMethod,
-    ) -> Result<Vec<Vec<f32>>, ReplayError> {
+    pub fn weights(&self, device: &Device, svd: SvdMethod) -> Result<Vec<Vec<f32>>, ReplayError> {
         let case = &self.case;
         let device = device.clone().autodiff();
         let start = TensorData::new(self.recorded(0).to_vec(), [case.n_out, case.n_in]);

@@ -627,9 +627,11 @@ impl Options {
         };
         if self.svd.is_some() && !decomposes {
             let reason = match self.method {
-                Method::HdPissa => "takes --windows leading, or --published: other directions than the \
+                Method::HdPissa => {
+                    "takes --windows leading, or --published: other directions than the \
                                     leading ones are found in one way"
-                    .into(),
+                        .into()
+                }
                 method => format!("{method} has no principal components"),
             };
             return Err(Error::Usage {

@@ -10,8 +10,8 @@ use clap::ValueEnum;
 use hd_pissa::checkpoint::{Checkpoint, CheckpointError};
 use hd_pissa::comm::{Communicator, Solo};
 use hd_pissa::{
-    FrameScale, GradientMode, HdPissa, HdPissaConfig, PissaConfig, PissaModule, SvdCache, SvdMethod,
-    SvdPrecision, Windows,
+    FrameScale, GradientMode, HdPissa, HdPissaConfig, PissaConfig, PissaModule, SvdCache,
+    SvdMethod, SvdPrecision, Windows,
 };
 use serde::{Deserialize, Serialize};
 

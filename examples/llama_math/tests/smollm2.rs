@@ -221,7 +221,10 @@ fn krylov_frames_are_the_exact_ones() {
                 [a, shard.b.val().inner()].map(|rows| {
                     let width = rows.dims()[1];
                     let values: Vec<f64> = rows.into_data().iter().collect();
-                    values.chunks(width).map(<[f64]>::to_vec).collect::<Vec<_>>()
+                    values
+                        .chunks(width)
+                        .map(<[f64]>::to_vec)
+                        .collect::<Vec<_>>()
                 })
             });
             Some((path, rows.flatten().collect::<Vec<_>>()))
