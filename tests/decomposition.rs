@@ -216,14 +216,21 @@ fn workers_and_threads_get_the_same_bits() {
 #[test]
 fn pissa_takes_it_too() {
     let layer = layer([150, 190], &decaying(), DType::F32);
-    let adapter = |svd| {
+    let weight = layer.weight.val().inner();
+    // What the adapter takes out of the weight.
+    let taken = |svd| {
         let config = PissaConfig::new().with_rank(12).with_svd(svd);
         let layer = layer.clone().apply_pissa(&config).unwrap();
-        layer.weight.base().inner()
+        weight.clone() - layer.weight.base().inner()
     };
-    let difference = (adapter(SvdMethod::Krylov) - adapter(DOUBLE)).abs().max();
-    let difference = difference.into_scalar::<f32>();
-    assert!(difference > 0.0 && difference < 1e-6, "{difference}");
+    let norm = |x: Tensor<2>| x.square().sum().sqrt().into_scalar::<f32>();
+    let (krylov, exact) = (taken(SvdMethod::Krylov), taken(DOUBLE));
+    let difference = norm(krylov - exact.clone()) / norm(exact);
+    // Both vectors of a triple may be off by an angle whose sine is 0.0316.
+    assert!(
+        difference > 0.0 && difference < 2.0 * 0.0316,
+        "{difference}"
+    );
 }
 
 fn cached(config: HdPissaConfig, folder: &Path) -> HdPissaConfig {
@@ -295,7 +302,7 @@ fn one_file_for_each_decomposition() {
     });
     // The same values in another shape.
     let mut reshaped = first.clone();
-    reshaped.weight = Param::from_tensor(first.weight.val().reshape([190, 150]));
+    reshaped.weight = Param::from_tensor(first.weight.val().reshape([190, 150]).detach());
     for (layer, config) in [
         (&other, config(EXACT)),
         (&reshaped, config(EXACT)),

@@ -117,32 +117,38 @@ pub(crate) fn leading(
 }
 
 /// Orthonormal bases `U` and `V` with `W·V = U·B` and `Wᵀ·U = V·Bᵀ` up to what the last block leaves over.
+///
+/// `W` is the weight, or its transpose where that has fewer columns: the start then lies in the smaller
+/// space, which the other one cannot outgrow.
 struct Process {
     weight: Tensor<2>,
+    is_transposed: bool,
     block: usize,
     left: Basis,
     /// One block more than `left`.
     right: Basis,
+    /// The last block of `right`.
+    last: Tensor<2>,
     /// `B`
     projected: Mat<f64>,
-    /// The last block of `Wᵀ·U` in the last block of `right`.
+    /// The coefficients of the last block of `Wᵀ·U` in `last`.
     coupling: Mat<f64>,
 }
 
 impl Process {
     fn start(name: &str, weight: &Tensor<2>, block: usize) -> Self {
         let [d_input, d_output] = weight.dims();
-        let device = weight.device();
-        let none = Mat::zeros(d_output, 0);
+        let none = Mat::zeros(d_input.min(d_output), 0);
         let name = format!("krylov/{name}/{d_input}x{d_output}");
         let start = on_one_thread(|| random_columns(none.as_ref(), block, &name));
-        let mut right = Basis::new(d_output, &device);
-        right.push(right.tensor(start.as_ref()));
+        let last = rows(start.as_ref(), &weight.device());
         Self {
             weight: weight.clone(),
+            is_transposed: d_input < d_output,
             block,
-            left: Basis::new(d_input, &device),
-            right,
+            left: Basis(None),
+            right: Basis(Some(last.clone())),
+            last,
             projected: Mat::zeros(0, 0),
             coupling: Mat::zeros(0, 0),
         }
@@ -156,20 +162,36 @@ impl Process {
     fn step(&mut self) {
         let (before, block) = (self.dimension(), self.block);
         let dimension = before + block;
-        // In this order a CPU reads the weight as it lies in memory.
-        let images = self
-            .weight
-            .clone()
-            .matmul(self.right.last.clone().transpose());
-        let columns = self.left.extend(images.transpose());
+        let (block_of_left, columns) = self.left.extend(self.images_of_right(&self.last));
         let projected = std::mem::replace(&mut self.projected, Mat::zeros(dimension, dimension));
         let mut old = self.projected.submatrix_mut(0, 0, before, before);
         old.copy_from(&projected);
         let mut new = self.projected.subcols_mut(before, block);
         new.copy_from(&columns);
-        let images = self.left.last.clone().matmul(self.weight.clone());
-        let rows = self.right.extend(images);
-        self.coupling = rows.subrows(dimension, block).to_owned();
+        let images = self.images_of_left(&block_of_left);
+        let (last, coefficients) = self.right.extend(images);
+        self.coupling = coefficients.subrows(dimension, block).to_owned();
+        self.last = last;
+    }
+
+    /// `W·v` for each row `v`.
+    fn images_of_right(&self, vectors: &Tensor<2>) -> Tensor<2> {
+        self.images(vectors, self.is_transposed)
+    }
+
+    /// `Wᵀ·u` for each row `u`.
+    fn images_of_left(&self, vectors: &Tensor<2>) -> Tensor<2> {
+        self.images(vectors, !self.is_transposed)
+    }
+
+    /// Products with the weight, or with its transpose. In this order a CPU reads the weight as it lies in
+    /// memory.
+    fn images(&self, vectors: &Tensor<2>, by_transpose: bool) -> Tensor<2> {
+        let (weight, vectors) = (self.weight.clone(), vectors.clone());
+        match by_transpose {
+            true => vectors.matmul(weight),
+            false => weight.matmul(vectors.transpose()).transpose(),
+        }
     }
 
     /// Left singular vectors of `B`, and what its triples leave over.
@@ -209,13 +231,8 @@ impl Process {
         }
         let u = self.left.combine(of_left);
         let v = self.right.combine(of_right.as_ref());
-        let images_of_v = columns(
-            self.weight
-                .clone()
-                .matmul(v.clone().transpose())
-                .transpose(),
-        );
-        let images_of_u = columns(u.clone().matmul(self.weight.clone()));
+        let images_of_v = columns(self.images_of_right(&v));
+        let images_of_u = columns(self.images_of_left(&u));
         let (u, v) = (columns(u), columns(v));
         for i in 0..count {
             let left_over = |images: &Mat<f64>, vectors: &Mat<f64>| {
@@ -229,6 +246,10 @@ impl Process {
             return Err(failure);
         }
         test.values.truncate(count);
+        let (u, v) = match self.is_transposed {
+            true => (v, u),
+            false => (u, v),
+        };
         Ok(Leading {
             u,
             v,
@@ -238,77 +259,63 @@ impl Process {
     }
 }
 
-/// Orthonormal vectors on a device.
-struct Basis {
-    /// `[dimension, size]`
-    vectors: Tensor<2>,
-    /// The last block of them.
-    last: Tensor<2>,
-    size: usize,
-}
+/// Orthonormal vectors on a device: rows of a tensor, `None` for no vector.
+struct Basis(Option<Tensor<2>>);
 
 impl Basis {
-    fn new(size: usize, device: &Device) -> Self {
-        let none = Tensor::zeros([0, size], (device, DType::F32));
-        Self {
-            vectors: none.clone(),
-            last: none,
-            size,
-        }
-    }
-
-    /// The columns of a matrix as rows of a tensor.
-    fn tensor<T: Copy + Into<f64>>(&self, columns: MatRef<'_, T>) -> Tensor<2> {
-        let values = columns.col_iter().flat_map(|col| col.iter().copied());
-        let values: Vec<f32> = values.map(|value| value.into() as f32).collect();
-        let data = TensorData::new(values, [columns.ncols(), columns.nrows()]);
-        Tensor::from_data(data, (&self.vectors.device(), DType::F32))
-    }
-
-    /// Takes in a block that is orthonormal, and orthogonal to the others.
-    fn push(&mut self, block: Tensor<2>) {
-        self.vectors = match self.vectors.dims()[0] {
-            0 => block.clone(),
-            _ => Tensor::cat(vec![self.vectors.clone(), block.clone()], 0),
-        };
-        self.last = block;
-    }
-
-    /// Takes in what `images: [block, size]` add to the space, as a block of as many vectors, and returns
-    /// the coefficients of the images in the larger basis, column by column.
-    fn extend(&mut self, mut images: Tensor<2>) -> Mat<f64> {
-        let (dimension, block) = (self.vectors.dims()[0], images.dims()[0]);
+    /// Takes in what `images: [block, size]` add to the space, as a block of as many vectors. Returns the
+    /// block, and the coefficients of the images in the larger basis, column by column.
+    fn extend(&mut self, mut images: Tensor<2>) -> (Tensor<2>, Mat<f64>) {
+        let [block, size] = images.dims();
+        let dimension = self.0.as_ref().map_or(0, |vectors| vectors.dims()[0]);
         let mut coefficients = Mat::<f64>::zeros(dimension + block, block);
         let mut triangle = Mat::<f64>::identity(block, block);
         // The second time removes what rounding has left of the others in small images.
         for _ in 0..2 {
-            if dimension > 0 {
-                let inner = self.vectors.clone().matmul(images.clone().transpose());
+            if let Some(vectors) = &self.0 {
+                let inner = vectors.clone().matmul(images.clone().transpose());
                 let inner = inner.transpose();
-                images = images - inner.clone().matmul(self.vectors.clone());
+                images = images - inner.clone().matmul(vectors.clone());
                 let mut along = coefficients.subrows_mut(0, dimension);
                 along += columns(inner) * &triangle;
             }
+            let device = images.device();
             let values = values(images);
             let (q, r) = on_one_thread(|| {
-                let qr = MatRef::from_column_major_slice(&values, self.size, block).qr();
+                let qr = MatRef::from_column_major_slice(&values, size, block).qr();
                 (qr.compute_thin_Q(), qr.thin_R().to_owned())
             });
             triangle = Mat::from_fn(block, block, |i, j| f64::from(r[(i, j)])) * triangle;
-            images = self.tensor(q.as_ref());
+            images = rows(q.as_ref(), &device);
         }
         coefficients
             .subrows_mut(dimension, block)
             .copy_from(&triangle);
-        self.push(images);
-        coefficients
+        self.0 = Some(match self.0.take() {
+            Some(vectors) => Tensor::cat(vec![vectors, images.clone()], 0),
+            None => images.clone(),
+        });
+        (images, coefficients)
     }
 
     /// Sums of the first vectors, by the columns of `coefficients`.
+    ///
+    /// # Panics
+    ///
+    /// If there are fewer vectors than coefficients.
     fn combine(&self, coefficients: MatRef<'_, f64>) -> Tensor<2> {
-        let vectors = self.vectors.clone().slice([0..coefficients.nrows()]);
-        self.tensor(coefficients).matmul(vectors)
+        let vectors = self.0.as_ref().expect("a basis that was extended");
+        let vectors = vectors.clone().slice([0..coefficients.nrows()]);
+        rows(coefficients, &vectors.device()).matmul(vectors)
     }
+}
+
+/// The columns of a matrix as rows of a tensor.
+fn rows<T: Copy + Into<f64>>(columns: MatRef<'_, T>, device: &Device) -> Tensor<2> {
+    let values = columns.col_iter().flat_map(|col| col.iter().copied());
+    let values: Vec<f32> = values.map(|value| value.into() as f32).collect();
+    let data = TensorData::new(values, [columns.ncols(), columns.nrows()]);
+    Tensor::from_data(data, (device, DType::F32))
 }
 
 /// The values of a tensor, row by row.

@@ -61,3 +61,67 @@ fn list(names: &[String]) -> String {
         count => format!("{}, and {} more", names[..SHOWN].join(", "), count - SHOWN),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::evidence::row::Row;
+    use crate::method::{Adaptation, Method, SvdOption};
+    use crate::tiny;
+    use burn::tensor::Device;
+    use hd_pissa::HdPissaAdapter;
+    use std::path::Path;
+
+    /// The factors of every weight of the tiny model.
+    fn factors(adaptation: &Adaptation) -> Vec<Vec<f32>> {
+        let model = tiny::pretrained().unwrap().load(&Device::flex().autodiff());
+        let model = adaptation.apply(model.unwrap()).unwrap();
+        let factors = model.matrices().into_iter().filter_map(|(_, weight)| {
+            let adapter = weight.reparameterization::<HdPissaAdapter>()?;
+            let factors = adapter.shards.iter().flat_map(|shard| [&shard.a, &shard.b]);
+            let values = factors.flat_map(|factor| {
+                let values: Vec<f32> = factor.val().inner().into_data().iter().collect();
+                values
+            });
+            Some(values.collect())
+        });
+        factors.collect()
+    }
+
+    #[test]
+    fn runs_share_the_cache() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = folder.path().join("cache");
+        let count = |folder: &Path| std::fs::read_dir(folder).unwrap().count();
+        for svd in [SvdOption::Exact, SvdOption::Krylov] {
+            let computed = Adaptation {
+                svd,
+                ..Row::Published.adaptation(2, 4, 1)
+            };
+            let cached = Adaptation {
+                svd_cache: Some(cache.clone()),
+                ..computed.clone()
+            };
+            let expected = factors(&computed);
+            assert_eq!(expected.len(), 14);
+            assert_eq!(factors(&cached), expected);
+            let files = count(&cache);
+            assert_eq!(factors(&cached), expected);
+            // PiSSA of the rank of all shards needs no others.
+            let pissa = Adaptation {
+                method: Method::Pissa,
+                rank: 8,
+                ..cached
+            };
+            factors(&pissa);
+            assert_eq!(count(&cache), files);
+        }
+    }
+
+    #[test]
+    fn many_names_are_cut_short() {
+        let names: Vec<String> = (0..11).map(|i| i.to_string()).collect();
+        assert_eq!(list(&names[..3]), "0, 1, 2");
+        assert_eq!(list(&names), "0, 1, 2, 3, 4, 5, 6, 7, and 3 more");
+    }
+}
