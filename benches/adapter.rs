@@ -9,7 +9,7 @@ use burn::module::{Lora, Module, Param};
 use burn::nn::{Linear, LinearConfig, LinearLayout};
 use burn::tensor::{Device, Distribution, Tensor};
 use hd_pissa::{HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaModule};
-use hd_pissa_benches::{alternate, device, median, median_ratio, write_rows};
+use hd_pissa_check::measure::{alternate, device, median, median_ratio, write_rows};
 use serde::Serialize;
 
 const TOKENS: usize = 1024;

@@ -22,7 +22,7 @@ use hd_pissa::{
     CommunicationDtype, HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaLinearConfig,
     HdPissaModule, HdPissaOptimizerConfig, ShardGradients,
 };
-use hd_pissa_benches::median;
+use hd_pissa_check::measure::median;
 
 const SHARDS: usize = 8;
 const TIMEOUT: Duration = Duration::from_secs(60);

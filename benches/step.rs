@@ -1,7 +1,7 @@
 //! The merge of all shards' deltas, and a whole optimizer step (Adam on the factors of every shard,
 //! then the merge), against one plain product of the merge's size accumulated in the weight.
 //!
-//! `cargo bench -p hd-pissa-benches --bench step`
+//! `cargo bench --workspace --bench step`
 //!
 //! With `--launches`, in a build for a GPU, the kernels that a step launches instead:
 //! `cargo bench --workspace --features wgpu --bench step -- --launches`
@@ -17,7 +17,7 @@ use hd_pissa::{
     HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaModule, HdPissaOptimizerConfig,
     ShardGradients,
 };
-use hd_pissa_benches::{alternate, device, median, median_ratio, write_rows};
+use hd_pissa_check::measure::{alternate, device, median, median_ratio, write_rows};
 use serde::Serialize;
 
 #[cfg(feature = "cubecl-kernels")]

@@ -1,8 +1,8 @@
 //! The device, its data and its rates.
 
 use burn::tensor::{Device, Distribution, Tensor};
-use hd_pissa_benches::sample::Host;
-use hd_pissa_benches::{alternate_within, copy, device, hardware, large_product};
+use hd_pissa_check::measure::sample::Host;
+use hd_pissa_check::measure::{alternate_within, copy, device, hardware, large_product};
 
 use crate::float::Float;
 use crate::rows::{Roofline, Row};

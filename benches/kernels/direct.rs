@@ -12,7 +12,7 @@ use hd_pissa_kernels::{
 
 use crate::float::Float;
 use crate::operands::{Factor, Merge, Merged, Product, Products, Variant};
-use hd_pissa_benches::sample::Host;
+use hd_pissa_check::measure::sample::Host;
 
 fn upload(client: &Client, values: &[f32], dtype: Float) -> Handle {
     let bytes: Vec<u8> = match dtype {

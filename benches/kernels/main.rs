@@ -2,7 +2,7 @@
 //! made of: Burn's products. A copy of the weight gives the bandwidth, a large product the
 //! arithmetic, and these the least time that a job can take.
 //!
-//! `cargo bench -p hd-pissa-benches --bench kernels` measures Flex; `--features wgpu` or
+//! `cargo bench --workspace --bench kernels` measures Flex; `--features wgpu` or
 //! `--features cuda` a GPU, with the kernels called directly too; with `autotune` Burn's products are
 //! those of a build with its default features. `-- --help` tells how to measure
 //! less. The rows go to `benches/kernels.json`, where they replace those of the same device and case.
@@ -28,7 +28,7 @@ use clap::{Parser, ValueEnum};
 
 use device::Bench;
 use float::Float;
-use hd_pissa_benches::size;
+use hd_pissa_check::measure::size;
 use rows::{Roofline, Rows};
 
 const SIZES: [[usize; 2]; 6] = [

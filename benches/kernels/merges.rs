@@ -9,7 +9,7 @@ use crate::device::Bench;
 use crate::float::Float;
 use crate::operands::{Merge, Merged, Variant};
 use crate::rows::{Roofline, Row, Rows};
-use hd_pissa_benches::sample::{Exact, assert_close, places};
+use hd_pissa_check::measure::sample::{Exact, assert_close, places};
 
 pub fn flops([d_input, d_output]: [usize; 2], rank: usize, shards: usize) -> f64 {
     4.0 * (d_input * d_output) as f64 * (shards * rank) as f64

@@ -1,6 +1,6 @@
 //! The operands of a case on the host, and a variant of computing its result.
 
-use hd_pissa_benches::sample::Host;
+use hd_pissa_check::measure::sample::Host;
 
 /// The operands of a merge; factors as the operations take them, a row per shard.
 pub struct Merge {

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use hd_pissa_benches::median;
+use hd_pissa_check::measure::median;
 use serde::Serialize;
 use serde_json::{Value, json};
 

@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use burn::tensor::Device;
 use clap::{Parser, ValueEnum};
 use hd_pissa::SvdPrecision;
-use hd_pissa_benches::open;
+use hd_pissa_check::measure::open;
 use hd_pissa_check::recorded::{RecordedRun, ReplayError};
 
 /// Replay recorded single-layer runs; exits with 1 if one differs or cannot be read.

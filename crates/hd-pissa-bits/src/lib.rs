@@ -7,6 +7,8 @@
 //! - [`StochasticKey`] and [`threefry`]: the random bits of stochastic rounding;
 //! - [`fingerprint()`]: 64 bits that tell whether two tensors hold the same bits.
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
 mod fingerprint;
 mod random;
 mod rounding;

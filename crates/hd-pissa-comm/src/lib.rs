@@ -19,6 +19,7 @@
 //! between the agreement and the sum leaves the others waiting. A time limit beyond the range of
 //! the clock, such as [`Duration::MAX`](std::time::Duration::MAX), is none.
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
 #![warn(missing_docs)]
 #![deny(unsafe_code)]
 #![cfg_attr(not(feature = "mpi"), forbid(unsafe_code))]

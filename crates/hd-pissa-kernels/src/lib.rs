@@ -17,6 +17,8 @@
 //! Results are bit-identical for identical inputs on the same device: every sum has a fixed order
 //! and no float is added atomically.
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
 mod error;
 mod fingerprint;
 mod float;

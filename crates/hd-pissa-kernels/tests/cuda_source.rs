@@ -1,6 +1,6 @@
 //! The CUDA C++ of every kernel, built without CUDA and compiled to machine code without a GPU.
 //!
-//! `cargo test --release -p hd-pissa-kernels --test cuda_source -- --nocapture` prints registers,
+//! `cargo test --release --workspace --test cuda_source -- --nocapture` prints registers,
 //! spills and shared memory of every variant; a spill fails. NVRTC is looked for in Python's
 //! packages, or in the folder `HD_PISSA_NVRTC` alone if that is set; without it the sources are built
 //! only, which is a failure if `HD_PISSA_REQUIRE_NVRTC=1` or if the folder was named.

@@ -2,7 +2,7 @@
 //! way of rounding keeps of the `f32` trajectory. On the device in the types that it has, and in
 //! `bf16` (which WGSL lacks) through the references that define the kernels' bits.
 //!
-//! `cargo test --release -p hd-pissa-kernels --test precision -- --nocapture` prints a table for
+//! `cargo test --release --workspace --test precision -- --nocapture` prints a table for
 //! each type.
 
 mod common;

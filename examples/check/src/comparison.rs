@@ -1,6 +1,6 @@
 //! Values against what they should be.
 
-use hd_pissa_benches::sample::Host;
+use crate::measure::sample::Host;
 
 /// What one element should be, and how far from it rounding may carry it.
 #[derive(Clone, Copy, Debug)]

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use hd_pissa_benches::DeviceError;
+use crate::measure::DeviceError;
 
 use crate::recorded::ReplayError;
 

@@ -14,6 +14,7 @@ pub mod case;
 pub mod comparison;
 mod environment;
 mod error;
+pub mod measure;
 pub mod operations;
 mod options;
 pub mod recorded;

@@ -1,9 +1,9 @@
 //! Every operation of the backend extension, and with them every kernel, against sums in `f64`.
 
+use crate::measure::sample::{Exact, Host, product};
 use burn::backend::Dispatch;
 use burn::tensor::{DType, Device, Int, Tensor};
 use hd_pissa::ops::{HdPissaOps, Rounding, adapter_linear, adapter_weight, merge};
-use hd_pissa_benches::sample::{Exact, Host, product};
 use hd_pissa_bits::fingerprint;
 use hd_pissa_kernels::reference;
 

@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
+use crate::measure::sample::Host;
 use burn::tensor::{DType, Device};
 use hd_pissa::SvdPrecision;
-use hd_pissa_benches::sample::Host;
 
 use crate::CheckError;
 use crate::bounds::Arithmetic;

@@ -2,7 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use hd_pissa_benches::panic_message;
+use crate::measure::panic_message;
 use serde::Serialize;
 
 use crate::case::Case;

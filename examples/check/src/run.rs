@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::Write;
 
-use hd_pissa_benches::open;
+use crate::measure::open;
 
 use crate::bounds::Arithmetic;
 use crate::environment::Environment;

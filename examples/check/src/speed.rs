@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use hd_pissa_benches::median;
+use crate::measure::median;
 use serde::Serialize;
 
 use crate::case::Case;

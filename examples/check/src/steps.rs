@@ -1,5 +1,6 @@
 //! Whole optimizer steps, of each dtype and precision, against the method in `f64`.
 
+use crate::measure::sample::Host;
 use burn::optim::{AdamConfig, GradientsParams};
 use burn::tensor::{DType, Device, Tensor};
 use half::{bf16, f16};
@@ -8,7 +9,6 @@ use hd_pissa::{
     HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaLinearConfig, HdPissaModule,
     HdPissaOptimizerConfig, MergePrecision, ShardGradients,
 };
-use hd_pissa_benches::sample::Host;
 use hd_pissa_bits::{Half, fingerprint};
 
 use crate::bounds::{Arithmetic, F32, unit};

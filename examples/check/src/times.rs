@@ -3,6 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use crate::measure::{alternate_within, copy, count_launches, large_product, panic_message};
 use burn::nn::LinearConfig;
 use burn::optim::{AdamConfig, GradientsParams};
 use burn::tensor::module::linear;
@@ -13,7 +14,6 @@ use hd_pissa::{
     FrameScale, HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaModule,
     HdPissaOptimizerConfig, ShardGradients, Windows,
 };
-use hd_pissa_benches::{alternate_within, copy, count_launches, large_product, panic_message};
 
 use crate::bounds::Arithmetic;
 use crate::case::Case;

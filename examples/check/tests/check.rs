@@ -109,9 +109,9 @@ fn what_cannot_run_says_what_to_do() {
     let error = run(&options("tpu", &[])).err().unwrap();
     assert!(error.to_string().contains("no such backend"), "{error}");
 
-    let lacking = hd_pissa_benches::BACKENDS
+    let lacking = hd_pissa_check::measure::BACKENDS
         .into_iter()
-        .find(|name| !hd_pissa_benches::backends().contains(name))
+        .find(|name| !hd_pissa_check::measure::backends().contains(name))
         .unwrap();
     let error = run(&options(lacking, &[])).err().unwrap();
     let advice = format!("--features {lacking}");

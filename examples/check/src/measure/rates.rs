@@ -2,8 +2,8 @@
 
 use burn::tensor::{DType, Device, Distribution, Tensor};
 
-use crate::sample::{Host, assert_close, assert_product, places};
-use crate::timing::{alternate_within, median};
+use super::sample::{Host, assert_close, assert_product, places};
+use super::timing::{alternate_within, median};
 
 /// Times of a piece of work, in milliseconds, and its size.
 #[derive(Clone, Debug)]

@@ -1,4 +1,4 @@
-//! What the benchmarks and `check` share: devices, sample values, timing, rates, and where results go.
+//! What `check` and the benchmarks share: devices, sample values, timing, rates, and where results go.
 
 mod device;
 mod launches;

@@ -121,7 +121,6 @@ fn processor() -> String {
 #[allow(unused_variables, reason = "which are used depends on the features")]
 fn built(backend: &str, index: usize) -> Device {
     match backend {
-        #[cfg(feature = "flex")]
         "flex" => Device::flex(),
         #[cfg(feature = "cuda")]
         "cuda" => Device::cuda(index),
