@@ -3,6 +3,7 @@
 #[path = "quick_start.rs"]
 mod program;
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use burn::nn::attention::{MhaInput, MultiHeadAttention, MultiHeadAttentionConfig};
@@ -10,6 +11,7 @@ use burn::nn::{LinearConfig, Relu};
 use burn::optim::{AdamConfig, GradientsParams};
 use burn::prelude::*;
 use burn::tensor::activation::softmax;
+use hd_pissa::checkpoint::{Checkpoints, Snapshot};
 use hd_pissa::comm::{Communicator, Solo, thread_group};
 use hd_pissa::ops::adapter_linear;
 use hd_pissa::{
@@ -291,6 +293,42 @@ fn refused_and_records() -> Result {
         bits(&base(&model.up.weight))
     );
     drop(optim);
+    Ok(())
+}
+
+#[test]
+fn checkpoints() -> Result {
+    let device = Device::flex().autodiff();
+    let folder = tempfile::tempdir()?;
+    let folder = folder.path().join("run.checkpoints");
+    let config = HdPissaConfig::new().with_rank(2).with_shards(4);
+    let settings = BTreeMap::from([("rank".to_string(), "2".to_string())]);
+    let adam = AdamConfig::new().with_epsilon(1e-8).init();
+    let mut optim = HdPissaOptimizerConfig::new().init(adam, Solo)?;
+    let model = Mlp::new(&device).apply_hd_pissa(&config, 0..4)?;
+    let saved = bits(&base(&model.up.weight));
+    let step = 40;
+
+    // ANCHOR: save
+    let checkpoints = Checkpoints::new(folder).with_keep_last(2);
+    let mut snapshot = Snapshot::new(step, &model, optim.to_record()?.into_bytes()?);
+    snapshot.settings = settings.clone();
+    checkpoints.save(&snapshot, optim.communicator())?;
+    // ANCHOR_END: save
+
+    let (mut model, hosted_shards) = (Mlp::new(&device), 0..4);
+    assert_ne!(bits(&base(&model.up.weight)), saved);
+    // ANCHOR: resume
+    // Instead of the model's own `apply_hd_pissa`:
+    let found = checkpoints.latest()?;
+    if let Some(checkpoint) = found.checkpoint {
+        checkpoint.check_settings(&settings)?;
+        model = checkpoint.apply_hd_pissa(model, &config, hosted_shards)?;
+        let state = checkpoint.optimizer(&model, optim.communicator())?;
+        optim.load_record(HdPissaOptimizerRecord::from_bytes(state)?)?;
+    }
+    // ANCHOR_END: resume
+    assert_eq!(bits(&base(&model.up.weight)), saved);
     Ok(())
 }
 
