@@ -50,7 +50,7 @@ fn quick_start() -> Result {
     program::main()
 }
 
-/// A table without what depends on random weights: its energies.
+/// A table without its energies, which depend on random weights.
 fn shape_of(table: &str) -> String {
     let is_energy = |word: &str| word.ends_with('%');
     let line = |line: &str| {
@@ -115,7 +115,7 @@ fn two_ways_in() -> Result {
     Ok(())
 }
 
-/// One layer's adapter, as the mathematics chapter speaks of it.
+/// The one-layer model of the mathematics chapter.
 fn layer(device: &Device, shards: usize) -> Result<HdPissaLinear> {
     let linear = LinearConfig::new(12, 9).with_bias(false).init(device);
     let config = HdPissaConfig::new().with_rank(2).with_shards(shards);
@@ -401,7 +401,7 @@ fn lean_attention_is_burns() -> Result {
     Ok(())
 }
 
-/// The messages that the troubleshooting page quotes are those of the library.
+/// The troubleshooting page quotes the library's real messages.
 #[test]
 fn quoted_messages_are_real() {
     let sources = [
@@ -410,7 +410,7 @@ fn quoted_messages_are_real() {
         include_str!("../crates/hd-pissa-comm/src/error.rs"),
     ];
     let source = sources.concat();
-    // A string that goes on in the next line, and quotes around paths.
+    // Removes line breaks inside strings, and quotes around paths.
     let continued = source.replace("\\\n", "");
     let plain = continued.replace('`', "");
     let source: Vec<&str> = plain.split_whitespace().collect();
