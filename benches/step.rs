@@ -3,7 +3,7 @@
 //!
 //! `cargo bench --workspace --bench step`
 //!
-//! With `--launches`, in a build for a GPU, the kernels that a step launches instead:
+//! With `--launches`, in a build for a GPU, it prints the kernels that a step launches instead:
 //! `cargo bench --workspace --features wgpu --bench step -- --launches`
 
 use burn::nn::LinearConfig;
@@ -161,7 +161,7 @@ fn verify(weight: Tensor<2>, frames: &Tensor<2>, deltas: &Tensor<2>) {
     assert!(error < 1e-5, "merge: relative error {error}");
 }
 
-/// Gradients as a backward pass leaves them; the factors themselves serve as values.
+/// Gradients in the form of a backward pass, with the factors as values.
 fn gradients(model: &HdPissaLinear) -> ShardGradients {
     let adapter = model.weight.reparameterization::<HdPissaAdapter>();
     let mut gradients = ShardGradients::new(model);

@@ -99,7 +99,7 @@ fn refused_steps_change_nothing() {
     );
 }
 
-/// An optimizer that hides a bad gradient that Adam would show, because gradients are checked too.
+/// Lion hides a bad gradient that Adam would show. Gradients are therefore checked too.
 #[test]
 fn non_finite_gradients_are_refused_even_if_the_update_is_finite() {
     let device = Device::flex().autodiff();

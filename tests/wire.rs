@@ -171,7 +171,7 @@ fn rounded_deltas_change_the_trajectory_by_little() {
     let difference: Vec<f64> = rounded.iter().zip(&exact).map(|(x, y)| x - y).collect();
     let cost = norm(&difference) / norm(&exact);
     println!("bf16 changes the update of {STEPS} steps by {cost:.1e} of its norm");
-    // Smaller than the change of a delta by one rounding.
+    // Below the relative change of a delta by one rounding.
     assert!(cost > 1e-5 && cost < 2f64.powi(-8), "{cost}");
 }
 
