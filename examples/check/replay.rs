@@ -66,7 +66,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Whether the run stays within the tolerance.
+/// Whether the run is within the tolerance.
 fn replay(file: &std::path::Path, arguments: &Arguments) -> Result<bool, ReplayError> {
     let run = RecordedRun::read(file)?;
     let errors = run.replay(&arguments.device, arguments.svd.into())?;

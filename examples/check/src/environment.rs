@@ -1,4 +1,4 @@
-//! What a bug report should say of the machine and the build.
+//! The machine and the build, for bug reports.
 
 use std::fmt;
 use std::path::Path;
@@ -11,7 +11,7 @@ use serde::Serialize;
 /// Device, versions and features.
 #[derive(Clone, Debug, Serialize)]
 pub struct Environment {
-    /// What `--device` said.
+    /// The value of `--device`.
     pub device: String,
     pub hardware: String,
     pub system: String,

@@ -1,4 +1,4 @@
-//! Why nothing could be compared.
+//! Errors that prevent any comparison.
 
 use std::path::PathBuf;
 

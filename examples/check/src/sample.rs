@@ -6,7 +6,7 @@ use half::{bf16, f16};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-/// Where the values of one case come from.
+/// The source of the values of one case.
 pub struct Source(StdRng);
 
 impl Source {

@@ -1,9 +1,9 @@
-//! How many kernels a piece of work launches.
+//! The number of kernels that a piece of work launches.
 
 /// The number of kernels that `work` launches, with what it gives. `None` without a backend on CubeCL.
 ///
-/// Counts the launches of the whole process; `work` waits for the device itself, so that operations
-/// that fusion holds back are among them.
+/// Counts the launches of the whole process. `work` must wait for the device, so that operations
+/// that fusion delays are counted.
 #[cfg(feature = "cubecl-kernels")]
 pub fn count_launches<T>(work: impl FnOnce() -> T) -> (Option<usize>, T) {
     use std::sync::Arc;
