@@ -1,5 +1,4 @@
-//! The decomposition of a weight when adapters are attached. It runs once for each size, because it
-//! takes seconds.
+//! The decomposition of a weight when adapters are attached: once for each size, as it takes seconds.
 //!
 //! `cargo bench --workspace --bench decomposition -- 1024x1024 4096x4096`; without sizes, three.
 
@@ -81,8 +80,8 @@ fn main() {
     write_rows("decomposition", &rows, env!("CARGO_TARGET_TMPDIR"));
 }
 
-/// `W·bᵢᵀ` points along `aᵢ` for every component: `W` has not changed, and `a` and `b` hold its
-/// singular vectors.
+/// `W·bᵢᵀ` points along `aᵢ` for every component: `W` has not changed, and its singular vectors
+/// are what `a` and `b` hold.
 fn verify(layer: &Linear, adapted: &HdPissaLinear) {
     let weight = layer.weight.val().inner();
     let adapter = adapted.weight.reparameterization::<HdPissaAdapter>();
