@@ -1,8 +1,8 @@
-//! What a table shows, in words, whichever way its numbers fall. Losses come first.
+//! The result of a table in words, for any numbers. Losses come first.
 
 use super::statistics::Estimate;
 
-/// Less than this share of right answers is a failure, and so is no more than the base has.
+/// A method fails with less than this share of right answers, or with no more than the base.
 const LEARNED: f64 = 0.1;
 
 /// A method that another is compared with.
@@ -10,12 +10,12 @@ const LEARNED: f64 = 0.1;
 pub struct Rival {
     /// Its name.
     pub name: String,
-    /// How much larger the other's share of right answers is.
+    /// The lead of the other's share of right answers.
     pub difference: Estimate,
 }
 
-/// Why the shares of right answers of a task say nothing about methods, if so: the base model knows
-/// the answers, or full fine-tuning does not learn them.
+/// The reason, if any, why the shares of right answers of a task say nothing about methods: the
+/// base model knows the answers, or full fine-tuning does not learn them.
 pub fn why_unfit(base: f64, full: f64) -> Option<String> {
     if base > 0.5 {
         let percent = 100.0 * base;
@@ -32,7 +32,7 @@ pub fn why_unfit(base: f64, full: f64) -> Option<String> {
     None
 }
 
-/// How a method stands against others. A difference counts if its 95 % interval leaves out zero.
+/// Compares a method with others. A difference counts if its 95 % interval excludes zero.
 pub fn against(subject: &str, rivals: &[Rival]) -> String {
     let part = |words: &str, counts: fn(Estimate) -> bool| {
         let named: Vec<String> = rivals
