@@ -48,11 +48,11 @@ fn quick_start() -> Result {
     program::main()
 }
 
-/// A table without what depends on random weights: its energies.
+/// A table without what depends on random weights: its shares of the variance.
 fn shape_of(table: &str) -> String {
-    let is_energy = |word: &str| word.ends_with('%');
+    let is_share = |word: &str| word.contains('.') && !word.contains(char::is_alphabetic);
     let line = |line: &str| {
-        let words = line.split_whitespace().filter(|word| !is_energy(word));
+        let words = line.split_whitespace().filter(|word| !is_share(word));
         words.collect::<Vec<_>>().join(" ")
     };
     table.lines().map(line).collect::<Vec<_>>().join("\n")
