@@ -50,11 +50,11 @@ fn quick_start() -> Result {
     program::main()
 }
 
-/// A table without its energies, which depend on random weights.
+/// A table without its shares of the variance, which depend on random weights.
 fn shape_of(table: &str) -> String {
-    let is_energy = |word: &str| word.ends_with('%');
+    let is_share = |word: &str| word.contains('.') && !word.contains(char::is_alphabetic);
     let line = |line: &str| {
-        let words = line.split_whitespace().filter(|word| !is_energy(word));
+        let words = line.split_whitespace().filter(|word| !is_share(word));
         words.collect::<Vec<_>>().join(" ")
     };
     table.lines().map(line).collect::<Vec<_>>().join("\n")

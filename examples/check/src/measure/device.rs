@@ -64,7 +64,7 @@ pub fn open(name: &str) -> Result<Device, DeviceError> {
 /// The backends of this build.
 pub fn backends() -> Vec<&'static str> {
     let built = [
-        cfg!(feature = "flex"),
+        true,
         cfg!(feature = "cuda"),
         cfg!(feature = "wgpu"),
         cfg!(feature = "vulkan"),

@@ -42,7 +42,7 @@ mod tests {
     #[test]
     fn a_negation_is_one_launch_on_a_gpu_and_none_on_flex() {
         let negated = |name: &str| {
-            let device = super::open(name).unwrap();
+            let device = crate::measure::open(name).unwrap();
             let x = Tensor::<1>::ones([3], &device);
             device.sync().unwrap();
             count_launches(|| x.neg().into_data().iter::<f32>().collect::<Vec<_>>())
