@@ -1,4 +1,5 @@
-//! The quick start's program: a model gets adapters, trains, is saved, and is served as a plain model.
+//! The quick start's program: a model gets adapters, trains, is saved, and is served as a plain
+//! model.
 
 use std::error::Error;
 use std::path::Path;
@@ -37,7 +38,7 @@ pub fn config() -> HdPissaConfig {
     HdPissaConfig::new().with_rank(2).with_shards(SHARDS)
 }
 
-/// Trains the model to give its input back. Returns it without adapters, and the loss of every step.
+/// Trains the model to return its input. Returns it without adapters, and the loss of every step.
 pub fn fine_tune(
     model: Mlp,
     steps: usize,
@@ -54,7 +55,8 @@ pub fn fine_tune(
         let mut mean = 0.0;
         for shard in 0..SHARDS {
             model = model.select_shard(shard)?;
-            let x = Tensor::<2>::random([16, 32], Distribution::Default, device); // the shard's own data
+            // The shard's own data.
+            let x = Tensor::<2>::random([16, 32], Distribution::Default, device);
             let loss = (model.forward(x.clone()) - x).square().mean();
             mean += loss.clone().into_scalar::<f32>() / SHARDS as f32;
             gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));

@@ -10,7 +10,7 @@ use crate::{Error, files};
 /// How the frequencies of rotary embeddings are changed for long contexts.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum RopeScaling {
-    /// No change.
+    /// Not at all.
     Default,
     /// Positions divided by `factor`.
     Linear {
@@ -77,12 +77,12 @@ type Fault = (String, String);
 /// The values of `config.json` by key.
 struct Keys<'a> {
     map: &'a Map<String, Value>,
-    /// The prefix of a key in messages.
+    /// What stands before a key in messages.
     prefix: &'static str,
 }
 
 impl<'a> Keys<'a> {
-    /// The value of a key; `None` if it is missing or null.
+    /// The value of a key; `None` where it is missing or null.
     fn get<T: Deserialize<'a>>(&self, key: &str) -> Result<Option<T>, Fault> {
         match self.map.get(key) {
             None | Some(Value::Null) => Ok(None),
@@ -140,7 +140,7 @@ impl LlamaConfig {
     }
 
     fn of(keys: &Keys<'_>) -> Result<Self, Fault> {
-        // Checked first: messages about keys do not help if the family is not supported.
+        // First, so that nobody is told about the keys of a family that is not supported.
         let family = family(keys)?;
         if keys
             .map
@@ -283,7 +283,7 @@ fn rope(keys: &Keys<'_>) -> Result<(f64, RopeScaling), Fault> {
         value if value.is_finite() && value > 0.0 => Ok(value),
         value => Err((key(name), format!("is {value}; it must be above 0"))),
     };
-    // transformers writes both names of this setting.
+    // transformers writes both names of the same thing.
     let names: [Option<String>; 2] = [rope.get("rope_type")?, rope.get("type")?];
     let name = match &names {
         [Some(new), Some(old)] if new != old => {

@@ -1,5 +1,5 @@
-//! A trained model in the layout of the pretrained one: weights in the requested dtype, and all
-//! other files of the pretrained model.
+//! A trained model in the layout of the pretrained one: weights in the dtype that is asked for, and
+//! every other file of the model it came from.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -21,10 +21,10 @@ use crate::{Error, Llama, Pretrained};
 /// The dtype of written weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum OutputDtype {
-    /// The dtype of each tensor in the pretrained model.
+    /// That which each tensor has in the pretrained model.
     #[default]
     Same,
-    /// 32 bits: the trained values, bit for bit.
+    /// 32 bits: what was trained, bit for bit.
     F32,
     /// 16 bits with 8 of precision.
     Bf16,
@@ -38,7 +38,7 @@ pub enum Rounding {
     /// To the nearest value: most of a small update is lost.
     #[default]
     Nearest,
-    /// Up or down at random: an update survives on average.
+    /// Up or down at random, so that an update survives on average.
     Stochastic,
 }
 
@@ -47,19 +47,19 @@ pub enum Rounding {
 pub struct ExportConfig {
     /// The dtype of weights.
     pub dtype: OutputDtype,
-    /// The rounding to it.
+    /// How they get it.
     pub rounding: Rounding,
     /// Seed of the stochastic rounding.
     pub seed: u64,
 }
 
-/// The result of an export.
+/// What an export did.
 #[derive(Clone, Debug, Default)]
 pub struct Exported {
-    /// Share of the update that the written weights hold: the written change along the update,
-    /// relative to the update. `None` if nothing was rounded or nothing has changed.
+    /// Share of the update that the written weights hold: the length of what is written, along the
+    /// update, relative to the update. `None` if nothing was rounded or nothing has changed.
     pub survived: Option<f64>,
-    /// Files that could not be copied, with the reason.
+    /// Files that could not be carried over, with the reason.
     pub left_out: Vec<String>,
 }
 
@@ -84,7 +84,7 @@ impl ExportConfig {
             if self.rounding == Rounding::Nearest || nearest == value {
                 return nearest;
             }
-            // The neighbour of `nearest` on the other side of the exact value.
+            // The other value between which and `nearest` the exact one lies.
             let other = neighbor(value > nearest);
             let share = (value - nearest) / (other - nearest);
             match other.is_finite() && rng.random::<f32>() < share {
@@ -93,7 +93,7 @@ impl ExportConfig {
             }
         };
         let steps = |bits: u16, up: bool| match (bits & 0x7fff == 0, up == (bits < 0x8000)) {
-            // Away from zero, on the requested side.
+            // Away from zero, on the side that is asked for.
             (true, _) => u16::from(!up) << 15 | 1,
             (false, true) => bits + 1,
             (false, false) => bits - 1,
@@ -114,7 +114,7 @@ impl ExportConfig {
         values.iter().map(value).collect()
     }
 
-    /// `config.json` with the written dtype.
+    /// `config.json` with the dtype that is written.
     fn config(&self, bytes: &[u8], untied: bool) -> Vec<u8> {
         let name = match self.dtype {
             OutputDtype::Same => None,
@@ -152,7 +152,8 @@ impl Pretrained {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`], and [`Error::Field`] for a weight that is not finite in the written dtype.
+    /// [`Error::Io`], and [`Error::Field`] for a weight that is not finite in the dtype that is
+    /// written.
     pub fn export(
         &self,
         model: &Llama,
@@ -193,7 +194,7 @@ impl Pretrained {
             let (from, to) = (self.folder.join(name), folder.join(name));
             let parent = to.parent().unwrap_or(folder);
             let copied = std::fs::create_dir_all(parent).and_then(|()| std::fs::copy(&from, &to));
-            // Do not lose the model because of another file.
+            // The model is worth more than a file beside it.
             if let Err(error) = copied {
                 left_out.push(format!("{} ({error})", name.display()));
             }
@@ -204,7 +205,7 @@ impl Pretrained {
         })
     }
 
-    /// Bytes that an export takes, as far as they are known in advance.
+    /// Bytes that an export takes, as far as they are known before.
     pub fn export_size(&self, config: &ExportConfig) -> u64 {
         let size = |dtype: Dtype| if dtype == Dtype::F32 { 4 } else { 2 };
         let weights = self.tensors.values().map(|entry| {
@@ -271,7 +272,7 @@ fn write(tensors: Vec<(String, Encoded)>, path: &Path) -> Result<(), Error> {
     })
 }
 
-/// Name, shape and values of every parameter in the form of the files.
+/// Name, shape and values of every parameter as the files hold them.
 fn collect(model: &Llama) -> Vec<(String, Vec<usize>, Vec<f32>)> {
     let mut collector = Collector {
         names: TensorName::default(),
@@ -332,7 +333,7 @@ mod tests {
                 let nearest = rounded(Rounding::Nearest, dtype, &[value]);
                 assert_eq!(nearest, [neighbors[usize::from(share > 0.5)]]);
             }
-            // Values of both signs below the smallest one; and values with none above.
+            // Below the smallest value, both signs; and what has no value above it.
             let tiny = [1e-8f32, -1e-8, 65504.0, f32::MAX];
             let both = rounded(Rounding::Stochastic, Dtype::F16, &tiny);
             assert!(both[0] >= 0.0 && both[1] <= 0.0 && both[2] == 65504.0);

@@ -21,7 +21,7 @@ use crate::method::{Adaptation, Method, num_trainable};
 use crate::spectrum::WeightsBefore;
 use crate::{Error, Llama};
 
-/// Epsilon of Adam: PyTorch's default. Burn's default is 1e-5.
+/// Epsilon of Adam: PyTorch's default, where Burn's is 1e-5.
 const EPSILON: f32 = 1e-8;
 
 /// Settings of the optimizer.
@@ -31,7 +31,7 @@ pub struct OptimizerSettings {
     pub clip: Option<f64>,
     /// Decoupled weight decay; not with HD-PiSSA.
     pub weight_decay: f64,
-    /// The precision in which deltas travel between workers, with HD-PiSSA.
+    /// In what precision deltas travel between workers, with HD-PiSSA.
     pub wire: CommunicationDtype,
 }
 
@@ -41,20 +41,20 @@ pub struct Trainer {
     model: Option<Llama>,
     optimizer: Optimizer,
     device: Device,
-    /// The micro-batches that this worker takes.
+    /// Whose micro-batches this worker takes.
     share: Share,
 }
 
 /// The micro-batches of a step that a worker takes.
 enum Share {
-    /// The micro-batches of these shards, each with its own.
+    /// Those of these shards, each with its own.
     Shards(Range<usize>),
-    /// The part of this worker among several, for all shards at once.
+    /// The part of this worker, of so many, for all shards at once.
     Part { worker: usize, workers: usize },
 }
 
 impl Share {
-    /// This worker's part of the micro-batches of all shards: a group for each shard, or one group.
+    /// Of the micro-batches of all shards, those of this worker: a group for each shard, or one.
     fn of(&self, mut shards: Vec<Vec<MicroBatch>>) -> Vec<Vec<MicroBatch>> {
         match self {
             Self::Shards(hosted) => shards.drain(hosted.clone()).collect(),
@@ -94,7 +94,7 @@ impl Optimizer {
     }
 }
 
-/// The results of one step.
+/// What one step did.
 #[derive(Clone, Copy, Debug)]
 pub struct StepReport {
     /// Mean over the micro-batches of their mean loss per target.
@@ -231,8 +231,8 @@ impl Trainer {
         self.model.as_ref().expect("a step puts the model back")
     }
 
-    /// Whether a run could continue from here: all parameters are finite, and so are loss and
-    /// gradients of one of this worker's micro-batches. Takes the micro-batches of all shards.
+    /// Whether a run could go on from here: all parameters are finite, and so are loss and gradients
+    /// of one of this worker's micro-batches, given those of all shards.
     pub fn is_sound(&self, shards: Vec<Vec<MicroBatch>>) -> bool {
         let own = self.share.of(shards);
         let micro_batch = &own[0][0];
@@ -272,7 +272,7 @@ impl Trainer {
     /// Takes a step on this worker's share of the micro-batches of all shards. `step` counts from 1,
     /// for messages. The report is about all shards, the same on every worker.
     ///
-    /// If shards share gradients, the number of workers must divide the number of micro-batches.
+    /// Where shards share gradients, the number of workers must divide that of micro-batches.
     ///
     /// # Errors
     ///
@@ -304,9 +304,9 @@ impl Trainer {
             squared_gradients,
             update,
         } = norms?;
-        // Each value is an `f32` that came from a device, and a number of tokens is far below 2²⁴:
-        // nothing is rounded. Summed in the order of shards, so the sums do not depend on the
-        // number of workers.
+        // Each value is an `f32` that came from a device, and a number of tokens is far below
+        // 2²⁴: nothing is rounded. Summed in the order of shards, so that the sums do not depend
+        // on how many workers there are.
         let mut own = vec![total.tokens as f32];
         own.extend(squared_gradients.iter().map(|&square| square as f32));
         own.extend(total.losses.iter().map(|&loss| loss as f32));

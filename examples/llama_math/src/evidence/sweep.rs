@@ -1,5 +1,5 @@
-//! A sweep: it finds the best learning rate of every row on every task with tuning seeds, then runs
-//! other seeds at that rate.
+//! A sweep: the best learning rate of every row on every task by its tuning seeds, then other
+//! seeds at that rate.
 
 use burn::tensor::Device;
 
@@ -30,7 +30,7 @@ pub struct Sweep {
     pub quick: bool,
 }
 
-/// The results of a row on a task.
+/// What a sweep found about a row on a task.
 #[derive(Clone, Debug)]
 pub struct Finding {
     /// The task.
@@ -56,7 +56,7 @@ impl Finding {
 }
 
 impl Sweep {
-    /// Runs the trials that have no result yet.
+    /// Runs what has no result yet.
     ///
     /// # Errors
     ///

@@ -1,8 +1,8 @@
-//! The result of a table in words, for any numbers. Losses come first.
+//! What a table shows, in words, whichever way its numbers fall. Losses come first.
 
 use super::statistics::Estimate;
 
-/// A method fails with less than this share of right answers, or with no more than the base.
+/// Less than this share of right answers is a failure, and so is no more than the base has.
 const LEARNED: f64 = 0.1;
 
 /// A method that another is compared with.
@@ -10,12 +10,12 @@ const LEARNED: f64 = 0.1;
 pub struct Rival {
     /// Its name.
     pub name: String,
-    /// The lead of the other's share of right answers.
+    /// How much larger the other's share of right answers is.
     pub difference: Estimate,
 }
 
-/// The reason, if any, why the shares of right answers of a task say nothing about methods: the
-/// base model knows the answers, or full fine-tuning does not learn them.
+/// Why the shares of right answers of a task say nothing about methods, if so: the base model knows
+/// the answers, or full fine-tuning does not learn them.
 pub fn why_unfit(base: f64, full: f64) -> Option<String> {
     if base > 0.5 {
         let percent = 100.0 * base;
@@ -32,7 +32,7 @@ pub fn why_unfit(base: f64, full: f64) -> Option<String> {
     None
 }
 
-/// Compares a method with others. A difference counts if its 95 % interval excludes zero.
+/// How a method stands against others. A difference counts if its 95 % interval leaves out zero.
 pub fn against(subject: &str, rivals: &[Rival]) -> String {
     let part = |words: &str, counts: fn(Estimate) -> bool| {
         let named: Vec<String> = rivals
