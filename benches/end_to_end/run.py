@@ -59,7 +59,7 @@ def ours(args, setting, folder, way):
     output = os.path.join(folder, "output")
     shutil.rmtree(output, ignore_errors=True)
     # With shared gradients a step has the same records in fewer, larger micro-batches.
-    feed = ["--batch-size", str(batch)]
+    feed = ["--published", "--batch-size", str(batch)]
     if way == "shared":
         together = max(1, shards // args.threads)
         feed = ["--gradients", "shared", "--batch-size", str(batch * together), "--accumulation", str(shards // together)]
