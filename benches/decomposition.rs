@@ -15,7 +15,7 @@ use clap::Parser;
 use hd_pissa::{
     Decomposition, HdPissa, HdPissaAdapter, HdPissaConfig, HdPissaLinear, SvdMethod, SvdPrecision,
 };
-use hd_pissa_benches::{device, size, write_rows};
+use hd_pissa_check::measure::{device, size, write_rows};
 use serde::Serialize;
 
 const SHARDS: usize = 8;
