@@ -9,7 +9,7 @@ use hd_pissa::{CommunicationDtype, FrameScale, GradientMode, Windows};
 
 use crate::batch::BatcherConfig;
 use crate::compare::Comparison;
-use crate::data::Fields;
+use crate::data::{Fields, Split};
 use crate::evidence::children::{self, Children};
 use crate::evidence::results;
 use crate::evidence::row::Row;
@@ -25,7 +25,7 @@ use crate::scaling::cost::{Layout, Work};
 use crate::scaling::{Question, Scaling};
 use crate::schedule::Decay;
 use crate::train::OptimizerSettings;
-use crate::{Error, device, memory, mpi};
+use crate::{Error, device, hub, memory, mpi};
 
 /// Where the comparison writes unless told otherwise; replaced by the next run.
 const COMPARISON_OUTPUT: &str = "target/llama_math";
@@ -72,12 +72,12 @@ enum Command {
 
 #[derive(Args, Debug)]
 struct Options {
-    /// Folder of a Hugging Face checkpoint: Llama 2 or 3,
+    /// Folder of a Hugging Face checkpoint, or OWNER/NAME on the Hub (feature `hub`): Llama 2 or 3,
     /// Mistral, Qwen2, Qwen3, Phi-3, SmolLM2, SmolLM3
     #[arg(long, value_name = "MODEL", requires_all = ["data", "output"])]
     model: Option<PathBuf>,
     /// Training data, files or folders of JSON lines, JSON arrays, either packed with gzip, or Parquet
-    /// (feature `parquet`), with the fields of GSM8K,
+    /// (feature `parquet`), or OWNER/NAME on the Hub (feature `hub`), with the fields of GSM8K,
     /// MetaMathQA, Alpaca, or with conversations
     #[arg(long, value_name = "PATH", requires = "model", num_args = 1..)]
     data: Vec<PathBuf>,
@@ -216,7 +216,7 @@ struct Options {
         value_delimiter = ','
     )]
     change: Vec<Change>,
-    /// Held-out data for loss and exact match: a file, a folder
+    /// Held-out data for loss and exact match: a file, a folder, or OWNER/NAME on the Hub
     #[arg(long, value_name = "PATH", requires = "model")]
     eval: Option<PathBuf>,
     /// Records of --eval that are used
@@ -635,8 +635,8 @@ impl Options {
             self.eval_samples
         };
         Ok(FineTuning {
-            model: model.into(),
-            data: self.data.clone(),
+            model: hub::model(model)?,
+            data: hub::data("data", &self.data, Split::Train)?,
             fields: self.fields.as_deref().map(Fields::parse).transpose()?,
             template: match (&self.prompt_template, self.chat) {
                 (Some(path), _) => TemplateChoice::File(path.clone()),
@@ -647,7 +647,7 @@ impl Options {
             eval: match &self.eval {
                 Some(path) => {
                     let path = std::slice::from_ref(path);
-                    Some((path.to_vec(), samples))
+                    Some((hub::data("eval", path, Split::HeldOut)?, samples))
                 }
                 None => None,
             },

@@ -23,6 +23,7 @@ pub mod facts;
 mod files;
 pub mod finetune;
 mod heartbeat;
+pub mod hub;
 mod lengths;
 mod lock;
 pub mod loss;

@@ -16,6 +16,9 @@ use serde_json::Value;
 pub use fields::Fields;
 pub use record::{Message, Record, Role};
 pub use sources::Split;
+#[cfg(feature = "hub")]
+pub(crate) use sources::choose;
+pub(crate) use sources::is_data_file;
 
 use crate::Error;
 

@@ -110,6 +110,11 @@ pub(crate) fn choose(names: &[String], split: Split) -> Result<Vec<&String>, Str
     }
 }
 
+/// Whether a name is that of a data file.
+pub(crate) fn is_data_file(name: &str) -> bool {
+    format_of(name).is_some()
+}
+
 /// The ending of a data file, without `.gz`; `None` for other files.
 fn format_of(name: &str) -> Option<&'static str> {
     let name = name.to_ascii_lowercase();
