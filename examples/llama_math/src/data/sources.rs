@@ -40,7 +40,8 @@ pub(super) fn files_of(path: &Path, split: Split) -> Result<Vec<PathBuf>, Error>
     }
     let mut names = Vec::new();
     look_into(path, Path::new(""), &mut names)?;
-    let chosen = choose(&names, split).map_err(|reason| Error::field(path, "content", reason))?;
+    let fail = |reason| Error::field(path, "content", format!("is a directory that {reason}"));
+    let chosen = choose(&names, split).map_err(fail)?;
     Ok(chosen.into_iter().map(|name| path.join(name)).collect())
 }
 
