@@ -9,14 +9,15 @@ use hd_pissa::{CommunicationDtype, FrameScale, GradientMode, Windows};
 
 use crate::batch::BatcherConfig;
 use crate::compare::Comparison;
-use crate::data::Fields;
+use crate::data::{Fields, Split};
 use crate::evidence::children::{self, Children};
 use crate::evidence::results;
 use crate::evidence::row::Row;
 use crate::evidence::sweep::Sweep;
 use crate::evidence::task::Task;
 use crate::export::{ExportConfig, OutputDtype, Rounding};
-use crate::finetune::{Change, FineTuning, Resume, SaveOptions};
+use crate::finetune::{Change, FineTuning, Resume, SaveOptions, TemplateChoice};
+use crate::loss::LossMean;
 use crate::method::{Adaptation, Method, WindowsOption, gradients_name};
 use crate::pretrain::Pretraining;
 use crate::run::{Length, RunConfig};
@@ -24,7 +25,7 @@ use crate::scaling::cost::{Layout, Work};
 use crate::scaling::{Question, Scaling};
 use crate::schedule::Decay;
 use crate::train::OptimizerSettings;
-use crate::{Error, device, memory, mpi};
+use crate::{Error, device, hub, memory, mpi};
 
 /// Where the comparison writes unless told otherwise; replaced by the next run.
 const COMPARISON_OUTPUT: &str = "target/llama_math";
@@ -71,18 +72,24 @@ enum Command {
 
 #[derive(Args, Debug)]
 struct Options {
-    /// Folder of a Hugging Face checkpoint: Llama 2 or 3, Mistral, Qwen2, SmolLM2
-    #[arg(long, value_name = "DIR", requires_all = ["data", "output"])]
+    /// Folder of a Hugging Face checkpoint, or OWNER/NAME on the Hub (feature `hub`): Llama 2 or 3,
+    /// Mistral, Qwen2, Qwen3, Phi-3, SmolLM2, SmolLM3
+    #[arg(long, value_name = "MODEL", requires_all = ["data", "output"])]
     model: Option<PathBuf>,
-    /// Training data, JSON lines or a JSON array: GSM8K, MetaMathQA or Alpaca fields
-    #[arg(long, value_name = "FILE", requires = "model")]
-    data: Option<PathBuf>,
+    /// Training data, files or folders of JSON lines, JSON arrays, either packed with gzip, or Parquet
+    /// (feature `parquet`), or OWNER/NAME on the Hub (feature `hub`), with the fields of GSM8K,
+    /// MetaMathQA, Alpaca, or with conversations
+    #[arg(long, value_name = "PATH", requires = "model", num_args = 1..)]
+    data: Vec<PathBuf>,
     /// Fields of prompt and answer, for other data
     #[arg(long, value_name = "PROMPT,ANSWER", requires = "model")]
     fields: Option<String>,
     /// File with the prompt, used byte for byte with {instruction} replaced [default: Alpaca's]
     #[arg(long, value_name = "FILE", requires = "model")]
     prompt_template: Option<PathBuf>,
+    /// Write problems too by the checkpoint's chat template, as conversations are
+    #[arg(long, requires = "model", conflicts_with = "prompt_template")]
+    chat: bool,
     /// Longest sequence, prompt and answer together; longer ones are cut on the right
     /// [default: 512]
     #[arg(long, requires = "model", value_parser = at_least(2))]
@@ -97,7 +104,8 @@ struct Options {
     #[arg(long, default_value_t = 8, value_parser = at_least(1))]
     shards: usize,
     /// HD-PiSSA as published: --gradients per-shard --windows leading --frame-scale balanced
-    #[arg(long, requires = "model", conflicts_with_all = ["gradients", "windows", "frame_scale"])]
+    /// --loss-mean micro-batches
+    #[arg(long, requires = "model", conflicts_with_all = ["gradients", "windows", "frame_scale", "loss_mean"])]
     published: bool,
     /// Which gradients a shard of HD-PiSSA learns from: those of its own micro-batches, or the mean
     /// over all micro-batches of a step [default: shared]
@@ -139,6 +147,16 @@ struct Options {
     /// --shards [default: 1; with shared gradients as many as --shards]
     #[arg(long, requires = "model", value_parser = at_least(1))]
     accumulation: Option<usize>,
+    /// Pack the records of a micro-batch into one row without padding; the result is the same
+    #[arg(long, requires = "model")]
+    packing: bool,
+    /// Put records of about the same length into one micro-batch, so that little of it is padding
+    #[arg(long, requires = "model")]
+    group_by_length: bool,
+    /// Over what the loss of a step is the mean: over all its target tokens, or over the means of its
+    /// micro-batches, as published [default: tokens]
+    #[arg(long, requires = "model")]
+    loss_mean: Option<LossMean>,
     /// Largest global gradient norm; of each shard where it has gradients of its own
     #[arg(long, requires = "model", value_parser = positive)]
     clip: Option<f64>,
@@ -198,8 +216,8 @@ struct Options {
         value_delimiter = ','
     )]
     change: Vec<Change>,
-    /// Held-out data for loss and exact match
-    #[arg(long, value_name = "FILE", requires = "model")]
+    /// Held-out data for loss and exact match: a file, a folder, or OWNER/NAME on the Hub
+    #[arg(long, value_name = "PATH", requires = "model")]
     eval: Option<PathBuf>,
     /// Records of --eval that are used
     #[arg(long, requires = "eval", default_value_t = 50, value_parser = at_least(1))]
@@ -496,13 +514,9 @@ impl Cli {
                 let device = device::parse(options.device.as_deref())?;
                 children::run_trial(&options.settings, &device, &options.result)
             }
-            None => match (
-                &self.options.model,
-                &self.options.data,
-                &self.options.output,
-            ) {
-                (Some(model), Some(data), Some(output)) => {
-                    let fine_tuning = self.options.fine_tuning(model, data, output)?;
+            None => match (&self.options.model, &self.options.output) {
+                (Some(model), Some(output)) => {
+                    let fine_tuning = self.options.fine_tuning(model, output)?;
                     let device = self.options.device.as_deref();
                     if self.options.mpi {
                         return mpi::run(&fine_tuning, device);
@@ -560,7 +574,6 @@ impl Options {
     fn fine_tuning(
         &self,
         model: &std::path::Path,
-        data: &std::path::Path,
         output: &std::path::Path,
     ) -> Result<FineTuning, Error> {
         if self.method == Method::HdPissa && self.weight_decay.is_some() {
@@ -622,12 +635,22 @@ impl Options {
             self.eval_samples
         };
         Ok(FineTuning {
-            model: model.into(),
-            data: data.into(),
+            model: hub::model(model)?,
+            data: hub::data("data", &self.data, Split::Train)?,
             fields: self.fields.as_deref().map(Fields::parse).transpose()?,
-            template: self.prompt_template.clone(),
+            template: match (&self.prompt_template, self.chat) {
+                (Some(path), _) => TemplateChoice::File(path.clone()),
+                (None, true) => TemplateChoice::Chat,
+                (None, false) => TemplateChoice::ByData,
+            },
             max_length: self.max_length,
-            eval: self.eval.clone().map(|path| (path, samples)),
+            eval: match &self.eval {
+                Some(path) => {
+                    let path = std::slice::from_ref(path);
+                    Some((hub::data("eval", path, Split::HeldOut)?, samples))
+                }
+                None => None,
+            },
             max_new_tokens: self.max_new_tokens,
             run: RunConfig {
                 adaptation: Adaptation {
@@ -644,12 +667,19 @@ impl Options {
                     clip: self.clip,
                     weight_decay: self.weight_decay.unwrap_or(0.0),
                     wire: self.wire,
+                    loss_mean: match (self.loss_mean, self.published) {
+                        (Some(mean), _) => mean,
+                        (None, true) => LossMean::MicroBatches,
+                        (None, false) => LossMean::Tokens,
+                    },
                 },
                 batcher: BatcherConfig {
                     shards: groups,
                     accumulation: self.accumulation.unwrap_or(self.shards / groups),
                     batch_size: self.batch_size,
                     shuffle: (!self.no_shuffle).then_some(self.seed),
+                    packing: self.packing,
+                    by_length: self.group_by_length,
                 },
                 length,
                 lr: self.lr.unwrap_or(2e-5),

@@ -307,7 +307,7 @@ impl Rest<'_> {
     }
 }
 
-fn is_weights(path: &Path) -> bool {
+pub(crate) fn is_weights(path: &Path) -> bool {
     let ending = path
         .extension()
         .map(|ending| ending.to_string_lossy().to_lowercase());

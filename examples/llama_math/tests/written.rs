@@ -13,7 +13,8 @@ use half::{bf16, f16};
 use llama_math::Pretrained;
 use llama_math::data::read_records;
 use llama_math::evaluate::mean_loss;
-use llama_math::tokenize::{PromptTemplate, Tokens};
+use llama_math::prompt::PromptTemplate;
+use llama_math::tokenize::Tokens;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 

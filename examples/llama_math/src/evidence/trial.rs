@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::row::Row;
 use super::task::{Exam, SEQUENCES_PER_STEP, Task};
 use crate::batch::BatcherConfig;
+use crate::loss::LossMean;
 use crate::run::{Length, RunConfig};
 use crate::schedule::Decay;
 use crate::spectrum::{mean_ranks, projections};
@@ -114,12 +115,17 @@ impl Trial {
         );
         RunConfig {
             adaptation,
-            optimizer: OptimizerSettings::default(),
+            optimizer: OptimizerSettings {
+                // As the results of the book were measured.
+                loss_mean: LossMean::MicroBatches,
+                ..OptimizerSettings::default()
+            },
             batcher: BatcherConfig {
                 shards: groups,
                 accumulation: 1,
                 batch_size: SEQUENCES_PER_STEP / groups,
                 shuffle: Some(self.seed),
+                ..BatcherConfig::default()
             },
             length: Length::Steps(self.steps),
             lr: self.lr,

@@ -52,7 +52,7 @@ impl FineTuning {
         say!("held-out loss after: {loss:.4}, of the weights as they are written");
         match self.max_new_tokens {
             0 => Ok(()),
-            limit => held_out.answer(&model, &inputs.tokens, &inputs.template, limit),
+            limit => held_out.answer(&model, &inputs.tokens, &*inputs.template, limit),
         }
     }
 

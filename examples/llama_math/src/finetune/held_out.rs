@@ -7,7 +7,7 @@ use crate::console::say;
 use crate::data::Record;
 use crate::evaluate::{Solver, mean_loss};
 use crate::progress::Progress;
-use crate::tokenize::{PromptTemplate, Tokens};
+use crate::tokenize::{Template, Tokens};
 use crate::{Error, Llama};
 
 /// Held-out records with their sequences.
@@ -26,7 +26,7 @@ impl HeldOut {
         path: &Path,
         records: Vec<Record>,
         tokens: &Tokens,
-        template: &PromptTemplate,
+        template: &dyn Template,
         max_length: usize,
     ) -> Result<Self, Error> {
         let sequences = tokens.sequences(&records, template, max_length)?;
@@ -56,7 +56,7 @@ impl HeldOut {
         &self,
         model: &Llama,
         tokens: &Tokens,
-        template: &PromptTemplate,
+        template: &dyn Template,
         max_new_tokens: usize,
     ) -> Result<(), Error> {
         let solver = Solver {

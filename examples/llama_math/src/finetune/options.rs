@@ -14,16 +14,16 @@ use crate::run::RunConfig;
 pub struct FineTuning {
     /// Folder of the pretrained model.
     pub model: PathBuf,
-    /// Training data.
-    pub data: PathBuf,
+    /// Training data: files, and folders of files.
+    pub data: Vec<PathBuf>,
     /// Fields of a record; found where `None`.
     pub fields: Option<Fields>,
-    /// File of the prompt template; the published one where `None`.
-    pub template: Option<PathBuf>,
+    /// How records are written.
+    pub template: TemplateChoice,
     /// Longest sequence; 512 where `None`, or what the model was made for.
     pub max_length: Option<usize>,
-    /// Held-out data, and how many of its records are answered.
-    pub eval: Option<(PathBuf, usize)>,
+    /// Held-out data, files and folders, and how many of its records are answered.
+    pub eval: Option<(Vec<PathBuf>, usize)>,
     /// Longest generated answer, in tokens; with 0 nothing is answered.
     pub max_new_tokens: usize,
     /// The training.
@@ -40,6 +40,17 @@ pub struct FineTuning {
     pub saving: SaveOptions,
     /// How long workers wait for each other.
     pub timeout: Duration,
+}
+
+/// How records are written.
+#[derive(Clone, Debug)]
+pub enum TemplateChoice {
+    /// Conversations by the chat template of the checkpoint; problems by the published prompt.
+    ByData,
+    /// All by the chat template of the checkpoint.
+    Chat,
+    /// Problems by the prompt template of a file.
+    File(PathBuf),
 }
 
 /// The options about checkpoints.

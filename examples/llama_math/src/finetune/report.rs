@@ -14,11 +14,18 @@ impl FineTuning {
     pub(super) fn announce(&self, inputs: &Inputs, workers: usize) {
         say!(
             "{}: {} within {} tokens",
-            self.data.display(),
+            self.data_name(|path| path.display().to_string()),
             inputs.summary,
             inputs.max_length
         );
         let pretrained = &inputs.pretrained;
+        if inputs.writes_by_default {
+            say!(
+                "{}: has no chat template; turns are written as `<|user|>`, a line break, and what is \
+                 said",
+                pretrained.folder.display()
+            );
+        }
         if pretrained.is_untied {
             say!(
                 "{}: lm_head.weight differs from the embedding that tie_word_embeddings names; it is \
@@ -74,11 +81,20 @@ impl FineTuning {
         }
     }
 
+    /// The data, by the name of the first file or folder.
+    fn data_name(&self, name: impl Fn(&Path) -> String) -> String {
+        match &self.data[..] {
+            [one] => name(one),
+            [first, rest @ ..] => format!("{} and {} more", name(first), rest.len()),
+            [] => String::new(),
+        }
+    }
+
     /// Draws the losses beside the weights.
     pub(super) fn draw_losses(&self, metrics: &[StepMetrics]) {
         let losses: Vec<f64> = metrics.iter().map(|metrics| metrics.loss).collect();
         let method = self.run.adaptation.method.to_string();
-        let title = format!("{method} on {}", file_name(&self.data));
+        let title = format!("{method} on {}", self.data_name(file_name));
         let picture = self.output.join("loss.svg");
         if let Err(error) = picture::losses(&picture, &title, &losses) {
             complain!("without a picture: {error}");
