@@ -16,7 +16,8 @@ use hd_pissa::comm::{Communicator, Solo, thread_group};
 use hd_pissa::ops::adapter_linear;
 use hd_pissa::{
     GradientMode, HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaModule,
-    HdPissaOptimizerConfig, HdPissaOptimizerRecord, ShardGradients, SharedGradients,
+    HdPissaOptimizerConfig, HdPissaOptimizerRecord, ShardGradients, SharedGradients, SvdCache,
+    SvdMethod,
 };
 use hd_pissa_tests::{assert_close, base, bits, normal};
 use program::Mlp;
@@ -372,6 +373,32 @@ impl LeanAttention {
     }
 }
 // ANCHOR_END: lean_attention
+
+#[test]
+fn decompositions() -> Result {
+    let device = Device::flex().autodiff();
+    let model = Mlp::new(&device);
+    let folder = tempfile::tempdir()?;
+    let folder = folder.path().join("decompositions");
+
+    // ANCHOR: decomposition
+    let config = HdPissaConfig::new()
+        .with_rank(2)
+        .with_shards(4)
+        .with_svd(SvdMethod::Krylov)
+        .with_svd_cache(Some(SvdCache::new(folder.clone())));
+    let model = model.apply_hd_pissa(&config, 0..4)?;
+    // ANCHOR_END: decomposition
+    assert!(
+        model
+            .up
+            .weight
+            .reparameterization::<HdPissaAdapter>()
+            .is_some()
+    );
+    assert_eq!(std::fs::read_dir(folder)?.count(), 2);
+    Ok(())
+}
 
 #[test]
 fn lean_attention_is_burns() -> Result {

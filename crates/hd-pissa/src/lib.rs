@@ -103,6 +103,7 @@
 
 mod adapter;
 mod basis;
+pub mod cache;
 mod cause;
 #[cfg(feature = "checkpoint")]
 pub mod checkpoint;
@@ -111,6 +112,7 @@ mod error;
 mod frames;
 mod host;
 mod hosting;
+mod krylov;
 #[cfg(feature = "learner")]
 pub mod learner;
 mod linear;
@@ -123,6 +125,7 @@ mod pissa;
 mod plan;
 mod settings;
 mod svd;
+mod svd_cache;
 mod windows;
 
 pub use hd_pissa_comm as comm;
@@ -130,9 +133,10 @@ pub use hd_pissa_comm as comm;
 pub use adapter::{HdPissa, HdPissaAdapter, HdPissaModule, HdPissaShard, LayerProgress};
 pub use cause::Cause;
 pub use config::{
-    GradientMode, HdPissaConfig, MergePrecision, SvdMethod, SvdPrecision, TargetRank,
+    GradientMode, HdPissaConfig, MergePrecision, SvdCache, SvdMethod, SvdPrecision, TargetRank,
 };
 pub use error::HdPissaError;
+pub use krylov::NotConverged;
 pub use linear::{HdPissaLinear, HdPissaLinearConfig};
 pub use optim::{
     CommunicationDtype, HdPissaOptimizer, HdPissaOptimizerConfig, HdPissaOptimizerRecord,
@@ -141,4 +145,6 @@ pub use optim::{
 pub use parallel::side_by_side;
 pub use pissa::{Pissa, PissaConfig, PissaModule};
 pub use plan::{HdPissaPlan, LeftOut, LeftOutReason, PlannedWeight};
+pub use svd::Decomposition;
+pub use svd_cache::CacheUse;
 pub use windows::{FrameScale, Windows};

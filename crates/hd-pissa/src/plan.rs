@@ -7,7 +7,10 @@ use burn::tensor::{DType, Tensor};
 
 use crate::frames;
 use crate::path::REPARAMETERIZATION;
-use crate::{FrameScale, GradientMode, HdPissaConfig, HdPissaError, MergePrecision, Windows, ops};
+use crate::svd::Decomposition;
+use crate::{
+    FrameScale, GradientMode, HdPissaConfig, HdPissaError, MergePrecision, SvdMethod, Windows, ops,
+};
 
 /// Names of the layers that are not adapted by default: heads, whose outputs are logits.
 const HEADS: [&str; 2] = ["lm_head", "head"];
@@ -183,6 +186,10 @@ impl HdPissaConfig {
         if let (Windows::Random { seed }, FrameScale::Balanced) = (self.windows, self.frame_scale) {
             return Err(HdPissaError::BalancedRandom { seed });
         }
+        if let (SvdMethod::Krylov, Windows::Spread | Windows::Trailing) = (self.svd, self.windows) {
+            let windows = self.windows;
+            return Err(HdPissaError::KrylovWindows { windows });
+        }
         let rank = |id: &ParamId, path: &str| {
             self.target_ranks
                 .iter()
@@ -202,8 +209,8 @@ impl HdPissaConfig {
     /// What [`apply_hd_pissa`](crate::HdPissaModule::apply_hd_pissa) would do to `model`: a dry
     /// run, whose result prints as a table.
     ///
-    /// Computes the singular values of every target, but no singular vectors; with
-    /// [`Windows::Random`] the directions, and no singular values.
+    /// Computes the singular values of every target, but no singular vectors unless
+    /// [`SvdMethod::Krylov`] finds both; with [`Windows::Random`] the directions, and no singular values.
     ///
     /// # Errors
     ///
@@ -217,15 +224,14 @@ impl HdPissaConfig {
         let weights = targets
             .into_iter()
             .map(|target| {
+                let Target { path, rank, weight } = &target;
+                let (explained_variance, decomposition) =
+                    frames::explained_variance(path, weight, *rank, self)?;
                 Ok(PlannedWeight {
                     shape: target.weight.dims(),
                     dtype: target.weight.dtype(),
-                    explained_variance: frames::explained_variance(
-                        &target.path,
-                        &target.weight,
-                        target.rank,
-                        self,
-                    )?,
+                    explained_variance,
+                    decomposition,
                     path: target.path,
                     rank: target.rank,
                 })
@@ -256,6 +262,9 @@ pub struct PlannedWeight {
     /// Share of the weight's squared Frobenius norm in the window of each shard,
     /// `‖U_kᵀ W V_k‖² / ‖W‖²`.
     pub explained_variance: Vec<f64>,
+    /// How its frames are found, which a [`Fallback`](Decomposition::Fallback) says of a weight whose block
+    /// Krylov method does not converge.
+    pub decomposition: Decomposition,
 }
 
 impl PlannedWeight {
@@ -474,6 +483,11 @@ impl Display for HdPissaPlan {
                 format!("{}x{}", left_out.shape[0], left_out.shape[1]),
                 left_out.reason
             )?;
+        }
+        for weight in &self.weights {
+            if let Decomposition::Fallback(failure) = weight.decomposition {
+                writeln!(f, "{:width$}  decomposed exactly: {failure}", weight.path)?;
+            }
         }
         write!(
             f,

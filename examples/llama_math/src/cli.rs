@@ -18,14 +18,15 @@ use crate::evidence::task::Task;
 use crate::export::{ExportConfig, OutputDtype, Rounding};
 use crate::finetune::{Change, FineTuning, Resume, SaveOptions, TemplateChoice};
 use crate::loss::LossMean;
-use crate::method::{Adaptation, Method, WindowsOption, gradients_name};
+use crate::method::{Adaptation, Method, SvdOption, WindowsOption, gradients_name};
 use crate::pretrain::Pretraining;
 use crate::run::{Length, RunConfig};
 use crate::scaling::cost::{Layout, Work};
 use crate::scaling::{Question, Scaling};
 use crate::schedule::Decay;
+use crate::token_cache::TokenCache;
 use crate::train::OptimizerSettings;
-use crate::{Error, device, hub, memory, mpi};
+use crate::{Error, device, hub, memory, mpi, user_cache};
 
 /// Where the comparison writes unless told otherwise; replaced by the next run.
 const COMPARISON_OUTPUT: &str = "target/llama_math";
@@ -119,6 +120,14 @@ struct Options {
     /// with --windows leading balanced]
     #[arg(long, requires = "model", value_parser = frame_scale())]
     frame_scale: Option<FrameScale>,
+    /// How the principal components of HD-PiSSA and PiSSA are computed: krylov finds the leading ones
+    /// of large weights faster, and takes exact where it does not converge [default: exact]
+    #[arg(long, requires = "model")]
+    svd: Option<SvdOption>,
+    /// Neither look for encoded data and principal components of earlier runs, nor keep them for
+    /// later ones, in llama_math below XDG_CACHE_HOME or ~/.cache
+    #[arg(long, requires = "model")]
+    no_cache: bool,
     /// Numerator of the adapters' scale alpha / rank [default: the rank]
     #[arg(long, requires = "model", value_parser = positive)]
     alpha: Option<f64>,
@@ -624,6 +633,25 @@ impl Options {
                     .into(),
             });
         }
+        let decomposes = match self.method {
+            Method::HdPissa => windows == Windows::Leading,
+            Method::Pissa => true,
+            Method::Lora | Method::Full => false,
+        };
+        if self.svd.is_some() && !decomposes {
+            let reason = match self.method {
+                Method::HdPissa => {
+                    "takes --windows leading, or --published: other directions than the \
+                                    leading ones are found in one way"
+                        .into()
+                }
+                method => format!("{method} has no principal components"),
+            };
+            return Err(Error::Usage {
+                option: "svd",
+                reason,
+            });
+        }
         let length = match (self.steps, self.epochs, self.quick) {
             (Some(steps), ..) => Length::Steps(steps),
             (None, _, true) => Length::Steps(2),
@@ -652,6 +680,10 @@ impl Options {
                 None => None,
             },
             max_new_tokens: self.max_new_tokens,
+            token_cache: match self.no_cache {
+                true => TokenCache::none(),
+                false => TokenCache::of_user(),
+            },
             run: RunConfig {
                 adaptation: Adaptation {
                     method: self.method,
@@ -662,6 +694,8 @@ impl Options {
                     alpha: self.alpha,
                     targets: self.targets.clone(),
                     gradients,
+                    svd: self.svd.unwrap_or_default(),
+                    svd_cache: user_cache::folder().filter(|_| !self.no_cache),
                 },
                 optimizer: OptimizerSettings {
                     clip: self.clip,

@@ -14,6 +14,7 @@ pub mod config;
 mod console;
 pub mod data;
 mod dealing;
+mod decompositions;
 pub mod device;
 mod error;
 pub mod evaluate;
@@ -52,6 +53,7 @@ pub mod tiny;
 pub mod token_cache;
 pub mod tokenize;
 pub mod train;
+pub mod user_cache;
 mod weights;
 
 pub use config::LlamaConfig;

@@ -8,6 +8,7 @@ use clap::ValueEnum;
 use crate::data::Fields;
 use crate::export::ExportConfig;
 use crate::run::RunConfig;
+use crate::token_cache::TokenCache;
 
 /// Settings of a fine-tuning run on files.
 #[derive(Clone, Debug)]
@@ -26,6 +27,8 @@ pub struct FineTuning {
     pub eval: Option<(Vec<PathBuf>, usize)>,
     /// Longest generated answer, in tokens; with 0 nothing is answered.
     pub max_new_tokens: usize,
+    /// Where encoded data is kept.
+    pub token_cache: TokenCache,
     /// The training.
     pub run: RunConfig,
     /// Where the results go.

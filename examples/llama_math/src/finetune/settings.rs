@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::options::{Change, FineTuning};
 use crate::export::ExportConfig;
-use crate::method::gradients_name;
+use crate::method::{SvdOption, gradients_name};
 use crate::run::RunConfig;
 use crate::team::Team;
 use crate::{Error, Pretrained};
@@ -85,7 +85,12 @@ impl FineTuning {
             ),
         ];
         let named = |(name, value): (&str, String)| (name.to_string(), value);
-        Ok(settings.into_iter().map(named).collect())
+        let mut settings: BTreeMap<_, _> = settings.into_iter().map(named).collect();
+        // Outputs and checkpoints from before there was a choice say nothing of the exact one.
+        if adaptation.svd == SvdOption::Krylov {
+            settings.insert("--svd".into(), "krylov".into());
+        }
+        Ok(settings)
     }
 
     /// What an output notes about itself: the settings of the training, and how it is written.
