@@ -305,7 +305,7 @@ impl Basis {
     /// If there are fewer vectors than coefficients.
     fn combine(&self, coefficients: MatRef<'_, f64>) -> Tensor<2> {
         let vectors = self.0.as_ref().expect("a basis that was extended");
-        let vectors = vectors.clone().slice([0..coefficients.nrows()]);
+        let vectors = vectors.clone().narrow(0, 0, coefficients.nrows());
         rows(coefficients, &vectors.device()).matmul(vectors)
     }
 }
