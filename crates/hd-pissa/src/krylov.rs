@@ -461,7 +461,8 @@ mod tests {
         let rank_eight: Vec<f64> = (0..8).map(decay).collect();
         // More equal values than a block has vectors.
         let mut flat: Vec<f64> = (0..150).map(decay).collect();
-        flat[3..13].fill(flat[3]);
+        let value = flat[3];
+        flat[3..13].fill(value);
         for (values, component) in [(&cluster, 4), (&rank_eight, 8), (&flat, 3)] {
             let (weight, ..) = with_values(150, 170, values);
             let failure = leading("w", &weight, 12).err().unwrap();

@@ -177,6 +177,7 @@ fn decode(bytes: &[u8]) -> Option<Sequences> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::prompt::PromptTemplate;
     use crate::tiny;
     use std::path::Path;
 
