@@ -40,8 +40,8 @@
 //!
 //! No backend by default. `flex` (CPU), `wgpu`, `vulkan`, `metal`, `cuda`, `rocm` and `cpu` enable
 //! Burn's feature of the same name and this crate's operations on it; `fusion` adds kernel fusion
-//! on the GPU backends. `checkpoint` adds the module of that name, `learner` HD-PiSSA in Burn's own
-//! training loop, `mpi` and `collectives` their [transports](comm).
+//! on the GPU backends. `checkpoint` and `export` add the modules of these names, `learner` HD-PiSSA in
+//! Burn's own training loop, `mpi` and `collectives` their [transports](comm).
 
 #![warn(missing_debug_implementations, missing_docs)]
 #![forbid(unsafe_code)]
@@ -53,6 +53,8 @@ mod cause;
 pub mod checkpoint;
 mod config;
 mod error;
+#[cfg(feature = "export")]
+pub mod export;
 mod frames;
 mod host;
 mod hosting;
