@@ -8,6 +8,7 @@ use burn::optim::{AdamConfig, GradientsParams};
 use burn::prelude::*;
 use burn::tensor::activation::softmax;
 use hd_pissa::comm::{Communicator, Solo, thread_group};
+use hd_pissa::export::{Peft, RankLimit, WeightChange, read_delta, write_delta, write_peft};
 use hd_pissa::ops::adapter_linear;
 use hd_pissa::{
     GradientMode, HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaModule,
@@ -47,6 +48,7 @@ fn quick_start() -> Result {
     let device = Device::flex().autodiff();
     let model = Mlp::new(&device);
     let before = bits(&base(&model.up.weight));
+    let start = model.clone().valid();
 
     // ANCHOR: plan
     let config = HdPissaConfig::new().with_rank(2).with_shards(4);
@@ -78,6 +80,38 @@ fn quick_start() -> Result {
     // ANCHOR: finish
     let trained = model.valid().materialize();
     // ANCHOR_END: finish
+    let folder = tempfile::tempdir()?;
+    let folder = folder.path();
+
+    // ANCHOR: export
+    let mut changes = Vec::new();
+    for (path, before, after) in [
+        ("up.weight", &start.up, &trained.up),
+        ("down.weight", &start.down, &trained.down),
+    ] {
+        let (before, after) = (before.weight.val(), after.weight.val());
+        let frames = config.frames(path, &before)?;
+        let change = WeightChange::new(path, &before, &after, &frames, &RankLimit::default())?;
+        println!("{path}: relative error {:.1e}", change.relative_error());
+        changes.push(change);
+    }
+    write_peft(folder, &changes, &Peft::default())?;
+    write_delta(&folder.join("delta.safetensors"), &changes)?;
+
+    // Later, from the pretrained weights:
+    for change in read_delta(&folder.join("delta.safetensors"))? {
+        println!("{}: rank {}", change.path(), change.rank());
+        // change.added_to(&weight)? is the trained weight.
+    }
+    // ANCHOR_END: export
+    for change in &changes {
+        assert_eq!(change.rank(), 2 * 4 * 2);
+        assert!(
+            change.relative_error() < 2e-2,
+            "{}",
+            change.relative_error()
+        );
+    }
     assert!(
         trained
             .up

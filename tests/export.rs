@@ -201,7 +201,7 @@ fn frames_are_those_of_the_adapters() {
                 rank: 2,
             },
             TargetRank {
-                targets: ParamGroup::from_params(vec![ParamId::new()]),
+                targets: ParamGroup::from_ids(vec![ParamId::new()]),
                 rank: 1,
             },
         ];

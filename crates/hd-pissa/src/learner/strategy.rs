@@ -64,7 +64,8 @@ use crate::{HdPissaOptimizer, HdPissaOptimizerConfig, HdPissaOptimizerRecord, Op
 /// the weights of an uninterrupted one, bit for bit on Flex. Shuffled loaders go on with the order of
 /// epoch `n + 1`, if they are built anew with the same seed and without threads of their own, which
 /// hand out batches in no fixed order. Burn panics on a
-/// checkpoint that it cannot read, or of other shards or frames, before the strategy sees it.
+/// checkpoint that it cannot read, or of other shards or frames, before the strategy sees it;
+/// [`newest_checkpoint`](Self::newest_checkpoint) finds one that fits, or says what is wrong.
 ///
 /// # Errors
 ///
@@ -75,9 +76,9 @@ use crate::{HdPissaOptimizer, HdPissaOptimizerConfig, HdPissaOptimizerRecord, Op
 /// `SupervisedTraining::gradient_checkpointing` reaches Burn's own strategies only; put the model on a
 /// device with `autodiff_checkpointed`.
 pub struct HdPissaStrategy {
-    optimizer: ModuleOptimizer,
+    pub(super) optimizer: ModuleOptimizer,
     scheduler: ModuleLrScheduler,
-    config: HdPissaOptimizerConfig,
+    pub(super) config: HdPissaOptimizerConfig,
     devices: Vec<Device>,
     time_limit: Duration,
     error: FirstError,
