@@ -29,12 +29,13 @@ const KNOWN_FILES: [&str; 10] = [
 ];
 
 /// Files that an export of this program writes itself.
-const OWN: [&str; 7] = [
+const OWN: [&str; 8] = [
     "llama_math.json",
     "metrics.jsonl",
     "loss.svg",
     "README.md",
     "README-base.md",
+    "README-run.md",
     "SHA256SUMS",
     "probe.json",
 ];

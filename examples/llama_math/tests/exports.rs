@@ -319,6 +319,7 @@ fn the_page_of_an_output_says_how_it_was_made() {
     let run = page("out");
     for part in [
         "library_name: transformers",
+        "fine-tuned on `data.jsonl` with [HD-PiSSA]",
         "AutoModelForCausalLM.from_pretrained(",
         "| --rank | 2 |",
         "| --shards | 8 |",
@@ -335,10 +336,16 @@ fn the_page_of_an_output_says_how_it_was_made() {
     for part in [
         "| `model.layers.0.mlp.up_proj.weight` | 32 |",
         "--format merged",
+        "28 weights: relative error ",
         "logits: largest difference",
+        "README-run.md",
     ] {
         assert!(delta.contains(part), "`{part}` is not in:\n{delta}");
     }
+    assert_eq!(
+        std::fs::read(trained.path("delta/README-run.md")).unwrap(),
+        run.as_bytes()
+    );
     // Digests as the usual tool reads them; people may edit the page.
     for name in ["out", "delta"] {
         let mut check = Command::new("sha256sum");

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use hd_pissa::export::WeightChange;
 
-use super::merged::{BASE_README, README};
+use super::merged::{BASE_README, README, RUN_README};
 use super::sums::SUMS;
 use crate::Error;
 
@@ -20,6 +20,8 @@ pub struct Card {
     pub(crate) folder: PathBuf,
     /// The folder of the pretrained model.
     pub(crate) base: PathBuf,
+    /// Name of the training data, where it is known.
+    pub(crate) data: Option<String>,
     /// What loads it.
     pub(crate) form: Form,
     /// Settings of the training, by option.
@@ -54,6 +56,22 @@ impl Display for Layer {
         let Self { path, rank, error } = self;
         write!(f, "{path}: rank {rank}, relative error {error:.2e}")
     }
+}
+
+/// The errors of all layers, as a line.
+pub(super) fn errors(layers: &[Layer]) -> String {
+    let smallest = layers.iter().map(|layer| layer.error);
+    let smallest = smallest.fold(f64::INFINITY, f64::min);
+    format!(
+        "{} weights: relative error {smallest:.2e} to {:.2e}",
+        layers.len(),
+        worst(layers)
+    )
+}
+
+/// The largest error.
+pub(super) fn worst(layers: &[Layer]) -> f64 {
+    layers.iter().map(|layer| layer.error).fold(0.0, f64::max)
 }
 
 /// What loads an output.
@@ -153,9 +171,11 @@ impl Card {
             "hd-pissa" => "[HD-PiSSA](https://arxiv.org/abs/2505.18777)",
             other => other,
         };
+        let data = self.data.as_ref();
+        let on = data.map_or_else(String::new, |data| format!(" on `{data}`"));
         let mut text = format!(
             "---\nbase_model: {base}\nlibrary_name: {library}\ntags:\n- {method}\n---\n\n# {}\n\n`{base}`, \
-             fine-tuned with {method_link}.{what}\n\n## Use\n\n",
+             fine-tuned{on} with {method_link}.{what}\n\n## Use\n\n",
             name.to_string_lossy()
         );
         for line in self.form.usage(&self.folder, &self.base) {
@@ -188,9 +208,13 @@ impl Card {
             command(std::env::args()),
             env!("CARGO_PKG_VERSION"),
         );
-        if folder.join(BASE_README).exists() {
-            text +=
-                &format!("The page of the pretrained model is [{BASE_README}]({BASE_README}).\n");
+        for (page, of_what) in [
+            (RUN_README, "the run that trained it"),
+            (BASE_README, "the pretrained model"),
+        ] {
+            if folder.join(page).exists() {
+                text += &format!("\nThe page of {of_what} is [{page}]({page}).\n");
+            }
         }
         text
     }

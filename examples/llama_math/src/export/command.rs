@@ -9,10 +9,10 @@ use hd_pissa::export::{Peft, RankLimit, WeightChange, write_delta, write_peft};
 use rayon::prelude::*;
 use regex::Regex;
 
-use super::card::{Card, Form, Layer};
+use super::card::{Card, Form, Layer, errors, name_of, worst};
 use super::format::Format;
 use super::made::{DELTA, FORMAT, Made, changed};
-use super::merged::{ExportConfig, OutputDtype};
+use super::merged::{ExportConfig, OutputDtype, README, RUN_README};
 use super::probe::Probe;
 use super::sums::{check_sums, write_sums};
 use crate::console::{complain, say};
@@ -101,7 +101,7 @@ impl Export {
         match self.format {
             Format::Lora => {
                 let about = Peft {
-                    base_model: super::card::name_of(&self.base),
+                    base_model: name_of(&self.base),
                     task_type: Some("CAUSAL_LM".into()),
                 };
                 write_peft(staged.path(), &changes, &about)?;
@@ -116,14 +116,13 @@ impl Export {
             format: self.format,
         };
         let model = changed(base, written.changes()?, &self.device)?;
-        let figures = vec![probe.difference(&model)];
         let layers: Vec<Layer> = changes.iter().map(Layer::of).collect();
+        let figures = vec![errors(&layers), probe.difference(&model)];
         for layer in &layers {
             say!("{layer}");
         }
-        let worst = layers.iter().map(|layer| layer.error).fold(0.0, f64::max);
         let is_rounded = made.settings.get("--output-dtype").map(String::as_str) != Some("f32");
-        if worst > 0.01 && is_rounded && self.limit == RankLimit::default() {
+        if worst(&layers) > 0.01 && is_rounded && self.limit == RankLimit::default() {
             complain!(
                 "the weights of {} may be rounded to 16 bits, which no matrix of low rank holds: a run \
                  with --output-dtype f32 has all of the update",
@@ -225,9 +224,15 @@ impl Export {
         let dtype = dtype.map_or_else(String::new, |value| value.get_name().into());
         settings.insert("--output-dtype".into(), dtype);
         probe.write(staged.path())?;
+        let page = self.source.join(README);
+        if page.is_file() {
+            let copy = staged.path().join(RUN_README);
+            std::fs::copy(&page, &copy).map_err(Error::io(copy))?;
+        }
         let card = Card {
             folder: self.output.clone(),
             base: self.base.clone(),
+            data: None,
             form,
             settings: settings.clone(),
             figures,

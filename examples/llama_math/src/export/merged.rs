@@ -45,6 +45,8 @@ pub enum Rounding {
 /// The page of a model, and where that of the pretrained one goes.
 pub(crate) const README: &str = "README.md";
 pub(crate) const BASE_README: &str = "README-base.md";
+/// Where an export has that of the run.
+pub(crate) const RUN_README: &str = "README-run.md";
 
 /// How an export is written.
 #[derive(Clone, Copy, Debug)]

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use burn::tensor::Device;
 
-use super::card::{Form, Layer};
+use super::card::{Form, Layer, errors};
 use super::format::Format;
 use super::made::{Made, changed};
 use super::probe::Probe;
@@ -49,8 +49,8 @@ impl Verify {
         };
         let changes = made.changes()?;
         let layers: Vec<Layer> = changes.iter().map(Layer::of).collect();
-        for layer in &layers {
-            say!("{layer}");
+        if !layers.is_empty() {
+            say!("{}", errors(&layers));
         }
         let model = match (made.format, &base) {
             (Format::Merged, _) => Pretrained::open(&self.folder)?.load(&self.device)?,

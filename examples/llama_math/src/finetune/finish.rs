@@ -7,7 +7,7 @@ use hd_pissa::checkpoint::Checkpoints;
 
 use super::inputs::Inputs;
 use super::options::FineTuning;
-use super::report::summary;
+use super::report::{file_name, summary};
 use super::resume::{ended, remove_checkpoints};
 use crate::console::{complain, say};
 use crate::export::{Card, Exported, Form, Probe, write_sums};
@@ -73,6 +73,7 @@ impl FineTuning {
         Card {
             folder: self.output.clone(),
             base: self.model.clone(),
+            data: Some(file_name(&self.data)),
             form: Form::Merged,
             settings: self.of_output(&inputs.settings),
             figures: summary(trained),
