@@ -10,16 +10,17 @@ use crate::parallel::on_one_thread;
 /// The change `D = W_T − W_0` of a weight, as a product `left · right` of two thin matrices, and how far
 /// that product is from `D`.
 ///
-/// With orthonormal bases `Q` of the columns of the frames `A` and `V` of the rows of the frames `B`,
+/// Let `U` and `V` be orthonormal bases of the columns of the frames `A` and of the rows of the frames
+/// `B`. Then
 ///
 /// ```text
-/// D  ≈  Q·(QᵀD) + ((1 − QQᵀ)·D·V)·Vᵀ
+/// U·(UᵀD) + ((1 − UUᵀ)·D·V)·Vᵀ
 /// ```
 ///
-/// is the nearest matrix to `D` of the form `A·X + Y·B`, in the Frobenius norm: what is missing,
-/// `(1 − QQᵀ)·D·(1 − VVᵀ)`, is orthogonal to everything of that form. All updates of first order have that
-/// form, whatever the windows, their scale and the gradient mode. The parts of second order `Δa·Δb`,
-/// and what merging rounded, are missing.
+/// is the nearest matrix to `D` of the form `A·X + Y·B`, in the Frobenius norm. It misses
+/// `(1 − UUᵀ)·D·(1 − VVᵀ)`, which is orthogonal to everything of that form. All first-order updates
+/// (Wang et al., section 3) have the form, for all windows, scales and gradient modes. The second-order
+/// parts `Δa·Δb` and the rounding of merges do not.
 ///
 /// Values are `f32`, the arithmetic is `f64` on the host.
 #[derive(Clone, Debug, PartialEq)]
@@ -168,16 +169,16 @@ impl WeightChange {
 
 /// The nearest matrix to `change` of the form `A·X + Y·B`, as two factors of rank `2·K·r`.
 fn first_order(change: &Mat<f64>, a: &Mat<f64>, b: &Mat<f64>) -> [Mat<f64>; 2] {
-    let q = a.qr().compute_thin_Q();
+    let u = a.qr().compute_thin_Q();
     let v = b.transpose().qr().compute_thin_Q();
-    let x = q.transpose() * change;
-    let y = change * &v - &q * (&x * &v);
-    let (of_q, of_v) = (q.ncols(), v.ncols());
-    let left = Mat::from_fn(q.nrows(), of_q + of_v, |row, i| match i.checked_sub(of_q) {
-        None => q[(row, i)],
+    let x = u.transpose() * change;
+    let y = change * &v - &u * (&x * &v);
+    let (of_u, of_v) = (u.ncols(), v.ncols());
+    let left = Mat::from_fn(u.nrows(), of_u + of_v, |row, i| match i.checked_sub(of_u) {
+        None => u[(row, i)],
         Some(i) => y[(row, i)],
     });
-    let right = Mat::from_fn(of_q + of_v, v.nrows(), |i, col| match i.checked_sub(of_q) {
+    let right = Mat::from_fn(of_u + of_v, v.nrows(), |i, col| match i.checked_sub(of_u) {
         None => x[(i, col)],
         Some(i) => v[(col, i)],
     });
