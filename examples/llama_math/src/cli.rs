@@ -15,7 +15,7 @@ use crate::evidence::results;
 use crate::evidence::row::Row;
 use crate::evidence::sweep::Sweep;
 use crate::evidence::task::Task;
-use crate::export::{ExportConfig, OutputDtype, Rounding};
+use crate::export::{ExportConfig, ExportOptions, OutputDtype, Rounding, VerifyOptions};
 use crate::finetune::{Change, FineTuning, Resume, SaveOptions, TemplateChoice};
 use crate::loss::LossMean;
 use crate::method::{Adaptation, Method, SvdOption, WindowsOption, gradients_name};
@@ -66,6 +66,13 @@ enum Command {
     /// Every training is a process of its own with one compute thread, and leaves a file in the
     /// output: a sweep that is started again goes on where it stopped.
     Sweep(SweepOptions),
+    /// Writes the model of an earlier run in another form: merged in another dtype or in several files, as a
+    /// LoRA adapter, or as a delta.
+    Export(ExportOptions),
+    /// Says whether an output is what was written, and which program loads it.
+    ///
+    /// Compares the files with their digests, and logits with those of the trained model.
+    Verify(VerifyOptions),
     /// One training of a sweep or of the comparison, in a process of its own.
     #[command(hide = true)]
     Trial(TrialOptions),
@@ -518,6 +525,8 @@ impl Cli {
             }
             Some(Command::Scaling(options)) => options.run(),
             Some(Command::Sweep(options)) => options.run(),
+            Some(Command::Export(options)) => options.run(),
+            Some(Command::Verify(options)) => options.run(),
             Some(Command::Trial(options)) => {
                 children::end_with_parent();
                 let device = device::parse(options.device.as_deref())?;
@@ -726,6 +735,7 @@ impl Options {
                 dtype: self.output_dtype,
                 rounding: self.rounding,
                 seed: self.seed,
+                ..ExportConfig::default()
             },
             seed: self.seed,
             saving: SaveOptions {

@@ -10,7 +10,7 @@ use hd_pissa::checkpoint::{Checkpoint, CheckpointError};
 use serde_json::{Value, json};
 
 use super::options::{Change, FineTuning};
-use crate::export::ExportConfig;
+use crate::export::{ExportConfig, FORMAT, Format};
 use crate::method::{SvdOption, gradients_name};
 use crate::run::RunConfig;
 use crate::team::Team;
@@ -107,6 +107,8 @@ impl FineTuning {
         let mut all = settings.clone();
         all.insert("--output-dtype".into(), name(&|| dtype.to_possible_value()));
         all.insert("--rounding".into(), name(&|| rounding.to_possible_value()));
+        // Of an export other forms are known.
+        all.insert(FORMAT.into(), Format::Merged.to_string());
         all
     }
 
