@@ -289,10 +289,10 @@ struct ScalingOptions {
 #[derive(Args, Debug)]
 struct SweepOptions {
     /// Tasks
-    #[arg(long, value_delimiter = ',', default_values_t = Task::ALL)]
+    #[arg(long, value_delimiter = ',', default_values_t = Task::COMPARED)]
     tasks: Vec<Task>,
     /// Methods
-    #[arg(long, value_delimiter = ',', default_values_t = Row::ALL)]
+    #[arg(long, value_delimiter = ',', default_values_t = Row::SWEPT)]
     rows: Vec<Row>,
     /// Seeds by which learning rates are chosen
     #[arg(long, value_delimiter = ',', default_values_t = [1])]

@@ -18,6 +18,7 @@ pub mod evaluate;
 pub mod evidence;
 pub mod export;
 pub mod facts;
+pub mod families;
 mod files;
 pub mod finetune;
 mod heartbeat;

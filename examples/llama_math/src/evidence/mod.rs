@@ -5,7 +5,9 @@
 //! [`results`] writes down what it found, and [`learning_rates`] are what it left in the repository.
 
 pub mod children;
+pub mod forgetting;
 pub mod learning_rates;
+pub mod planted;
 pub mod rates;
 pub mod results;
 pub mod row;

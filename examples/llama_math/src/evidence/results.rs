@@ -107,13 +107,8 @@ fn table(sweep: &Sweep, findings: &[Finding], base: &[(Task, f64)]) -> String {
         let base = base.iter().find(|(of, _)| *of == task);
         let base = base.map_or(0.0, |(_, share)| *share);
         let (steps, items) = task.length(sweep.quick);
-        let what = match task {
-            Task::Problems => {
-                format!("Problems of two steps: {steps} steps, {items} test problems")
-            }
-            Task::Facts => format!("Random facts: {steps} steps, {items} facts"),
-        };
-        let _ = writeln!(text, "\n### {what}\n");
+        let what = task.heading(items);
+        let _ = writeln!(text, "\n### {what}: {steps} steps\n");
         for sentence in verdicts(task, findings, base, sweep) {
             let _ = writeln!(text, "- {sentence}");
         }

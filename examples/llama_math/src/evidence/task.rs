@@ -1,28 +1,29 @@
-//! What the tiny model is trained on, and how its answers count.
+//! What is trained on, and how the tiny model's answers count.
 
 use std::fmt::{self, Display, Formatter};
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use super::planted::{Direction, Planted};
 use crate::batch::Sequence;
 use crate::data::Record;
 use crate::evaluate::{Solver, mean_loss};
 use crate::facts::{facts, recalled};
-use crate::problems::problems;
+use crate::families::{Family, questions};
 use crate::tokenize::Tokens;
 use crate::{Error, Llama, tiny};
 
 /// Longest sequence and longest answer, in tokens.
 const MAX_LENGTH: usize = 128;
 const MAX_NEW_TOKENS: usize = 48;
-const TRAIN_PROBLEMS: usize = 6000;
-/// Test problems whose loss is measured during the training.
+const TRAIN_QUESTIONS: usize = 6000;
+/// Test questions whose loss is measured during the training.
 const WATCHED: usize = 50;
 /// Sequences of a step, with every method.
 pub const SEQUENCES_PER_STEP: usize = 32;
 
-/// A task for the tiny model.
+/// A task for the tiny model, or for one layer.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, ValueEnum, Serialize, Deserialize,
 )]
@@ -32,37 +33,102 @@ pub enum Task {
     Problems,
     /// As many random associations as fit, a change of high rank: tested on the same.
     Facts,
+    /// Sums of four numbers.
+    Sums,
+    /// The largest of five numbers.
+    Largest,
+    /// The smallest of five numbers.
+    Smallest,
+    /// How often a word stands in a list.
+    Count,
+    /// What one of four people has.
+    Lookup,
+    /// The next number of a series.
+    Series,
+    /// Problems, sums, largest, smallest, count, lookup and series at once.
+    Mixture,
+    /// One layer of side 128, and a change of it between random directions.
+    PlantedRandom,
+    /// One layer of side 128, and a change of it between its own leading directions.
+    PlantedAligned,
+    /// One layer of side 512, and a change of it between random directions.
+    PlantedWide,
+}
+
+/// What a task consists of.
+#[derive(Clone, Copy, Debug)]
+pub enum Kind {
+    /// Questions of these families.
+    Questions(&'static [Family]),
+    /// Facts.
+    Facts,
+    /// A change of one layer.
+    Layer(Planted),
 }
 
 impl Task {
-    /// Both.
-    pub const ALL: [Self; 2] = [Self::Problems, Self::Facts];
+    /// Those of the run without arguments, and of a sweep.
+    pub const COMPARED: [Self; 2] = [Self::Problems, Self::Facts];
 
-    /// Steps, and test problems or facts, of a run, or of a quick one.
+    /// What it consists of.
+    pub fn kind(self) -> Kind {
+        let (random, aligned) = (Direction::Random, Direction::Aligned);
+        let layer = |size, direction| Kind::Layer(Planted { size, direction });
+        Kind::Questions(match self {
+            Self::Facts => return Kind::Facts,
+            Self::PlantedRandom => return layer(128, random),
+            Self::PlantedAligned => return layer(128, aligned),
+            Self::PlantedWide => return layer(512, random),
+            Self::Problems => &[Family::Problems],
+            Self::Sums => &[Family::Sums],
+            Self::Largest => &[Family::Largest],
+            Self::Smallest => &[Family::Smallest],
+            Self::Count => &[Family::Count],
+            Self::Lookup => &[Family::Lookup],
+            Self::Series => &[Family::Series],
+            Self::Mixture => &Family::ALL,
+        })
+    }
+
+    /// Steps, and test problems, facts or the rank of a planted change, of a run, or of a quick one.
     pub fn length(self, quick: bool) -> (usize, usize) {
-        match (self, quick) {
-            (Self::Problems, false) => (250, 200),
-            (Self::Facts, false) => (400, 256),
-            (Self::Problems, true) => (8, 10),
+        match (self.kind(), quick) {
+            (Kind::Questions(_), false) => (250, 200),
+            (Kind::Facts, false) => (400, 256),
+            (Kind::Layer(_), false) => (300, 32),
+            (Kind::Questions(_), true) => (8, 10),
             // A step takes no fact twice.
-            (Self::Facts, true) => (20, SEQUENCES_PER_STEP),
+            (Kind::Facts, true) => (20, SEQUENCES_PER_STEP),
+            (Kind::Layer(_), true) => (10, 8),
         }
     }
 
-    /// What a share of right answers is called.
+    /// What a share of right answers, or of what was to be learned, is called.
     pub fn measure(self) -> &'static str {
-        match self {
-            Self::Problems => "exact match",
-            Self::Facts => "recall",
+        match self.kind() {
+            Kind::Questions(_) => "exact match",
+            Kind::Facts => "recall",
+            Kind::Layer(_) => "learned",
+        }
+    }
+
+    /// What it is, for headings, with so many of what its length counts.
+    pub fn heading(self, items: usize) -> String {
+        match (self, self.kind()) {
+            (Self::Problems, _) => format!("Problems of two steps, {items} tested"),
+            (Self::Mixture, _) => format!("Seven families at once, {items} questions tested"),
+            (_, Kind::Questions(_)) => format!("Family “{self}” alone, {items} questions tested"),
+            (_, Kind::Facts) => format!("Random facts, {items}"),
+            (_, Kind::Layer(planted)) => planted.heading(items),
         }
     }
 
     /// In how many micro-batches those methods take a step's sequences that need none of their own
-    /// for each of `shards` shards. Facts are all of one length, so that one is as good as many.
+    /// for each of `shards` shards. Where all are of one length, one is as good as many.
     pub fn micro_batches(self, shards: usize) -> usize {
-        match self {
-            Self::Problems => shards,
-            Self::Facts => 1,
+        match self.kind() {
+            Kind::Questions(_) => shards,
+            Kind::Facts | Kind::Layer(_) => 1,
         }
     }
 }
@@ -104,23 +170,28 @@ impl Exam {
     /// # Errors
     ///
     /// None for the embedded model.
+    ///
+    /// # Panics
+    ///
+    /// For a task of one layer.
     pub fn new(task: Task, seed: u64, items: usize) -> Result<Self, Error> {
         let pretrained = tiny::pretrained()?;
         let tokens = Tokens::of(&pretrained)?;
-        let (train, test, records) = match task {
-            Task::Problems => {
-                let (train, test) = problems(seed, TRAIN_PROBLEMS, items);
+        let (train, test, records) = match task.kind() {
+            Kind::Questions(families) => {
+                let (train, test) = questions(families, seed, TRAIN_QUESTIONS, items);
                 let template = tiny::template();
                 let sequences =
                     |records: &[Record]| tokens.sequences(records, &template, MAX_LENGTH);
                 (sequences(&train)?.usable, sequences(&test)?.usable, test)
             }
-            Task::Facts => {
+            Kind::Facts => {
                 // Every token but those for the unknown and for the end.
                 let vocabulary = 2..pretrained.config.vocab_size as u32;
                 let facts = facts(seed, items, vocabulary);
                 (facts.clone(), facts, Vec::new())
             }
+            Kind::Layer(_) => panic!("{task} has no data for a language model"),
         };
         Ok(Self {
             task,
@@ -139,9 +210,9 @@ impl Exam {
     /// Mean loss per target token of a model in validation mode, on the first test problems or on all
     /// facts.
     pub fn loss(&self, model: &Llama) -> f64 {
-        let first = match self.task {
-            Task::Problems => self.test.len().min(WATCHED),
-            Task::Facts => self.test.len(),
+        let first = match self.task.kind() {
+            Kind::Questions(_) => self.test.len().min(WATCHED),
+            _ => self.test.len(),
         };
         mean_loss(model, &self.test[..first], || ())
     }
@@ -153,9 +224,9 @@ impl Exam {
     /// Those of the tokenizer.
     pub fn grade(&self, model: &Llama) -> Result<Grade, Error> {
         let loss = mean_loss(model, &self.test, || ());
-        let (correct, answers) = match self.task {
-            Task::Facts => (recalled(model, &self.test), Vec::new()),
-            Task::Problems => {
+        let (correct, answers) = match self.task.kind() {
+            Kind::Facts | Kind::Layer(_) => (recalled(model, &self.test), Vec::new()),
+            Kind::Questions(_) => {
                 let solver = Solver {
                     model,
                     tokens: &self.tokens,

@@ -7,8 +7,9 @@ use burn::module::Module;
 use burn::tensor::Device;
 use serde::{Deserialize, Serialize};
 
+use super::forgetting;
 use super::row::Row;
-use super::task::{Exam, SEQUENCES_PER_STEP, Task};
+use super::task::{Exam, Kind, SEQUENCES_PER_STEP, Task};
 use crate::batch::BatcherConfig;
 use crate::run::{Length, RunConfig};
 use crate::schedule::Decay;
@@ -34,7 +35,7 @@ pub struct Trial {
     pub seed: u64,
     /// Steps.
     pub steps: usize,
-    /// Test problems, or facts.
+    /// Test problems, facts, or the rank of a planted change.
     pub items: usize,
     /// Rank of a shard.
     pub rank: usize,
@@ -68,14 +69,19 @@ pub struct Measured {
     pub losses: Vec<f64>,
     /// Step and loss on the first test problems, or on the facts, every few steps.
     pub held_out: Vec<(usize, f64)>,
-    /// Mean loss per target token on the test problems, or on the facts.
+    /// Mean loss per target token on the test problems, or on the facts; for a layer the share of the
+    /// change that is missing.
     pub loss: f64,
-    /// Right answers.
+    /// Right answers; 0 for a layer, which gives none.
     pub correct: usize,
     /// Mean numeric rank of the update of a projection.
     pub numeric_rank: f64,
     /// Mean effective rank of the update of a projection.
     pub effective_rank: f64,
+    /// Step and effective rank, every few steps of a layer.
+    pub ranks: Vec<(usize, f64)>,
+    /// Mean loss per token on texts of the pre-training; none for a layer.
+    pub text_loss: Option<f64>,
     /// Parameters that gradients moved.
     pub trainable: usize,
     /// Seconds of preparation and steps.
@@ -89,24 +95,27 @@ pub struct Measured {
 }
 
 impl Trial {
-    /// A name for files and messages, the same for no two trials of a sweep.
+    /// A name for files and messages, of everything that it depends on.
     pub fn name(&self) -> String {
         let Self {
             task,
             row,
             lr,
             seed,
-            ..
+            steps,
+            items,
+            rank,
+            shards,
         } = self;
-        format!("{task}-{row}-lr{lr:e}-seed{seed}")
+        format!("{task}-{row}-lr{lr:e}-seed{seed}-of{items}-steps{steps}-k{shards}-r{rank}")
     }
 
     /// The settings of the training. In every step every method sees the same sequences.
     pub fn config(&self) -> RunConfig {
         let adaptation = self.row.adaptation(self.rank, self.shards, self.seed);
-        let groups = match self.row {
-            Row::Published => self.shards,
-            _ => self.task.micro_batches(self.shards),
+        let groups = match self.row.splits_data() {
+            true => self.shards,
+            false => self.task.micro_batches(self.shards),
         };
         assert!(
             SEQUENCES_PER_STEP.is_multiple_of(groups),
@@ -128,7 +137,7 @@ impl Trial {
         }
     }
 
-    /// Trains the tiny model and measures it.
+    /// Trains the tiny model, or the layer, and measures it.
     ///
     /// # Errors
     ///
@@ -151,6 +160,9 @@ impl Trial {
     }
 
     fn measure(&self, device: &Device) -> Result<Measured, Error> {
+        if let Kind::Layer(planted) = self.task.kind() {
+            return planted.measure(self, device);
+        }
         let exam = Exam::new(self.task, self.seed, self.items)?;
         let pretrained = tiny::pretrained()?;
         device.seed(self.seed);
@@ -178,6 +190,8 @@ impl Trial {
             correct: grade.correct,
             numeric_rank,
             effective_rank,
+            ranks: Vec::new(),
+            text_loss: Some(forgetting::text_loss(&model)?),
             trainable: trained.trainable,
             seconds: trained.preparation + trained.seconds,
             tokens_per_second: trained.tokens_per_second,
@@ -188,9 +202,12 @@ impl Trial {
 }
 
 impl TrialResult {
-    /// Share of right answers; none after a divergence.
+    /// Share of right answers, or of a planted change that was learned; none after a divergence.
     pub fn score(&self) -> f64 {
         match &self.outcome {
+            Outcome::Trained(measured) if matches!(self.trial.task.kind(), Kind::Layer(_)) => {
+                1.0 - measured.loss
+            }
             Outcome::Trained(measured) => measured.correct as f64 / self.trial.items as f64,
             Outcome::Diverged(_) => 0.0,
         }
