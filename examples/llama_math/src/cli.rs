@@ -1,7 +1,7 @@
 //! The command line.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
@@ -11,14 +11,17 @@ use crate::batch::BatcherConfig;
 use crate::compare::Comparison;
 use crate::data::Fields;
 use crate::evidence::children::{self, Children};
+use crate::evidence::report;
+use crate::evidence::reproduce::Settings;
 use crate::evidence::results;
 use crate::evidence::row::Row;
 use crate::evidence::sweep::Sweep;
-use crate::evidence::task::Task;
+use crate::evidence::task::{Files, Task};
 use crate::export::{ExportConfig, OutputDtype, Rounding};
 use crate::finetune::{Change, FineTuning, Resume, SaveOptions};
 use crate::method::{Adaptation, Method, WindowsOption, gradients_name};
 use crate::pretrain::Pretraining;
+use crate::recipe::Recipe;
 use crate::run::{Length, RunConfig};
 use crate::scaling::cost::{Layout, Work};
 use crate::scaling::{Question, Scaling};
@@ -31,6 +34,8 @@ const COMPARISON_OUTPUT: &str = "target/llama_math";
 
 /// The same for the simulations.
 const SCALING_OUTPUT: &str = "target/scaling";
+/// The settings of the results in the book, seen from the root of the repository.
+const REPRODUCE_SETTINGS: &str = "examples/llama_math/reproduce.json";
 /// Queries, keys, values and outputs; gates and ups; downs.
 const LLAMA_2_7B: &str = "4096x4096x128,4096x11008x64,11008x4096x32";
 
@@ -64,6 +69,15 @@ enum Command {
     /// Every training is a process of its own with one compute thread, and leaves a file in the
     /// output: a sweep that is started again goes on where it stopped.
     Sweep(SweepOptions),
+    /// Runs every experiment of a settings file, and writes tables and pictures of the results.
+    ///
+    /// Each training leaves a file in the output: a run that is started again goes on where it stopped.
+    Reproduce(ReproduceOptions),
+    /// Fine-tunes as a file says, or shows what that would take.
+    ///
+    /// A recipe for several processes is started by an MPI launcher, as in `mpirun -np 8 llama_math
+    /// recipe FILE`; paths in it are seen from the working directory.
+    Recipe(RecipeOptions),
     /// One training of a sweep or of the comparison, in a process of its own.
     #[command(hide = true)]
     Trial(TrialOptions),
@@ -324,6 +338,8 @@ impl SweepOptions {
             folder: self.output,
             processes: self.threads.unwrap_or_else(cores),
             device: self.device,
+            files: None,
+            until: None,
             program: children::this_program,
         };
         let sweep = Sweep {
@@ -346,6 +362,99 @@ impl SweepOptions {
 }
 
 #[derive(Args, Debug)]
+struct FilesOptions {
+    /// Folder of a checkpoint, for tasks with records
+    #[arg(long, value_name = "DIR", requires_all = ["data", "test"])]
+    model: Option<PathBuf>,
+    /// Its training data
+    #[arg(long, value_name = "FILE", requires = "model")]
+    data: Option<PathBuf>,
+    /// Its test data
+    #[arg(long, value_name = "FILE", requires = "model")]
+    test: Option<PathBuf>,
+}
+
+impl FilesOptions {
+    fn files(&self) -> Option<Files> {
+        Some(Files {
+            model: self.model.clone()?,
+            train: self.data.clone()?,
+            test: self.test.clone()?,
+        })
+    }
+}
+
+#[derive(Args, Debug)]
+struct ReproduceOptions {
+    /// What is run
+    #[arg(long, value_name = "FILE", default_value = REPRODUCE_SETTINGS)]
+    settings: PathBuf,
+    /// Folder with a file for each training
+    #[arg(long, value_name = "DIR")]
+    output: PathBuf,
+    /// Folder of tables, pictures and numbers [default: that of --output]
+    #[arg(long, value_name = "DIR")]
+    results: Option<PathBuf>,
+    #[command(flatten)]
+    files: FilesOptions,
+    /// Start no training after so many minutes, and write what there is; 0 runs nothing
+    #[arg(long, value_name = "M", value_parser = not_negative)]
+    minutes: Option<f64>,
+    /// Trainings at a time [default: as many as cores]
+    #[arg(long, value_name = "N", value_parser = at_least(1))]
+    threads: Option<usize>,
+    /// Backend
+    #[arg(long)]
+    device: Option<String>,
+}
+
+impl ReproduceOptions {
+    fn run(self) -> Result<(), Error> {
+        let settings = Settings::read(&self.settings)?;
+        let children = Children {
+            folder: self.output,
+            processes: self.threads.unwrap_or_else(cores),
+            device: self.device,
+            files: self.files.files(),
+            until: self.minutes.map(|number| Instant::now() + minutes(number)),
+            program: children::this_program,
+        };
+        let answers = settings.run(&children)?;
+        let folder = self.results.unwrap_or(children.folder);
+        report::write(&folder, &settings, &answers)
+    }
+}
+
+#[derive(Args, Debug)]
+struct RecipeOptions {
+    /// The recipe
+    file: PathBuf,
+    /// Print shapes, memory, bytes and hours, and train nothing. Needs neither model nor data
+    #[arg(long)]
+    dry_run: bool,
+    /// Tokens per second of one GPU, for the hours of a dry run
+    #[arg(long, value_name = "T", requires = "dry_run", default_value_t = 5000.0, value_parser = positive)]
+    tokens_per_second: f64,
+}
+
+impl RecipeOptions {
+    fn run(self) -> Result<(), Error> {
+        let recipe = Recipe::read(&self.file)?;
+        let program = ["llama_math".to_string()].into_iter();
+        let cli = Cli::parse_from(program.chain(recipe.arguments()));
+        let options = &cli.options;
+        match (&options.model, &options.data, &options.output) {
+            (Some(model), Some(data), Some(output)) if self.dry_run => {
+                let run = options.fine_tuning(model, data, output)?.run;
+                recipe.dry_run(&run, self.tokens_per_second)
+            }
+            (Some(_), ..) => cli.run(),
+            _ => Err(Error::field(&self.file, "options / model", "is missing")),
+        }
+    }
+}
+
+#[derive(Args, Debug)]
 struct TrialOptions {
     /// The trial, as JSON
     #[arg(long)]
@@ -353,6 +462,8 @@ struct TrialOptions {
     /// File of the result
     #[arg(long)]
     result: PathBuf,
+    #[command(flatten)]
+    files: FilesOptions,
     /// Backend
     #[arg(long)]
     device: Option<String>,
@@ -491,10 +602,13 @@ impl Cli {
             }
             Some(Command::Scaling(options)) => options.run(),
             Some(Command::Sweep(options)) => options.run(),
+            Some(Command::Reproduce(options)) => options.run(),
+            Some(Command::Recipe(options)) => options.run(),
             Some(Command::Trial(options)) => {
                 children::end_with_parent();
                 let device = device::parse(options.device.as_deref())?;
-                children::run_trial(&options.settings, &device, &options.result)
+                let files = options.files.files();
+                children::run_trial(&options.settings, &device, files.as_ref(), &options.result)
             }
             None => match (
                 &self.options.model,

@@ -125,6 +125,8 @@ impl Comparison {
             folder: staged.path().join("trials"),
             processes: self.processes,
             device: self.device.clone(),
+            files: None,
+            until: None,
             program: children::this_program,
         };
         let results = children.run(&trials, "trainings")?;
@@ -134,7 +136,7 @@ impl Comparison {
         for task in Task::COMPARED {
             let of_task = |result: &&TrialResult| result.trial.task == task;
             let results: Vec<_> = results.iter().filter(of_task).cloned().collect();
-            let exam = Exam::new(task, self.seed, results[0].trial.items)?;
+            let exam = Exam::new(task, self.seed, results[0].trial.items, None)?;
             parts.push(Part {
                 task,
                 base: exam.grade(&model)?,

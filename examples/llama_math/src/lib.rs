@@ -35,6 +35,7 @@ pub mod pretrain;
 pub mod pretrained;
 pub mod problems;
 pub mod progress;
+pub mod recipe;
 pub mod rope;
 pub mod run;
 pub mod scaling;

@@ -61,7 +61,7 @@ fn short_runs(task: Task) -> [Measured; 7] {
             rank: 4,
             shards: 8,
         };
-        match trial.run(&Device::flex()).unwrap().outcome {
+        match trial.run(&Device::flex(), None).unwrap().outcome {
             Outcome::Trained(measured) => *measured,
             Outcome::Diverged(reason) => panic!("{reason}"),
         }

@@ -84,23 +84,24 @@ impl Planted {
     /// a change of rank `change` and equal singular values. A LoRA of rank `r` misses `1 − r/R`
     /// (Eckart and Young). HD-PiSSA reaches every direction that starts or ends in its frames, which
     /// are `K·r` of `d`: of a change between random directions it misses `(1 − K·r/d)²`, whatever its
-    /// rank; leading frames miss `(1 − K·r/R)²` of one between the leading `R` directions. `None` for
-    /// PiSSA, which moves the components that it starts from as well.
+    /// rank; leading frames miss `(1 − K·r/R)²` of one between the leading `R` directions. PiSSA of
+    /// rank `r` starts at the components that one such shard holds, and misses as much to first order
+    /// in the change. `None` for other frames and a change in leading directions.
     pub fn missed(self, row: Row, change: usize, rank: usize, shards: usize) -> Option<f64> {
         let adaptation = row.adaptation(rank, shards, 0);
         let below = |reach: usize, of: usize| (1.0 - reach as f64 / of as f64).max(0.0);
-        match (adaptation.method, adaptation.windows, self.direction) {
-            (Method::Full, ..) => Some(0.0),
-            (Method::Lora, ..) => Some(below(adaptation.rank, change)),
-            (Method::Pissa, ..) => None,
-            (Method::HdPissa, Windows::Leading, Direction::Aligned) => {
-                Some(below(rank * shards, change).powi(2))
+        let reach = match adaptation.method {
+            Method::Full => return Some(0.0),
+            Method::Lora => return Some(below(adaptation.rank, change)),
+            Method::Pissa => adaptation.rank,
+            Method::HdPissa => rank * shards,
+        };
+        match (adaptation.windows, self.direction) {
+            (Windows::Leading, Direction::Aligned) => Some(below(reach, change).powi(2)),
+            (Windows::Random { .. }, _) | (_, Direction::Random) => {
+                Some(below(reach, self.size).powi(2))
             }
-            (Method::HdPissa, Windows::Random { .. }, _)
-            | (Method::HdPissa, _, Direction::Random) => {
-                Some(below(rank * shards, self.size).powi(2))
-            }
-            (Method::HdPissa, _, Direction::Aligned) => None,
+            (_, Direction::Aligned) => None,
         }
     }
 
@@ -166,9 +167,7 @@ impl Planted {
         let draw = |cols: usize| -> Mat<f64> {
             let values = Tensor::<2>::random([size, cols], normal, device).into_data();
             let values: Vec<f32> = values.iter().collect();
-            Mat::from_fn(size, cols, |row, col| {
-                f64::from(values[row * cols + col])
-            })
+            Mat::from_fn(size, cols, |row, col| f64::from(values[row * cols + col]))
         };
         let weight = draw(size);
         let (left, right) = (orthonormal(&draw(rank)), orthonormal(&draw(rank)));

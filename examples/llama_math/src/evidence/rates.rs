@@ -39,6 +39,7 @@ pub fn first(task: Task, row: Row) -> Vec<Rate> {
         (Kind::Layer(_), Row::Lora | Row::Pissa) => 2e-3,
         (Kind::Layer(_), Row::LoraWide | Row::PissaWide | Row::LoraDouble) => 1e-3,
         (Kind::Layer(_), _) => 2e-4,
+        (Kind::Records, _) => 1e-4,
         (_, Row::Lora | Row::Pissa) => 5e-3,
         (_, Row::Published | Row::PerShardRandom) => 2e-3,
         (_, Row::LoraWide | Row::PissaWide | Row::LoraDouble) => 2e-3,

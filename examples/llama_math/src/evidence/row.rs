@@ -80,7 +80,13 @@ impl Row {
         let (per_shard, shared) = (GradientMode::PerShard, GradientMode::Shared);
         let narrow = |method| (method, rank, leading, balanced, per_shard);
         let wide = |method| (method, rank * shards, leading, balanced, per_shard);
-        let double = (Method::Lora, 2 * rank * shards, leading, balanced, per_shard);
+        let double = (
+            Method::Lora,
+            2 * rank * shards,
+            leading,
+            balanced,
+            per_shard,
+        );
         let sharing = |windows, scale| (Method::HdPissa, rank, windows, scale, shared);
         let (method, rank, windows, frame_scale, gradients) = match self {
             Self::Lora => narrow(Method::Lora),
@@ -190,7 +196,10 @@ mod tests {
                 _ => 3,
             };
             assert_eq!(adaptation.rank, rank, "{row}");
-            assert_eq!(row.splits_data(), [Row::Published, Row::PerShardRandom].contains(&row));
+            assert_eq!(
+                row.splits_data(),
+                [Row::Published, Row::PerShardRandom].contains(&row)
+            );
         }
     }
 

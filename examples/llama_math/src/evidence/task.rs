@@ -1,26 +1,30 @@
 //! What is trained on, and how the tiny model's answers count.
 
 use std::fmt::{self, Display, Formatter};
+use std::path::PathBuf;
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use super::planted::{Direction, Planted};
 use crate::batch::Sequence;
-use crate::data::Record;
+use crate::data::{Record, read_records};
 use crate::evaluate::{Solver, mean_loss};
 use crate::facts::{facts, recalled};
 use crate::families::{Family, questions};
-use crate::tokenize::Tokens;
-use crate::{Error, Llama, tiny};
+use crate::tokenize::{PromptTemplate, Tokens};
+use crate::{Error, Llama, Pretrained, tiny};
 
 /// Longest sequence and longest answer, in tokens.
 const MAX_LENGTH: usize = 128;
 const MAX_NEW_TOKENS: usize = 48;
+/// The same for the records of files.
+const MAX_LENGTH_OF_RECORDS: usize = 192;
+const MAX_NEW_TOKENS_OF_RECORDS: usize = 160;
 const TRAIN_QUESTIONS: usize = 6000;
 /// Test questions whose loss is measured during the training.
 const WATCHED: usize = 50;
-/// Sequences of a step, with every method.
+/// Sequences of a step of the tiny model, with every method.
 pub const SEQUENCES_PER_STEP: usize = 32;
 
 /// A task for the tiny model, or for one layer.
@@ -47,6 +51,8 @@ pub enum Task {
     Series,
     /// Problems, sums, largest, smallest, count, lookup and series at once.
     Mixture,
+    /// A checkpoint on problems of GSM8K, tested on others; takes [`Files`].
+    Gsm8k,
     /// One layer of side 128, and a change of it between random directions.
     PlantedRandom,
     /// One layer of side 128, and a change of it between its own leading directions.
@@ -62,8 +68,28 @@ pub enum Kind {
     Questions(&'static [Family]),
     /// Facts.
     Facts,
+    /// The records of files.
+    Records,
     /// A change of one layer.
     Layer(Planted),
+}
+
+impl Kind {
+    /// Whether the tiny model is trained.
+    pub fn is_of_tiny_model(self) -> bool {
+        matches!(self, Self::Questions(_) | Self::Facts)
+    }
+}
+
+/// A checkpoint and the records that it is trained and tested on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Files {
+    /// Folder of the checkpoint.
+    pub model: PathBuf,
+    /// Records to train on.
+    pub train: PathBuf,
+    /// Records to test on.
+    pub test: PathBuf,
 }
 
 impl Task {
@@ -76,6 +102,7 @@ impl Task {
         let layer = |size, direction| Kind::Layer(Planted { size, direction });
         Kind::Questions(match self {
             Self::Facts => return Kind::Facts,
+            Self::Gsm8k => return Kind::Records,
             Self::PlantedRandom => return layer(128, random),
             Self::PlantedAligned => return layer(128, aligned),
             Self::PlantedWide => return layer(512, random),
@@ -95,10 +122,12 @@ impl Task {
         match (self.kind(), quick) {
             (Kind::Questions(_), false) => (250, 200),
             (Kind::Facts, false) => (400, 256),
+            (Kind::Records, false) => (60, 200),
             (Kind::Layer(_), false) => (300, 32),
             (Kind::Questions(_), true) => (8, 10),
             // A step takes no fact twice.
             (Kind::Facts, true) => (20, SEQUENCES_PER_STEP),
+            (Kind::Records, true) => (2, 2),
             (Kind::Layer(_), true) => (10, 8),
         }
     }
@@ -106,7 +135,7 @@ impl Task {
     /// What a share of right answers, or of what was to be learned, is called.
     pub fn measure(self) -> &'static str {
         match self.kind() {
-            Kind::Questions(_) => "exact match",
+            Kind::Questions(_) | Kind::Records => "exact match",
             Kind::Facts => "recall",
             Kind::Layer(_) => "learned",
         }
@@ -118,8 +147,17 @@ impl Task {
             (Self::Problems, _) => format!("Problems of two steps, {items} tested"),
             (Self::Mixture, _) => format!("Seven families at once, {items} questions tested"),
             (_, Kind::Questions(_)) => format!("Family “{self}” alone, {items} questions tested"),
+            (_, Kind::Records) => format!("A checkpoint on GSM8K, {items} held-out problems"),
             (_, Kind::Facts) => format!("Random facts, {items}"),
             (_, Kind::Layer(planted)) => planted.heading(items),
+        }
+    }
+
+    /// Sequences of a step, with every method.
+    pub fn sequences_per_step(self) -> usize {
+        match self.kind() {
+            Kind::Records => 8,
+            _ => SEQUENCES_PER_STEP,
         }
     }
 
@@ -127,7 +165,7 @@ impl Task {
     /// for each of `shards` shards. Where all are of one length, one is as good as many.
     pub fn micro_batches(self, shards: usize) -> usize {
         match self.kind() {
-            Kind::Questions(_) => shards,
+            Kind::Questions(_) | Kind::Records => shards,
             Kind::Facts | Kind::Layer(_) => 1,
         }
     }
@@ -141,10 +179,13 @@ impl Display for Task {
     }
 }
 
-/// The data of a task.
+/// The model and the data of a task.
 pub struct Exam {
     task: Task,
+    /// The model that is trained.
+    pub pretrained: Pretrained,
     tokens: Tokens,
+    template: PromptTemplate,
     /// What is trained on.
     pub train: Vec<Sequence>,
     /// What the loss is measured on.
@@ -165,37 +206,65 @@ pub struct Grade {
 }
 
 impl Exam {
-    /// The data of this seed, with so many test problems or facts.
+    /// The data of this seed, with so many test problems or facts; `files` for a task that takes them.
     ///
     /// # Errors
     ///
-    /// None for the embedded model.
+    /// Those of the files; none for the embedded model.
     ///
     /// # Panics
     ///
     /// For a task of one layer.
-    pub fn new(task: Task, seed: u64, items: usize) -> Result<Self, Error> {
-        let pretrained = tiny::pretrained()?;
-        let tokens = Tokens::of(&pretrained)?;
-        let (train, test, records) = match task.kind() {
-            Kind::Questions(families) => {
-                let (train, test) = questions(families, seed, TRAIN_QUESTIONS, items);
-                let template = tiny::template();
-                let sequences =
-                    |records: &[Record]| tokens.sequences(records, &template, MAX_LENGTH);
-                (sequences(&train)?.usable, sequences(&test)?.usable, test)
+    pub fn new(task: Task, seed: u64, items: usize, files: Option<&Files>) -> Result<Self, Error> {
+        let (pretrained, template) = match (task.kind(), files) {
+            (Kind::Records, None) => {
+                let reason = format!("{task} takes a checkpoint and records");
+                return Err(Error::Option {
+                    option: "model",
+                    reason,
+                });
             }
-            Kind::Facts => {
+            (Kind::Records, Some(files)) => {
+                let pretrained = Pretrained::open(&files.model)?;
+                (pretrained, PromptTemplate::default())
+            }
+            _ => (tiny::pretrained()?, tiny::template()),
+        };
+        let tokens = Tokens::of(&pretrained)?;
+        let sequences = |records: &[Record], length| -> Result<Vec<Sequence>, Error> {
+            Ok(tokens.sequences(records, &template, length)?.usable)
+        };
+        let (train, test, records) = match (task.kind(), files) {
+            (Kind::Questions(families), _) => {
+                let (train, test) = questions(families, seed, TRAIN_QUESTIONS, items);
+                (
+                    sequences(&train, MAX_LENGTH)?,
+                    sequences(&test, MAX_LENGTH)?,
+                    test,
+                )
+            }
+            (Kind::Facts, _) => {
                 // Every token but those for the unknown and for the end.
                 let vocabulary = 2..pretrained.config.vocab_size as u32;
                 let facts = facts(seed, items, vocabulary);
                 (facts.clone(), facts, Vec::new())
             }
-            Kind::Layer(_) => panic!("{task} has no data for a language model"),
+            (Kind::Records, Some(files)) => {
+                let train = read_records(&files.train, None)?;
+                let mut test = read_records(&files.test, None)?;
+                test.truncate(items);
+                let length = MAX_LENGTH_OF_RECORDS;
+                (sequences(&train, length)?, sequences(&test, length)?, test)
+            }
+            (Kind::Records, None) | (Kind::Layer(_), _) => {
+                panic!("{task} has no data for a language model")
+            }
         };
         Ok(Self {
             task,
+            pretrained,
             tokens,
+            template,
             train,
             test,
             records,
@@ -211,7 +280,7 @@ impl Exam {
     /// facts.
     pub fn loss(&self, model: &Llama) -> f64 {
         let first = match self.task.kind() {
-            Kind::Questions(_) => self.test.len().min(WATCHED),
+            Kind::Questions(_) | Kind::Records => self.test.len().min(WATCHED),
             _ => self.test.len(),
         };
         mean_loss(model, &self.test[..first], || ())
@@ -226,12 +295,16 @@ impl Exam {
         let loss = mean_loss(model, &self.test, || ());
         let (correct, answers) = match self.task.kind() {
             Kind::Facts | Kind::Layer(_) => (recalled(model, &self.test), Vec::new()),
-            Kind::Questions(_) => {
+            Kind::Questions(_) | Kind::Records => {
+                let is_tiny = self.task.kind().is_of_tiny_model();
                 let solver = Solver {
                     model,
                     tokens: &self.tokens,
-                    template: &tiny::template(),
-                    max_new_tokens: MAX_NEW_TOKENS,
+                    template: &self.template,
+                    max_new_tokens: match is_tiny {
+                        true => MAX_NEW_TOKENS,
+                        false => MAX_NEW_TOKENS_OF_RECORDS,
+                    },
                 };
                 let answers = solver.answers(&self.records)?;
                 let marked = answers

@@ -9,20 +9,20 @@ use serde::{Deserialize, Serialize};
 
 use super::forgetting;
 use super::row::Row;
-use super::task::{Exam, Kind, SEQUENCES_PER_STEP, Task};
+use super::task::{Exam, Files, Kind, Task};
 use crate::batch::BatcherConfig;
 use crate::run::{Length, RunConfig};
 use crate::schedule::Decay;
 use crate::spectrum::{mean_ranks, projections};
 use crate::train::OptimizerSettings;
-use crate::{Error, Llama, tiny};
+use crate::{Error, Llama};
 
 /// Answers that are kept.
 const SHOWN: usize = 3;
 /// How often the loss is measured during the training.
 const WATCHED: usize = 10;
 
-/// Everything that the result of a training depends on.
+/// Everything that the result of a training depends on, but for the content of files.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Trial {
     /// What is trained on.
@@ -80,7 +80,7 @@ pub struct Measured {
     pub effective_rank: f64,
     /// Step and effective rank, every few steps of a layer.
     pub ranks: Vec<(usize, f64)>,
-    /// Mean loss per token on texts of the pre-training; none for a layer.
+    /// Mean loss per token on texts of the tiny model's pre-training; none for others.
     pub text_loss: Option<f64>,
     /// Parameters that gradients moved.
     pub trainable: usize,
@@ -117,8 +117,9 @@ impl Trial {
             true => self.shards,
             false => self.task.micro_batches(self.shards),
         };
+        let sequences = self.task.sequences_per_step();
         assert!(
-            SEQUENCES_PER_STEP.is_multiple_of(groups),
+            sequences.is_multiple_of(groups),
             "{groups} shards do not divide a step's sequences"
         );
         RunConfig {
@@ -127,7 +128,7 @@ impl Trial {
             batcher: BatcherConfig {
                 shards: groups,
                 accumulation: 1,
-                batch_size: SEQUENCES_PER_STEP / groups,
+                batch_size: sequences / groups,
                 shuffle: Some(self.seed),
             },
             length: Length::Steps(self.steps),
@@ -137,17 +138,17 @@ impl Trial {
         }
     }
 
-    /// Trains the tiny model, or the layer, and measures it.
+    /// Trains the tiny model, the layer or the checkpoint of `files`, and measures it.
     ///
     /// # Errors
     ///
-    /// Those of the training, but no divergence.
+    /// Those of the training, but no divergence, and those of the files.
     ///
     /// # Panics
     ///
-    /// If the number of shards does not divide [`SEQUENCES_PER_STEP`].
-    pub fn run(&self, device: &Device) -> Result<TrialResult, Error> {
-        let outcome = match self.measure(device) {
+    /// If the number of shards does not divide [`Task::sequences_per_step`].
+    pub fn run(&self, device: &Device, files: Option<&Files>) -> Result<TrialResult, Error> {
+        let outcome = match self.measure(device, files) {
             Ok(measured) if measured.loss.is_finite() => Outcome::Trained(Box::new(measured)),
             Ok(measured) => Outcome::Diverged(format!("the final loss is {}", measured.loss)),
             Err(error) if error.is_divergence() => Outcome::Diverged(error.to_string()),
@@ -159,14 +160,13 @@ impl Trial {
         })
     }
 
-    fn measure(&self, device: &Device) -> Result<Measured, Error> {
+    fn measure(&self, device: &Device, files: Option<&Files>) -> Result<Measured, Error> {
         if let Kind::Layer(planted) = self.task.kind() {
             return planted.measure(self, device);
         }
-        let exam = Exam::new(self.task, self.seed, self.items)?;
-        let pretrained = tiny::pretrained()?;
+        let exam = Exam::new(self.task, self.seed, self.items, files)?;
         device.seed(self.seed);
-        let model = pretrained.load(&device.clone().autodiff())?;
+        let model = exam.pretrained.load(&device.clone().autodiff())?;
         let held_out = Mutex::new(Vec::new());
         let watch = |step: usize, model: &Llama| {
             if step.is_multiple_of((self.steps / WATCHED).max(1)) {
@@ -180,7 +180,7 @@ impl Trial {
             .train(model, exam.train.clone(), &self.name(), watch)?;
 
         let model = trained.model.valid().materialize();
-        let before = projections(&pretrained.load(device)?);
+        let before = projections(&exam.pretrained.load(device)?);
         let (numeric_rank, effective_rank) = mean_ranks(&before, &projections(&model));
         let grade = exam.grade(&model)?;
         Ok(Measured {
@@ -191,7 +191,10 @@ impl Trial {
             numeric_rank,
             effective_rank,
             ranks: Vec::new(),
-            text_loss: Some(forgetting::text_loss(&model)?),
+            text_loss: match self.task.kind().is_of_tiny_model() {
+                true => Some(forgetting::text_loss(&model)?),
+                false => None,
+            },
             trainable: trained.trainable,
             seconds: trained.preparation + trained.seconds,
             tokens_per_second: trained.tokens_per_second,
