@@ -432,8 +432,8 @@ struct RecipeOptions {
     /// Print shapes, memory, bytes and hours, and train nothing. Needs neither model nor data
     #[arg(long)]
     dry_run: bool,
-    /// Tokens per second of one GPU, for the hours of a dry run
-    #[arg(long, value_name = "T", requires = "dry_run", default_value_t = 5000.0, value_parser = positive)]
+    /// Tokens per second of one GPU, for the hours of a dry run; the default is a guess
+    #[arg(long, value_name = "T", requires = "dry_run", default_value_t = 2000.0, value_parser = positive)]
     tokens_per_second: f64,
 }
 

@@ -10,7 +10,7 @@ use crate::console::say;
 use crate::evidence::children::{self, Children};
 use crate::evidence::learning_rates::{self, LearningRates};
 use crate::evidence::row::Row;
-use crate::evidence::statistics::Estimate;
+use crate::evidence::statistics::{Estimate, percent};
 use crate::evidence::task::{Exam, Grade, SEQUENCES_PER_STEP, Task};
 use crate::evidence::trial::{Measured, Outcome, Trial, TrialResult};
 use crate::evidence::verdict::{Rival, against, why_unfit};
@@ -353,8 +353,4 @@ fn numbers(measured: &Measured, score: &str) -> String {
         measured.seconds,
         measured.tokens_per_second
     )
-}
-
-fn percent(share: f64) -> String {
-    format!("{:.1} %", 100.0 * share)
 }

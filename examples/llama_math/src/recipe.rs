@@ -163,7 +163,7 @@ impl Recipe {
         };
         text += &match run.length {
             Length::Steps(steps) => format!(
-                "{steps} steps, {} records; {passes}. At {tokens_per_second} tokens/s on each GPU: {:.1} \
+                "{steps} steps, {} records; {passes}. At {tokens_per_second} tokens/s on each GPU: {:.2} \
                  hours, the evaluation not included",
                 steps * records,
                 steps as f64 * tokens / (tokens_per_second * workers as f64) / 3600.0

@@ -18,12 +18,10 @@ use hd_pissa::{
     PissaModule, ShardGradients, SharedGradients, Windows,
 };
 
-use super::row::Row;
-use super::trial::{Measured, Trial};
+use crate::Error;
 use crate::method::{Adaptation, Method};
 use crate::schedule::{Decay, Schedule};
 use crate::spectrum::Ranks;
-use crate::{Error, memory};
 
 /// The norm of the change, relative to that of the weight.
 const CHANGE: f64 = 0.1;
@@ -43,13 +41,51 @@ pub enum Direction {
     Aligned,
 }
 
-/// A layer and the kind of its change. The rank of the change is the number of items of a trial.
+/// A layer and the kind of its change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Planted {
     /// Number of rows, and of columns.
     pub size: usize,
     /// Where the change lies.
     pub direction: Direction,
+}
+
+/// One training of a layer.
+#[derive(Clone, Debug)]
+pub struct LayerTraining {
+    /// Layer and change.
+    pub planted: Planted,
+    /// Rank of the change.
+    pub change: usize,
+    /// What is trained, and how.
+    pub adaptation: Adaptation,
+    /// Largest learning rate.
+    pub lr: f64,
+    /// Steps.
+    pub steps: usize,
+    /// Seed of weight, change, adapters and inputs.
+    pub seed: u64,
+}
+
+/// What a layer has learned.
+#[derive(Clone, Debug)]
+pub struct Learned {
+    /// Training loss of each step, relative to the squared norm of the change.
+    pub losses: Vec<f64>,
+    /// Step and missed share of the change, every few steps.
+    pub by_steps: Vec<(usize, f64)>,
+    /// Step and effective rank of the update, every few steps.
+    pub ranks: Vec<(usize, f64)>,
+    /// Missed share of the change in the end.
+    pub missed: f64,
+    /// Ranks of the update in the end.
+    pub last: Ranks,
+    /// Number of values that gradients move.
+    pub trainable: usize,
+    /// Seconds of the steps.
+    pub seconds: f64,
+    /// Inputs per second.
+    pub rows_per_second: f64,
 }
 
 /// Weight and target, on the device without gradients.
@@ -80,21 +116,20 @@ impl Planted {
         }
     }
 
-    /// The share of the change's energy that a row misses at best, where a closed form is known, for
+    /// The share of the change's energy that a method misses at best, where a closed form is known, for
     /// a change of rank `change` and equal singular values. A LoRA of rank `r` misses `1 − r/R`
     /// (Eckart and Young). HD-PiSSA reaches every direction that starts or ends in its frames, which
     /// are `K·r` of `d`: of a change between random directions it misses `(1 − K·r/d)²`, whatever its
     /// rank; leading frames miss `(1 − K·r/R)²` of one between the leading `R` directions. PiSSA of
     /// rank `r` starts at the components that one such shard holds, and misses as much to first order
     /// in the change. `None` for other frames and a change in leading directions.
-    pub fn missed(self, row: Row, change: usize, rank: usize, shards: usize) -> Option<f64> {
-        let adaptation = row.adaptation(rank, shards, 0);
+    pub fn missed(self, adaptation: &Adaptation, change: usize) -> Option<f64> {
         let below = |reach: usize, of: usize| (1.0 - reach as f64 / of as f64).max(0.0);
         let reach = match adaptation.method {
             Method::Full => return Some(0.0),
             Method::Lora => return Some(below(adaptation.rank, change)),
             Method::Pissa => adaptation.rank,
-            Method::HdPissa => rank * shards,
+            Method::HdPissa => adaptation.rank * adaptation.shards,
         };
         match (adaptation.windows, self.direction) {
             (Windows::Leading, Direction::Aligned) => Some(below(reach, change).powi(2)),
@@ -103,60 +138,6 @@ impl Planted {
             }
             (_, Direction::Aligned) => None,
         }
-    }
-
-    /// Trains the layer and measures it.
-    ///
-    /// # Errors
-    ///
-    /// Those of the adapters and the steps.
-    pub fn measure(self, trial: &Trial, device: &Device) -> Result<Measured, Error> {
-        let begin = Instant::now();
-        let problem = self.problem(trial.seed, trial.items, device);
-        let adaptation = trial.row.adaptation(trial.rank, trial.shards, trial.seed);
-        let mut layer = attach(&adaptation, layer(&problem.weight, device))?;
-        let trainable = trainable(&layer);
-        let mut optimizer = optimizer(&adaptation)?;
-        // Whatever the adapters drew, the rows are the same for every method.
-        device.seed(trial.seed.wrapping_add(1 << 32));
-        let schedule = Schedule::new(trial.lr, Decay::Cosine, 0.05, trial.steps);
-        let (mut losses, mut held_out, mut ranks) = (Vec::new(), Vec::new(), Vec::new());
-        let start = Instant::now();
-        for step in 0..trial.steps {
-            let shape = [ROWS, self.size];
-            let rows = Tensor::<2>::random(shape, Distribution::Normal(0.0, 1.0), device);
-            let (next, loss) = problem.step(
-                layer,
-                &mut optimizer,
-                &adaptation,
-                rows,
-                (step + 1, schedule.at(step)),
-                device,
-            )?;
-            layer = next;
-            losses.push(loss / problem.whole);
-            if (step + 1).is_multiple_of((trial.steps / WATCHED).max(1)) {
-                held_out.push((step + 1, problem.missed(&layer)));
-                ranks.push((step + 1, problem.ranks(&layer).effective));
-            }
-        }
-        let seconds = start.elapsed().as_secs_f64();
-        let last = problem.ranks(&layer);
-        Ok(Measured {
-            losses,
-            held_out,
-            loss: problem.missed(&layer),
-            correct: 0,
-            numeric_rank: last.numeric as f64,
-            effective_rank: last.effective,
-            ranks,
-            text_loss: None,
-            trainable,
-            seconds: begin.elapsed().as_secs_f64(),
-            tokens_per_second: (ROWS * trial.steps) as f64 / seconds.max(1e-9),
-            peak_memory: memory::peak(),
-            answers: Vec::new(),
-        })
     }
 
     fn problem(self, seed: u64, rank: usize, device: &Device) -> Problem {
@@ -192,6 +173,56 @@ impl Planted {
             target: tensor(&|row, col| weight[(row, col)] + scale * change[(row, col)]),
             whole: rank as f64 * scale * scale,
         }
+    }
+}
+
+impl LayerTraining {
+    /// Trains the layer and measures it.
+    ///
+    /// # Errors
+    ///
+    /// Those of the adapters and the steps.
+    pub fn run(&self, device: &Device) -> Result<Learned, Error> {
+        let Self {
+            planted,
+            change,
+            adaptation,
+            steps,
+            seed,
+            ..
+        } = self;
+        let problem = planted.problem(*seed, *change, device);
+        let mut layer = attach(adaptation, layer(&problem.weight, device))?;
+        let trainable = trainable(&layer);
+        let mut optimizer = optimizer(adaptation)?;
+        // Whatever the adapters drew, the rows are the same for every method.
+        device.seed(seed.wrapping_add(1 << 32));
+        let schedule = Schedule::new(self.lr, Decay::Cosine, 0.05, *steps);
+        let (mut losses, mut by_steps, mut ranks) = (Vec::new(), Vec::new(), Vec::new());
+        let start = Instant::now();
+        for step in 0..*steps {
+            let shape = [ROWS, planted.size];
+            let rows = Tensor::<2>::random(shape, Distribution::Normal(0.0, 1.0), device);
+            let place = (step + 1, schedule.at(step));
+            let loss;
+            (layer, loss) = problem.step(layer, &mut optimizer, adaptation, rows, place, device)?;
+            losses.push(loss / problem.whole);
+            if (step + 1).is_multiple_of((steps / WATCHED).max(1)) {
+                by_steps.push((step + 1, problem.missed(&layer)));
+                ranks.push((step + 1, problem.ranks(&layer).effective));
+            }
+        }
+        let seconds = start.elapsed().as_secs_f64();
+        Ok(Learned {
+            losses,
+            by_steps,
+            ranks,
+            missed: problem.missed(&layer),
+            last: problem.ranks(&layer),
+            trainable,
+            seconds,
+            rows_per_second: (ROWS * steps) as f64 / seconds.max(1e-9),
+        })
     }
 }
 

@@ -7,12 +7,11 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::planted::Planted;
+use super::machine::machine;
 use super::reproduce::{Answered, Experiment, Measure, Settings};
-use super::results::{machine, percent};
 use super::row::Row;
 use super::search::{Entry, Finding};
-use super::statistics::Estimate;
+use super::statistics::{Estimate, percent};
 use super::task::{Kind, Task};
 use super::trial::{Measured, Outcome, TrialResult};
 use super::verdict::{Rival, compared, points, unfit};
@@ -370,7 +369,8 @@ fn closed_form(entry: &Entry) -> Option<f64> {
     let Kind::Layer(planted) = entry.task.kind() else {
         return None;
     };
-    Planted::missed(planted, entry.row, entry.items, entry.rank, entry.shards)
+    let adaptation = entry.row.adaptation(entry.rank, entry.shards, 0);
+    planted.missed(&adaptation, entry.items)
 }
 
 fn cell(measure: Measure, finding: &Finding) -> String {

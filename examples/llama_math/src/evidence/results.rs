@@ -4,10 +4,11 @@ use std::fmt::Write;
 use std::path::Path;
 
 use super::learning_rates::{Best, LearningRates};
+use super::machine::machine;
 use super::rates;
 use super::row::Row;
 use super::search::Finding;
-use super::statistics::Estimate;
+use super::statistics::{Estimate, percent};
 use super::sweep::Sweep;
 use super::task::{SEQUENCES_PER_STEP, Task};
 use super::trial::{Outcome, TrialResult};
@@ -148,21 +149,6 @@ fn line(sweep: &Sweep, finding: &Finding) -> String {
         loss.mean,
         loss.half_width
     )
-}
-
-pub(super) fn percent(share: f64) -> String {
-    format!("{:.1} %", 100.0 * share)
-}
-
-/// The processor, as far as the system tells.
-pub(super) fn machine() -> String {
-    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let names = text.lines().filter_map(|line| line.split_once(':'));
-    let mut names = names.filter(|(key, _)| key.trim() == "model name");
-    match names.next() {
-        Some((_, name)) => format!("Processor: {}.", name.trim()),
-        None => String::new(),
-    }
 }
 
 fn picture(sweep: &Sweep, findings: &[Finding]) -> String {

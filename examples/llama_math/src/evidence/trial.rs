@@ -8,6 +8,7 @@ use burn::tensor::Device;
 use serde::{Deserialize, Serialize};
 
 use super::forgetting;
+use super::planted::{LayerTraining, Planted};
 use super::row::Row;
 use super::task::{Exam, Files, Kind, Task};
 use crate::batch::BatcherConfig;
@@ -15,7 +16,7 @@ use crate::run::{Length, RunConfig};
 use crate::schedule::Decay;
 use crate::spectrum::{mean_ranks, projections};
 use crate::train::OptimizerSettings;
-use crate::{Error, Llama};
+use crate::{Error, Llama, memory};
 
 /// Answers that are kept.
 const SHOWN: usize = 3;
@@ -162,7 +163,7 @@ impl Trial {
 
     fn measure(&self, device: &Device, files: Option<&Files>) -> Result<Measured, Error> {
         if let Kind::Layer(planted) = self.task.kind() {
-            return planted.measure(self, device);
+            return self.measure_layer(planted, device);
         }
         let exam = Exam::new(self.task, self.seed, self.items, files)?;
         device.seed(self.seed);
@@ -200,6 +201,33 @@ impl Trial {
             tokens_per_second: trained.tokens_per_second,
             peak_memory: trained.peak_memory,
             answers: grade.answers.into_iter().take(SHOWN).collect(),
+        })
+    }
+
+    fn measure_layer(&self, planted: Planted, device: &Device) -> Result<Measured, Error> {
+        let training = LayerTraining {
+            planted,
+            change: self.items,
+            adaptation: self.row.adaptation(self.rank, self.shards, self.seed),
+            lr: self.lr,
+            steps: self.steps,
+            seed: self.seed,
+        };
+        let learned = training.run(device)?;
+        Ok(Measured {
+            losses: learned.losses,
+            held_out: learned.by_steps,
+            loss: learned.missed,
+            correct: 0,
+            numeric_rank: learned.last.numeric as f64,
+            effective_rank: learned.last.effective,
+            ranks: learned.ranks,
+            text_loss: None,
+            trainable: learned.trainable,
+            seconds: learned.seconds,
+            tokens_per_second: learned.rows_per_second,
+            peak_memory: memory::peak(),
+            answers: Vec::new(),
         })
     }
 }
