@@ -224,6 +224,15 @@ fn facts_are_learned_and_recall_is_counted() {
         numbers(&trial.run(&Device::flex(), None).unwrap()),
         numbers(&result)
     );
+    // What the model knew suffers, compared with the model before any step.
+    let untrained = Trial { steps: 0, ..trial };
+    let untrained = untrained.run(&Device::flex(), None).unwrap();
+    let Outcome::Trained(untrained) = &untrained.outcome else {
+        panic!("{:?}", untrained.outcome);
+    };
+    assert_eq!(untrained.correct, 0);
+    let (before, after) = (untrained.text_loss.unwrap(), measured.text_loss.unwrap());
+    assert!(before < 1.0 && after > 1.5 * before, "{before} {after}");
     let before = Sweep {
         seeds: vec![9],
         ..sweep()

@@ -26,6 +26,9 @@ pub const NUMBERS: &str = "reproduce.json";
 /// Stands where a training has not been run.
 const MISSING: &str = "not run";
 
+/// Differences of shares below this one are none: they show as 0.0 points.
+const NOTHING: f64 = 5e-4;
+
 /// What the paper says of itself. Its figures are not ours to compute.
 const PAPER: &str = "\
 ## The paper's own figures
@@ -151,7 +154,7 @@ fn missing(settings: &Settings, answers: &[Vec<Answered>], text: &mut String) {
         let _ = writeln!(
             text,
             "\n**This record is not complete.** The command was stopped before these were run; it goes \
-             on where it stopped.\n\n<details><summary>{} columns</summary>\n\n{}\n\n</details>",
+             on where it stopped.\n\n<details><summary>What is missing: {} columns of tables</summary>\n\n{}\n\n</details>",
             lines.len(),
             lines.join("\n")
         );
@@ -179,7 +182,14 @@ fn differences(parts: &[Answered]) -> Differences<'_> {
         }
         for (subject, rivals) in compared(&findings) {
             let of_row = all.entry(subject.entry.row).or_default();
-            for Rival { name, difference } in rivals {
+            for Rival {
+                name,
+                mut difference,
+            } in rivals
+            {
+                if difference.mean.abs() < NOTHING {
+                    difference.mean = 0.0;
+                }
                 let label = answered.part.label.as_str();
                 of_row.entry(name).or_default().push((label, difference));
             }
@@ -194,6 +204,9 @@ fn losses(settings: &Settings, answers: &[Vec<Answered>], text: &mut String) {
     for (experiment, parts) in settings.experiments.iter().zip(answers) {
         for (row, rivals) in differences(parts) {
             let title = row.title(settings.rank, 1);
+            if rivals.is_empty() {
+                continue;
+            }
             let all = || rivals.values().flatten().map(|(_, difference)| difference);
             let behind = rivals.iter().filter_map(|(name, differences)| {
                 let labels = differences
@@ -223,6 +236,10 @@ fn losses(settings: &Settings, answers: &[Vec<Answered>], text: &mut String) {
 
 fn section(settings: &Settings, experiment: &Experiment, parts: &[Answered], text: &mut String) {
     let _ = writeln!(text, "\n## {}\n", experiment.title);
+    if parts.iter().all(|answered| complete(answered).is_empty()) {
+        let _ = writeln!(text, "Not run.");
+        return;
+    }
     let mut headings: Vec<String> = Vec::new();
     for answered in parts {
         let part = &answered.part;
@@ -261,6 +278,9 @@ fn section(settings: &Settings, experiment: &Experiment, parts: &[Answered], tex
         );
     }
     for (row, rivals) in differences(parts) {
+        if rivals.is_empty() {
+            continue;
+        }
         let _ = writeln!(
             text,
             "\n### {}: difference from others, in points\n",
@@ -425,8 +445,8 @@ fn ranks(finding: &Finding) -> Vec<(usize, f64)> {
     first.ranks.iter().enumerate().map(mean).collect()
 }
 
-/// The effective ranks by step, and how many times those of LoRA and PiSSA of one shard's rank those
-/// of HD-PiSSA are.
+/// The effective ranks by step, and how many times those of LoRA, PiSSA and LoRA with as many values
+/// those of HD-PiSSA are.
 fn ranks_by_steps(answered: &Answered) -> String {
     let rows: Vec<(&Finding, Vec<(usize, f64)>)> = complete(answered)
         .into_iter()
@@ -447,7 +467,7 @@ fn ranks_by_steps(answered: &Answered) -> String {
     for (finding, ranks) in &rows {
         line(finding.entry.title(), values(ranks));
     }
-    for rival in [Row::Lora, Row::Pissa] {
+    for rival in [Row::Lora, Row::Pissa, Row::LoraWide] {
         let found = rows.iter().find(|(finding, _)| finding.entry.row == rival);
         let Some((of_rival, rival_ranks)) = found else {
             continue;
@@ -567,7 +587,7 @@ fn panel(experiment: &Experiment, measure: Measure, name: &str, parts: &[&Answer
         _ => Scale::PowersOfTwo,
     };
     let up = match measure {
-        Measure::Rate => Scale::Logarithmic,
+        Measure::Rate | Measure::RankBySteps => Scale::Logarithmic,
         _ => Scale::FromZero,
     };
     Panel {
