@@ -110,11 +110,11 @@ fn chapter(settings: &Settings, answers: &[Vec<Answered>]) -> String {
          ```sh\ncargo run --release --example llama_math -- reproduce --output target/reproduce \\\n    \
          --results book/src/results\n```\n\n\
          A shard has rank {}. Learning rates are the best of a series on the tuning seeds {}; results \
-         are of the seeds {} where a section names no others. Every method sees the same data in \
+         are of the seeds {} unless a section says otherwise. Every method sees the same data in \
          each step. Intervals are 95 % ones of the mean over seeds (Student's t), differences are \
          paired by seed, and a difference counts if its interval leaves out zero. All numbers are in \
-         [{NUMBERS}]({NUMBERS}). {} trainings of {minutes:.0} minutes in all, one compute thread \
-         each. {}\n",
+         [{NUMBERS}]({NUMBERS}). The times of the {} trainings, one compute thread each, add up to \
+         {minutes:.0} minutes; whatever else the machine did is in them. {}\n",
         settings.rank,
         listed(&settings.tuning_seeds),
         listed(&settings.seeds),
