@@ -1,15 +1,16 @@
 //! Forward and backward of the adapter against a frozen linear layer, Burn's `Lora` and the
 //! published way, which builds the dense product in every forward pass.
 //!
-//! Inputs are those of a model: of two, three and four dimensions, with a batch of one and of several.
-//! All ways compute the gradient of the input. Ratios are to one product of two matrices with a frozen
-//! weight, the least that any of them can do. `cargo bench --workspace --bench adapter`
+//! Inputs are those of a model: of two, three and four dimensions, with a batch of one and of
+//! several. All ways compute the gradient of the input. Ratios are relative to one product of two
+//! matrices with a frozen weight, the least work that any way can do.
+//! `cargo bench --workspace --bench adapter`
 
 use burn::module::{Lora, Module, Param};
 use burn::nn::{Linear, LinearConfig, LinearLayout};
 use burn::tensor::{Device, Distribution, Tensor};
 use hd_pissa::{HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaModule};
-use hd_pissa_benches::{alternate, device, median, median_ratio, write_rows};
+use hd_pissa_check::measure::{alternate, device, median, median_ratio, write_rows};
 use serde::Serialize;
 
 const TOKENS: usize = 1024;
@@ -155,7 +156,7 @@ fn close(what: &str, actual: Tensor<2>, expected: Tensor<2>) {
     assert!(error < 1e-4, "{what}: relative error {error}");
 }
 
-/// Where to measure, and what was measured.
+/// The cases and their measurements.
 struct Bench {
     name: &'static str,
     plain: Device,

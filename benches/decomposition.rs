@@ -10,7 +10,7 @@ use clap::Parser;
 use hd_pissa::{
     HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaModule, SvdMethod, SvdPrecision,
 };
-use hd_pissa_benches::{device, size, write_rows};
+use hd_pissa_check::measure::{device, size, write_rows};
 use serde::Serialize;
 
 const RANK: usize = 16;

@@ -1,14 +1,13 @@
-//! Times whole optimizer steps with the deltas gathered at once and in groups, one group on its way
+//! Times whole optimizer steps with the deltas gathered at once and in groups. One group travels
 //! while the inner optimizer steps the next.
 //!
 //! ```text
 //! cargo bench --bench gathers -- --threads 4
-//! cargo bench --features mpi --bench gathers --no-run    # prints where the program is
+//! cargo bench --features mpi --bench gathers --no-run    # prints the path of the program
 //! mpirun -np 4 target/release/deps/gathers-… --mpi
 //! ```
 //!
-//! That the weights are the same is what `tests/workers.rs` proves;
-//! this only measures.
+//! `tests/workers.rs` proves that the weights are the same; this only measures.
 
 use std::num::NonZeroUsize;
 use std::time::{Duration, Instant};
@@ -22,7 +21,7 @@ use hd_pissa::{
     CommunicationDtype, HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaLinearConfig,
     HdPissaModule, HdPissaOptimizerConfig, ShardGradients,
 };
-use hd_pissa_benches::median;
+use hd_pissa_check::measure::median;
 
 const SHARDS: usize = 8;
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -63,7 +62,7 @@ impl Layers {
             let config = HdPissaLinearConfig::new(d_input, d_output).with_bias(false);
             (0..12).map(|_| config.init(device)).collect()
         };
-        // Every worker the same.
+        // The same on every worker.
         device.seed(1);
         Self {
             up: layers(576, 1536),
@@ -125,13 +124,13 @@ fn work(
     let mut sent = 0;
     for round in 0..arguments.steps + 2 {
         for turn in 0..times.len() {
-            // The order turns round, so that none always follows the same one.
+            // The order rotates, so none always follows the same one.
             let which = match round % 2 {
                 0 => turn,
                 _ => times.len() - 1 - turn,
             };
             optimizer.set_buckets(match round {
-                // Workers agree on one number at the first step.
+                // Workers agree on the number at the first step.
                 0 => NonZeroUsize::MIN,
                 _ => arguments.gathers[which],
             });

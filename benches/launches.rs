@@ -42,11 +42,11 @@ impl LaunchObserver for Counts {
     }
 }
 
-/// Prints what a step of two blocks launches on `device`, by kernel, after a step that compiles.
+/// Prints the launches of a step of two blocks on `device`, by kernel, after a step that compiles.
 ///
 /// # Panics
 ///
-/// If the device is none of CubeCL's.
+/// If the device is not one of CubeCL's.
 pub fn print(name: &str, device: &Device) {
     let device = device.clone().autodiff();
     let shapes = [SHAPES, SHAPES].concat();
@@ -79,7 +79,7 @@ pub fn print(name: &str, device: &Device) {
         let counts = std::mem::take(&mut *counts.0.lock().expect("no panic"));
         (model.expect("finite gradients"), counts)
     };
-    // The first two find the frames and make the moments.
+    // The first two steps pack the frames and make the moments.
     (model, _) = step(model);
     (model, _) = step(model);
     let (_, counts) = step(model);
@@ -97,7 +97,7 @@ pub fn print(name: &str, device: &Device) {
     println!("{total:>7} {:>7.2} per weight  in all", per_weight(total));
 }
 
-/// Gradients as a backward pass leaves them; the factors themselves serve as values.
+/// Gradients in the form of a backward pass, with the factors as values.
 fn gradients(model: &Blocks) -> ShardGradients {
     let mut gradients = ShardGradients::new(model);
     for index in 0..SHARDS {

@@ -1,9 +1,9 @@
 //! The merge of all shards' deltas, and a whole optimizer step (Adam on the factors of every shard,
 //! then the merge), against one plain product of the merge's size accumulated in the weight.
 //!
-//! `cargo bench -p hd-pissa-benches --bench step`
+//! `cargo bench --workspace --bench step`
 //!
-//! With `--launches`, in a build for a GPU, the kernels that a step launches instead:
+//! With `--launches`, in a build for a GPU, it prints the kernels that a step launches instead:
 //! `cargo bench --workspace --features wgpu --bench step -- --launches`
 
 use burn::nn::LinearConfig;
@@ -17,7 +17,7 @@ use hd_pissa::{
     HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaModule, HdPissaOptimizerConfig,
     ShardGradients,
 };
-use hd_pissa_benches::{alternate, device, median, median_ratio, write_rows};
+use hd_pissa_check::measure::{alternate, device, median, median_ratio, write_rows};
 use serde::Serialize;
 
 #[cfg(feature = "cubecl-kernels")]
@@ -161,7 +161,7 @@ fn verify(weight: Tensor<2>, frames: &Tensor<2>, deltas: &Tensor<2>) {
     assert!(error < 1e-5, "merge: relative error {error}");
 }
 
-/// Gradients as a backward pass leaves them; the factors themselves serve as values.
+/// Gradients in the form of a backward pass, with the factors as values.
 fn gradients(model: &HdPissaLinear) -> ShardGradients {
     let adapter = model.weight.reparameterization::<HdPissaAdapter>();
     let mut gradients = ShardGradients::new(model);

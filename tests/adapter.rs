@@ -44,7 +44,7 @@ fn weights_stay_bit_identical_and_everything_else_is_frozen() {
     ];
     let model = model.apply_hd_pissa(&config(), 0..3).unwrap();
 
-    // The values that forward passes, inference and materialization see.
+    // The values in forward passes, in inference and after materialization.
     let valid = model.valid();
     let merged = model.clone().valid().materialize();
     for (layer, before) in [0, 1].into_iter().zip(before) {
@@ -129,7 +129,7 @@ fn factors_are_windows_of_principal_components() {
             assert!(i == j || inner.abs() < 1e-5, "windows {i}, {j}: {inner}");
         }
     }
-    // 12 of 13 components: what is left is the smallest singular value.
+    // 12 of 13 components: the smallest singular value is left.
     let sum = products.into_iter().reduce(|x, y| x + y).unwrap();
     let rest = model.first.weight.val() - sum;
     let energy = |t: Tensor<2>| t.square().sum().into_scalar::<f32>();
@@ -194,7 +194,7 @@ fn both_ways_in_agree_and_share_records() {
         }
     }
 
-    // A record of other shards is not taken for this one.
+    // A record of other shards is refused.
     let two = Dense::new(&device)
         .apply_hd_pissa(&config().with_shards(2), 0..2)
         .unwrap();
@@ -293,7 +293,7 @@ fn ranks_scales_and_hosted_shards() {
     assert_eq!(second.shards[1].b.dims(), [2, 11]);
     assert_eq!((first.scale, second.scale), (1.5, 3.0));
 
-    // A worker's window does not depend on what else it hosts.
+    // A worker's window does not depend on its other shards.
     let all = Dense::new(&device);
     let one = all.clone().apply_hd_pissa(&config, [2]).unwrap();
     let all = all.apply_hd_pissa(&config, 0..3).unwrap();
@@ -333,7 +333,7 @@ fn bad_configurations_are_typed_errors() {
         "`second.weight` of shape [17, 11] has 11 principal components, but 3 shards of rank 4 \
          need 12: the largest rank for 3 shards is 3, the largest number of shards of rank 4 is 2"
     );
-    // Not even the product of both fits.
+    // Even the product of both is too large.
     for config in [
         config().with_rank(usize::MAX),
         config().with_shards(usize::MAX),
@@ -380,8 +380,8 @@ fn bad_configurations_are_typed_errors() {
         matches!(error, HdPissaError::NonFiniteWeight { path, count: 187, .. } if path == "second.weight")
     );
 
-    // Factors of zeros would have no gradient for ever, and those of a rank that is not there
-    // would be rounding noise.
+    // Factors of zeros would never have a gradient, and factors beyond the weight's rank would be
+    // rounding noise.
     let mut zero = model.clone();
     zero.second.weight = zero.second.weight.map(|w| w * 0.0);
     let path = String::from("second.weight");
@@ -437,7 +437,7 @@ fn selecting_a_shard_that_is_not_hosted_is_refused() {
     assert_eq!(refused(model, 3), not_hosted(3, &[0, 2]));
 }
 
-/// The plan's bytes against the parameters that are attached.
+/// The plan's bytes against the attached parameters.
 #[test]
 fn a_plan_tells_the_memory_of_a_worker() {
     let device = Device::flex();
@@ -515,7 +515,7 @@ fn default_targets_leave_out_heads_by_the_name_of_the_layer() {
     ] {
         assert!(table.contains(line), "{table}");
     }
-    // What is named is adapted, head or not.
+    // Targets that are named are adapted, even a head.
     let named = config().with_targets(Some(ParamGroup::from_regex(r"^head\.weight$").unwrap()));
     let plan = named.plan(&model).unwrap();
     assert_eq!(plan.weights.len(), 1);
@@ -588,7 +588,7 @@ fn pissa_leaves_the_effective_weight_and_trains_the_principal_part() {
         let adapter = weight.adapter().unwrap();
         assert_eq!(adapter.scale, alpha.map_or(1.0, |alpha| alpha / 5.0));
         assert_close(weight.val(), before.clone(), 1e-6);
-        // The base has lost the principal part: its projection on the factors is gone.
+        // The base has lost the principal part: its projection on the factors is zero.
         let left = adapter.a.val().transpose().matmul(weight.base());
         assert!(values(left).iter().all(|x| x.abs() < 1e-5));
         let grads = model.forward(normal([3, 13], &device)).sum().backward();

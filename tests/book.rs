@@ -1,12 +1,17 @@
 //! The listings of the book, as tests. Anchors mark what a chapter shows.
 
+#[path = "quick_start.rs"]
+mod program;
+
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use burn::nn::attention::{MhaInput, MultiHeadAttention, MultiHeadAttentionConfig};
-use burn::nn::{Linear, LinearConfig, Relu};
+use burn::nn::{LinearConfig, Relu};
 use burn::optim::{AdamConfig, GradientsParams};
 use burn::prelude::*;
 use burn::tensor::activation::softmax;
+use hd_pissa::checkpoint::{Checkpoints, Snapshot};
 use hd_pissa::comm::{Communicator, Solo, thread_group};
 use hd_pissa::ops::adapter_linear;
 use hd_pissa::{
@@ -14,29 +19,9 @@ use hd_pissa::{
     HdPissaOptimizerConfig, HdPissaOptimizerRecord, ShardGradients, SharedGradients,
 };
 use hd_pissa_tests::{assert_close, base, bits, normal};
+use program::Mlp;
 
 type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error>>;
-
-// ANCHOR: model
-#[derive(Module, Debug)]
-struct Mlp {
-    up: Linear,
-    down: Linear,
-}
-
-impl Mlp {
-    fn new(device: &Device) -> Self {
-        Self {
-            up: LinearConfig::new(32, 96).init(device),
-            down: LinearConfig::new(96, 32).init(device),
-        }
-    }
-
-    fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        self.down.forward(Relu::new().forward(self.up.forward(x)))
-    }
-}
-// ANCHOR_END: model
 
 fn batch(device: &Device) -> Tensor<2> {
     normal([8, 32], device)
@@ -47,46 +32,32 @@ fn quick_start() -> Result {
     let device = Device::flex().autodiff();
     let model = Mlp::new(&device);
     let before = bits(&base(&model.up.weight));
+    let plan = program::config().plan(&model)?.to_string();
+    let written = include_str!("../book/src/quick_start_plan.txt");
+    assert_eq!(shape_of(&plan), shape_of(written), "{plan}");
 
-    // ANCHOR: plan
-    let config = HdPissaConfig::new().with_rank(2).with_shards(4);
-    println!("{}", config.plan(&model)?);
-    // ANCHOR_END: plan
-
-    // ANCHOR: apply
-    let mut model = model.apply_hd_pissa(&config, 0..4)?; // this worker hosts shards 0 to 3
-    let adam = AdamConfig::new().with_epsilon(1e-8).init();
-    let mut optim = HdPissaOptimizerConfig::new().init(adam, Solo)?;
-    // ANCHOR_END: apply
-    assert_eq!(bits(&base(&model.up.weight)), before);
-
-    // ANCHOR: train
-    for _step in 0..10 {
-        let mut gradients = ShardGradients::new(&model);
-        for shard in 0..4 {
-            model = model.select_shard(shard).unwrap();
-            for _micro_batch in 0..2 {
-                let x = batch(&device); // the shard's own data
-                let loss = (model.forward(x.clone()) - x).square().mean();
-                gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
-            }
-        }
-        model = optim.step(1e-3, model, gradients.into_mean())?;
-    }
-    // ANCHOR_END: train
-
-    // ANCHOR: finish
-    let trained = model.valid().materialize();
-    // ANCHOR_END: finish
-    assert!(
-        trained
-            .up
-            .weight
-            .reparameterization::<HdPissaAdapter>()
-            .is_none()
-    );
+    let (trained, losses) = program::fine_tune(model, 100, &device)?;
+    assert!(losses[99] < 0.5 * losses[0], "{losses:?}");
+    let adapter = trained.up.weight.reparameterization::<HdPissaAdapter>();
+    assert!(adapter.is_none());
     assert_ne!(bits(&base(&trained.up.weight)), before);
-    Ok(())
+
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("model.bpk");
+    trained.clone().save_file(&file)?;
+    let x = normal([3, 32], &Device::flex());
+    assert_close(program::serve(&file, x.clone())?, trained.forward(x), 1e-6);
+    program::main()
+}
+
+/// A table without its shares of the variance, which depend on random weights.
+fn shape_of(table: &str) -> String {
+    let is_share = |word: &str| word.contains('.') && !word.contains(char::is_alphabetic);
+    let line = |line: &str| {
+        let words = line.split_whitespace().filter(|word| !is_share(word));
+        words.collect::<Vec<_>>().join(" ")
+    };
+    table.lines().map(line).collect::<Vec<_>>().join("\n")
 }
 
 #[test]
@@ -144,7 +115,7 @@ fn two_ways_in() -> Result {
     Ok(())
 }
 
-/// One layer's adapter, as the mathematics chapter speaks of it.
+/// The one-layer model of the mathematics chapter.
 fn layer(device: &Device, shards: usize) -> Result<HdPissaLinear> {
     let linear = LinearConfig::new(12, 9).with_bias(false).init(device);
     let config = HdPissaConfig::new().with_rank(2).with_shards(shards);
@@ -325,6 +296,42 @@ fn refused_and_records() -> Result {
     Ok(())
 }
 
+#[test]
+fn checkpoints() -> Result {
+    let device = Device::flex().autodiff();
+    let folder = tempfile::tempdir()?;
+    let folder = folder.path().join("run.checkpoints");
+    let config = HdPissaConfig::new().with_rank(2).with_shards(4);
+    let settings = BTreeMap::from([("rank".to_string(), "2".to_string())]);
+    let adam = AdamConfig::new().with_epsilon(1e-8).init();
+    let mut optim = HdPissaOptimizerConfig::new().init(adam, Solo)?;
+    let model = Mlp::new(&device).apply_hd_pissa(&config, 0..4)?;
+    let saved = bits(&base(&model.up.weight));
+    let step = 40;
+
+    // ANCHOR: save
+    let checkpoints = Checkpoints::new(folder).with_keep_last(2);
+    let mut snapshot = Snapshot::new(step, &model, optim.to_record()?.into_bytes()?);
+    snapshot.settings = settings.clone();
+    checkpoints.save(&snapshot, optim.communicator())?;
+    // ANCHOR_END: save
+
+    let (mut model, hosted_shards) = (Mlp::new(&device), 0..4);
+    assert_ne!(bits(&base(&model.up.weight)), saved);
+    // ANCHOR: resume
+    // Instead of the model's own `apply_hd_pissa`:
+    let found = checkpoints.latest()?;
+    if let Some(checkpoint) = found.checkpoint {
+        checkpoint.check_settings(&settings)?;
+        model = checkpoint.apply_hd_pissa(model, &config, hosted_shards)?;
+        let state = checkpoint.optimizer(&model, optim.communicator())?;
+        optim.load_record(HdPissaOptimizerRecord::from_bytes(state)?)?;
+    }
+    // ANCHOR_END: resume
+    assert_eq!(bits(&base(&model.up.weight)), saved);
+    Ok(())
+}
+
 // ANCHOR: lean_attention
 /// Burn's `MultiHeadAttention`, without masks and dropout, with lean projections.
 #[derive(Module, Debug)]
@@ -392,4 +399,36 @@ fn lean_attention_is_burns() -> Result {
         assert_close(gradient, expected, 1e-5);
     }
     Ok(())
+}
+
+/// The troubleshooting page quotes the library's real messages.
+#[test]
+fn quoted_messages_are_real() {
+    let sources = [
+        include_str!("../crates/hd-pissa/src/error.rs"),
+        include_str!("../crates/hd-pissa/src/optim/error.rs"),
+        include_str!("../crates/hd-pissa-comm/src/error.rs"),
+    ];
+    let source = sources.concat();
+    // Removes line breaks inside strings, and quotes around paths.
+    let continued = source.replace("\\\n", "");
+    let plain = continued.replace('`', "");
+    let source: Vec<&str> = plain.split_whitespace().collect();
+    let source = source.join(" ");
+    let page = include_str!("../book/src/troubleshooting.md");
+    let quotes = page.lines().filter_map(|line| {
+        let cell = line.strip_prefix("| `")?;
+        Some(cell.split('`').next().unwrap())
+    });
+    let mut count = 0;
+    for quote in quotes {
+        count += 1;
+        for part in quote.split('…').map(str::trim) {
+            assert!(
+                source.contains(part),
+                "no error says {part:?}, of {quote:?}"
+            );
+        }
+    }
+    assert!(count > 20, "{count}");
 }

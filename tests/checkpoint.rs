@@ -1,4 +1,4 @@
-//! Checkpoints: what comes back, on whichever workers, and what is refused.
+//! Checkpoints: restored values on any workers, and refusals.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -23,7 +23,7 @@ fn adam() -> ModuleOptimizer {
     AdamConfig::new().with_epsilon(1e-8).init()
 }
 
-/// A worker's part of `start`, one of whose biases trains too.
+/// A worker's part of `start`. One bias trains too.
 fn adapted(start: &Lean, hosted: &[usize]) -> Lean {
     start
         .clone()
@@ -108,8 +108,8 @@ fn data(device: &Device) -> Vec<Vec<Tensor<2>>> {
     (0..6).map(batches).collect()
 }
 
-/// Takes three steps in one layout, saves, and three more in another, whose models have adapters of
-/// their own before or get those of the checkpoint; the weights at the end.
+/// Takes three steps in one layout, saves, and takes three more in another. The models of the
+/// second layout have adapters already, or get those of the checkpoint. Returns the final weights.
 fn across(
     start: &Lean,
     data: &[Vec<Tensor<2>>],
@@ -321,7 +321,7 @@ fn whatever_is_damaged_is_noticed_and_the_one_before_used() {
             }
             let found = three.checkpoints.latest().unwrap();
             let step = found.checkpoint.map(|checkpoint| checkpoint.step());
-            // The digests' last byte ends a line, which is ended by the file too.
+            // The digests' last byte ends a line. The end of the file ends it as well.
             let harmless = file == "SHA256SUMS" && bytes.is_some_and(|b| b == &bad[3]);
             assert_eq!(step, Some(if harmless { 3 } else { 2 }), "{file}");
             if !harmless {
@@ -345,7 +345,7 @@ fn a_damaged_checkpoint_does_not_count_among_those_kept() {
     let found = checkpoints.latest().unwrap();
     assert_eq!(found.checkpoint.as_ref().unwrap().step(), 2);
     checkpoints.set_aside(&found).unwrap();
-    // Steps that the damaged one was ahead of.
+    // Steps before the damaged one.
     let mut snapshot = three.snapshot(2);
     checkpoints.save(&snapshot, &Solo).unwrap();
     assert_eq!(
@@ -400,8 +400,8 @@ fn what_somebody_else_puts_into_the_folder_ends_no_run() {
     assert_eq!(names(folder), ["step-000000777", "step-1", "step-999"]);
 }
 
-/// Two programs that do not know of each other save the same step into the same folder, over and
-/// over: what has the name of a checkpoint is one of theirs, whole.
+/// Two independent programs save the same step into the same folder again and again. A folder with
+/// the name of a checkpoint is always a complete one of theirs.
 #[test]
 fn two_runs_in_one_folder_never_mix() {
     let root = tempfile::tempdir().unwrap();
@@ -411,7 +411,7 @@ fn two_runs_in_one_folder_never_mix() {
     let snapshot = |model| Snapshot::new(7, model, adam().into_bytes().unwrap());
     let save = |own: usize, folder: &Path| {
         let mut snapshot = snapshot(&models[own]);
-        // Large enough to be written by both at once.
+        // Large enough for both to write at once.
         let filler = vec![own as u8; 1 << 18];
         snapshot.attachments.insert("whose".into(), filler);
         Checkpoints::new(folder).save(&snapshot, &Solo)
@@ -449,7 +449,7 @@ fn two_runs_in_one_folder_never_mix() {
     assert!(saved.into_inner() >= 10);
 }
 
-/// Names under which a program that ends while it replaces a checkpoint leaves both.
+/// The names of both checkpoints if a program ends while it replaces one.
 #[test]
 fn a_checkpoint_that_is_being_replaced_is_not_lost() {
     let three = Three::new();
@@ -464,7 +464,7 @@ fn a_checkpoint_that_is_being_replaced_is_not_lost() {
     three.checkpoints.save(&three.snapshot(4), &Solo).unwrap();
     assert_eq!(names(folder).len(), 4);
     Checkpoint::open(&path).unwrap();
-    // Beside its replacement it is a left-over.
+    // Next to its replacement it is a left-over.
     std::fs::create_dir(&old).unwrap();
     assert_eq!(three.checkpoints.steps().unwrap(), [1, 2, 3, 4]);
     three.checkpoints.save(&three.snapshot(5), &Solo).unwrap();
@@ -477,7 +477,7 @@ fn a_checkpoint_that_is_being_replaced_is_not_lost() {
 /// Variable that makes [`saves_until_it_is_killed`] save into a folder.
 const KILLED_IN: &str = "HD_PISSA_TEST_KILLED_IN";
 
-/// Not a test of its own: the program that [`every_moment_of_a_replacement`] kills.
+/// Not a separate test: the program that [`every_moment_of_a_replacement`] kills.
 #[test]
 fn saves_until_it_is_killed() {
     let Some(folder) = std::env::var_os(KILLED_IN) else {
@@ -490,14 +490,14 @@ fn saves_until_it_is_killed() {
     }
 }
 
-/// A program that replaces a checkpoint is killed before each of the calls that change names or
-/// delete: afterwards there is always a complete one.
+/// A program that replaces a checkpoint is killed before each call that renames or deletes.
+/// Afterwards there is always a complete checkpoint.
 #[cfg(target_os = "linux")]
 #[test]
 fn every_moment_of_a_replacement() {
     use std::process::{Command, Stdio};
 
-    // Each call has a count of its own.
+    // Each kind of call has its own count.
     let calls = [
         "rename",
         "renameat",
@@ -543,12 +543,12 @@ fn every_moment_of_a_replacement() {
             let found = checkpoints.latest().unwrap();
             let place = format!("{call} number {kill}");
             assert!(found.damaged.is_empty(), "{place}: {:?}", found.damaged);
-            // Only the first save may end with nothing.
+            // Only the first save may end without a checkpoint.
             let is_there = found.checkpoint.is_some();
             let is_first = (call, kill) == ("rename", 1);
             assert!(is_there || is_first, "{place}: no checkpoint is left");
             replacing += usize::from(names(&folder).iter().any(|name| name.ends_with(".old")));
-            // Whatever is left does not keep the next run from saving.
+            // The left-overs do not prevent the next run from saving.
             let model = Lean::new(&Device::flex());
             let snapshot = Snapshot::new(4, &model, adam().into_bytes().unwrap());
             checkpoints.save(&snapshot, &Solo).unwrap();
@@ -626,7 +626,7 @@ fn another_version_is_told_from_damage() {
     }
 }
 
-/// Makes the digests fit the files again, as a forger would.
+/// Updates the digests to fit the files, as a forger would.
 fn update_digests(folder: &Path) {
     use sha2::{Digest, Sha256};
     let mut sums = String::new();

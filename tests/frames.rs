@@ -1,4 +1,4 @@
-//! Choices of frames: directions, lengths, reach, and that nobody mistakes one choice for another.
+//! Choices of frames: directions, lengths, reach, and errors if choices are mixed up.
 
 use burn::module::{Module, Param};
 use burn::nn::{Linear, LinearConfig};
@@ -19,7 +19,7 @@ use sha2::{Digest, Sha256};
 const COMPONENTS: [Windows; 3] = [Windows::Leading, Windows::Spread, Windows::Trailing];
 const RANDOM: Windows = Windows::Random { seed: 7 };
 
-/// Every choice there is.
+/// All choices.
 fn choices() -> Vec<(Windows, FrameScale)> {
     let scales = [FrameScale::Balanced, FrameScale::Unit];
     let of_components = COMPONENTS.into_iter().flat_map(|w| scales.map(|s| (w, s)));
@@ -55,7 +55,7 @@ fn random(rows: usize, cols: usize, device: &Device) -> Mat<f64> {
     host(normal([rows, cols], device))
 }
 
-/// A matrix with these singular values, as many as its smaller side.
+/// A matrix with these singular values, one for each index of its smaller side.
 fn with_spectrum(rows: usize, cols: usize, sigma: &[f64], device: &Device) -> Mat<f64> {
     let side = |rows: usize| random(rows, sigma.len(), device).qr().compute_thin_Q();
     side(rows) * diagonal(sigma) * side(cols).transpose()
@@ -89,7 +89,7 @@ fn diagonal(values: &[f64]) -> Mat<f64> {
     Mat::from_fn(n, n, |i, j| if i == j { values[i] } else { 0.0 })
 }
 
-/// The components of all shards, shard by shard, written as one would deal cards.
+/// The components of all shards, shard by shard, in a simple loop that deals them like cards.
 fn components(windows: Windows, rank: usize, shards: usize, n: usize) -> Vec<usize> {
     let count = rank * shards;
     match windows {
@@ -107,8 +107,8 @@ fn components(windows: Windows, rank: usize, shards: usize, n: usize) -> Vec<usi
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
 
-    /// Windows are disjoint and orthogonal on both sides, are the components that the formula says, and
-    /// have the length that the scale says; whatever the shape.
+    /// For every shape, windows are disjoint and orthogonal on both sides, hold the components of
+    /// the formula, and have the length of the scale.
     #[test]
     fn frames_are_what_the_choice_says(
         (rank, shards) in (1usize..4, 1usize..5),
@@ -193,7 +193,7 @@ fn energies_are_those_of_the_windows() {
             "{choice:?}: {}",
             progress.orthogonality_error
         );
-        // Dealt in turn, the shards are alike.
+        // Given components in turn, the shards are alike.
         if choice.0 == Windows::Spread {
             let (first, last) = (
                 progress.explained_variance[0],
@@ -270,7 +270,7 @@ fn random_frames_depend_on_seed_path_and_shape_alone() {
         })
     };
     let [first, second] = directions(pair([&weights[0], &weights[1]]), 1);
-    // The weight's values give the length and nothing else.
+    // The weight's values determine only the length.
     let [swapped, _] = directions(pair([&weights[1], &weights[0]]), 1);
     assert!(distance(&first, &swapped) < 1e-6);
     // Another path, another seed.
@@ -283,7 +283,7 @@ fn random_frames_depend_on_seed_path_and_shape_alone() {
     assert!(distance(&first, &larger) > 0.1);
 }
 
-/// A weight whose squares overflow: its decomposition in `f32` fails, and random frames do without.
+/// A weight whose squares overflow: its decomposition in `f32` fails, and random frames need none.
 #[test]
 fn random_frames_decompose_nothing() {
     let device = Device::flex();
@@ -328,8 +328,8 @@ fn balanced_random_frames_are_refused_by_both_names() {
     );
 }
 
-/// Components without a singular value: refused where that is the frames' length, else directions on
-/// which the weight is zero, and not those that rounding errors leave.
+/// Components without a singular value: refused if it is the frames' length, else directions on
+/// which the weight is zero, not directions of rounding errors.
 #[test]
 fn singular_values_of_zero() {
     let device = Device::flex();
@@ -379,8 +379,7 @@ fn singular_values_of_zero() {
                         .all(|image| (image < zero) == (component >= 5))
                 );
             }
-            // A basis of the null space that a decomposition happens to return would not be the same
-            // in another precision.
+            // A decomposition's own basis of the null space would differ in another precision.
             let ([single_a, single_b], single_energy) = &single;
             assert!(distance(a, single_a) < 1e-3, "{}", distance(a, single_a));
             assert!(distance(b, single_b) < 1e-3, "{}", distance(b, single_b));
@@ -404,7 +403,7 @@ fn singular_values_of_zero() {
 #[test]
 fn a_step_is_the_formula_for_every_choice() {
     let device = Device::flex().autodiff();
-    // An epsilon that keeps Adam from making whole steps of rounding errors.
+    // With this epsilon, Adam does not make whole steps of rounding errors.
     let (rank, shards, lr, epsilon) = (2, 3, 1e-2, 1.0);
     for choice in choices() {
         let weight = random(9, 7, &device);
@@ -446,7 +445,7 @@ fn a_step_is_the_formula_for_every_choice() {
     }
 }
 
-/// `P_U⊥ D P_V⊥`: what no update of the shards of `layer` can change, of a change `D`.
+/// `P_U⊥ D P_V⊥`: the part of a change `D` that no update of the shards of `layer` can reach.
 fn out_of_reach(layer: &Linear, change: &Mat<f64>) -> Mat<f64> {
     let without = |frames: &Mat<f64>, change: MatRef<'_, f64>| {
         let q = frames.qr().compute_thin_Q();
@@ -458,12 +457,13 @@ fn out_of_reach(layer: &Linear, change: &Mat<f64>) -> Mat<f64> {
     both.transpose().to_owned()
 }
 
-/// Training a planted change to its end leaves what is out of reach, entry by entry, and nothing else.
+/// Training a planted change to its end leaves exactly the part that is out of reach, entry by
+/// entry.
 #[test]
 fn training_ends_at_what_is_out_of_reach() {
     let device = Device::flex().autodiff();
     let (rank, shards) = (2, 3);
-    // So that balanced frames learn as fast as others.
+    // With this, balanced frames learn as fast as others.
     let sigma: Vec<f64> = (0..12).map(|i| 2.0 - f64::from(i) / 11.0).collect();
     let weight = with_spectrum(12, 14, &sigma, &device);
     let change = random(12, 14, &device) * faer::Scale(1e-3);
@@ -506,7 +506,7 @@ fn training_ends_at_what_is_out_of_reach() {
         let error = distance(&missing, &expected) / change.norm_max();
         // Second-order parts of the updates leave a little.
         assert!(error < 5e-3, "{choice:?}: {error}");
-        // Which is much, and not all.
+        // This part is large, but not everything.
         let share = expected.squared_norm_l2() / change.squared_norm_l2();
         assert!((0.1..0.6).contains(&share), "{choice:?}: {share}");
     }
@@ -589,7 +589,7 @@ fn workers_of_different_choices_are_refused() {
     let device = Device::flex().autodiff();
     let start = Lean::new(&device);
     for (choices, setting) in pairs() {
-        // Where they prepare together.
+        // Workers that prepare together.
         let errors = on_threads(2, |communicator| {
             let worker = communicator.worker_index();
             let config = config(2, 2, choices[worker]);
@@ -609,7 +609,7 @@ fn workers_of_different_choices_are_refused() {
             };
             assert_eq!(error, expected);
         }
-        // Where each prepares alone, at the first step.
+        // Workers that each prepare by themselves, at the first step.
         let errors = on_threads(2, |communicator| {
             let worker = communicator.worker_index();
             let config = config(2, 2, choices[worker]);
@@ -677,7 +677,7 @@ fn records_and_checkpoints_carry_the_choice() {
             assert!(error.contains(&name), "{error}");
             fresh(theirs).try_load_record(record()).unwrap();
 
-            // A record of the optimizer, found out by the step that would use it.
+            // A record of the optimizer. The step that would use it refuses it.
             let load = || {
                 let optim = HdPissaOptimizerConfig::new()
                     .init(AdamConfig::new().init(), Solo)
@@ -726,7 +726,7 @@ fn records_and_checkpoints_carry_the_choice() {
     }
 }
 
-/// What a shard's name ends with.
+/// The ending of a shard's name.
 fn suffix((windows, scale): (Windows, FrameScale)) -> String {
     let windows = match windows {
         Windows::Leading => String::new(),
@@ -740,7 +740,7 @@ fn suffix((windows, scale): (Windows, FrameScale)) -> String {
     }
 }
 
-/// A checkpoint that says nothing of frames has the published ones.
+/// A checkpoint without a choice of frames has the published ones.
 #[test]
 fn checkpoints_from_before_the_choice() {
     let start = Lean::new(&Device::flex().autodiff());

@@ -1,7 +1,8 @@
 //! A GPU against Flex: values, gradients, whole steps, and memory over many steps.
 //!
-//! Runs with the feature `cuda`, or with `wgpu` where an adapter is found; software drivers will do.
-//! With `HD_PISSA_REQUIRE_CUDA=1` or `HD_PISSA_REQUIRE_WGPU=1` a missing device fails the tests.
+//! Runs with the feature `cuda`, or with `wgpu` if there is an adapter; software drivers are
+//! enough. With `HD_PISSA_REQUIRE_CUDA=1` or `HD_PISSA_REQUIRE_WGPU=1` a missing device fails the
+//! tests.
 #![cfg(any(feature = "wgpu", feature = "cuda"))]
 
 use burn::module::{Module, ModuleMapper, Param};
@@ -115,8 +116,8 @@ fn steps() {
         let tensor = |data| Tensor::<2>::from_data(data, &Device::flex());
         tensor(after) - tensor(before)
     };
-    // Of the change, not of the weight. Adam divides by the gradient's own size, which magnifies the
-    // error of small ones.
+    // Relative to the change, not to the weight. Adam divides by the gradient's size, which
+    // magnifies the errors of small gradients.
     let tolerance = 100.0 * gpu_product_tolerance();
     assert_close(train(&gpu), train(&Device::flex()), tolerance);
 }
@@ -177,7 +178,7 @@ fn a_clone_is_unchanged_and_bad_steps_are_refused() {
     }
 }
 
-/// Memory in use on the device stays where it is after the first steps.
+/// Memory in use on the device does not grow after the first steps.
 #[test]
 fn five_hundred_steps_without_growth() {
     let Some(gpu) = gpu() else { return };

@@ -1,6 +1,6 @@
-//! How many kernels an optimizer step launches on a GPU.
+//! The number of kernels that an optimizer step launches on a GPU.
 //!
-//! Runs as `gpu.rs` does. On a GPU the launches are what a step costs beside its products.
+//! Runs under the conditions of `gpu.rs`. On a GPU, a step costs its products and its launches.
 #![cfg(any(feature = "wgpu", feature = "cuda"))]
 
 use std::sync::Arc;
@@ -31,7 +31,7 @@ impl LaunchObserver for Count {
     }
 }
 
-/// Launches of the third step of a model of so many layers.
+/// Launches of the third step of a model with this many layers.
 fn launches(layers: usize, shards: usize, device: &Device) -> usize {
     let device = device.clone().autodiff();
     let config = HdPissaConfig::new().with_rank(2).with_shards(shards);
@@ -74,17 +74,17 @@ fn gradients(model: &Layers, shards: usize) -> ShardGradients {
     gradients
 }
 
-/// A weight more costs the same number of launches, however many shards there are, but for those that
-/// collect the gradients of eight factors each: AdamW's 14, and ten besides.
+/// One more weight costs the same number of launches for any number of shards: AdamW's 14, and ten
+/// others. Only launches that collect the gradients, eight factors each, depend on the shards.
 #[test]
 fn a_step_launches_few_kernels_for_a_weight_whatever_the_shards() {
     let Some(gpu) = gpu() else { return };
     if cfg!(feature = "fusion") {
-        // Fused kernels are counted when they run, which is later.
+        // Fused kernels are counted when they run, which happens later.
         return;
     }
     let per_weight = |shards: usize| {
-        // More layers than one launch collects statistics of, so that all is counted.
+        // More layers than one launch collects statistics for, so all launches are counted.
         let (few, many) = (launches(8, shards, &gpu), launches(24, shards, &gpu));
         (many - few) as f64 / 16.0
     };

@@ -1,4 +1,5 @@
-//! The layout of the workspace: the table in CONTRIBUTING against the sources, and no circles.
+//! The layout of the workspace: the table in CONTRIBUTING against the sources, and no circular
+//! imports.
 //!
 //! `HD_PISSA_WRITE_LAYOUT=1 cargo test --release --workspace --test layout` writes the table.
 
@@ -11,14 +12,14 @@ use syn::visit::Visit;
 /// A path of modules from the root of a crate.
 type ModulePath = Vec<String>;
 
-/// What one module's code names.
+/// The names in one module's code.
 #[derive(Default)]
 struct Module {
     /// The first sentence of its documentation.
     about: String,
     /// Every path in its code.
     paths: Vec<Vec<String>>,
-    /// What its `use` declarations bring in, by the name they give it, and whether for others, too.
+    /// The imports of its `use` declarations by name, and whether they are public.
     names: BTreeMap<String, (Vec<String>, bool)>,
 }
 
@@ -61,7 +62,7 @@ impl Tree {
                 (folder.join(format!("{name}.rs")), folder.join(&name)),
                 (folder.join(&name).join("mod.rs"), folder.join(&name)),
             ];
-            // A module with a path of its own is another crate's.
+            // A module with a `path` attribute belongs to another crate.
             if let Some((file, folder)) = places.iter().find(|(file, _)| file.exists()) {
                 let path = [path.clone(), vec![name]].concat();
                 self.read_file(file, folder, path);
@@ -120,8 +121,8 @@ impl Tree {
         Some(Target::Module(at))
     }
 
-    /// What each module imports; of modules of one parent, with all that they hold, and of libraries.
-    /// A parent and what it holds are one.
+    /// The imports of each module: modules of the same parent, with everything in them, and
+    /// libraries. A parent and its modules count as one.
     fn imports(&self) -> BTreeMap<ModulePath, BTreeSet<Target>> {
         let mut imports: BTreeMap<ModulePath, BTreeSet<Target>> = BTreeMap::new();
         for (from, module) in &self.modules {
@@ -172,7 +173,7 @@ impl Tree {
     }
 }
 
-/// Collects what a file names, its tests left out.
+/// Collects the names in a file, without its tests.
 #[derive(Default)]
 struct Reader {
     module: Module,
@@ -215,7 +216,7 @@ impl Reader {
         }
         let name = new.or_else(|| path.last().cloned()).expect("a name");
         self.module.paths.push(path.clone());
-        // `use config::config` would otherwise name itself.
+        // Otherwise `use config::config` would refer to itself.
         if path.len() > 1 || path[0] != name {
             self.module.names.insert(name, (path, is_public));
         }
@@ -469,7 +470,7 @@ fn the_table_in_contributing_is_that_of_the_sources() {
     }
 }
 
-/// A crate on the disk: what the test sees of it.
+/// A small crate on the disk, with its expected imports.
 #[test]
 fn imports_are_followed_through_re_exports() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,4 +1,5 @@
-//! HD-PiSSA in Burn's own training loop: the weights of a plain loop, resumption, and how it ends.
+//! HD-PiSSA in Burn's own training loop: the weights of a plain loop, resumption, and the end of a
+//! training.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -132,7 +133,8 @@ fn start() -> Lean {
 
 fn adapted(start: &Lean, config: HdPissaConfig) -> Net {
     let layers = start.clone().apply_hd_pissa(&config, 0..SHARDS).unwrap();
-    // A dense parameter trains beside the adapters. Burn loads its moments as f32, whatever they were.
+    // A dense parameter trains besides the adapters. Burn loads its moments as f32 from every
+    // dtype.
     let is_f32 = layers.first.weight.base().dtype() == DType::F32;
     let bias = ParamGroup::from_path("first.bias");
     Net {
@@ -191,7 +193,7 @@ fn launch(
         .launch(learner)
 }
 
-/// What the user of a plain loop would write. The data of each part is given as its batches.
+/// The code of a plain loop. The data of each part is given as its batches.
 fn plain(
     mut model: Net,
     mode: GradientMode,
@@ -324,7 +326,7 @@ fn metrics_see_every_micro_batch() {
     assert_eq!(rates, [[first; 8].to_vec(), [second; 4].to_vec()].concat());
 }
 
-/// Interrupts a training while it makes its batch number `at`.
+/// Interrupts a training at batch number `at`.
 struct Interrupting {
     made: AtomicUsize,
     at: usize,
@@ -400,7 +402,7 @@ fn a_resumed_training_equals_an_uninterrupted_one() {
 
 #[test]
 fn residual_bits_and_rounding_resume_too() {
-    // The rate is such that most updates are below a rounding step of the weights.
+    // At this rate most updates are below a rounding step of the weights.
     let compensated = config(GradientMode::PerShard).with_precision(MergePrecision::Compensated);
     resumes(compensated, DType::BF16, 1e-4);
     let stochastic = MergePrecision::Stochastic { seed: 3 };
@@ -410,7 +412,7 @@ fn residual_bits_and_rounding_resume_too() {
 
 #[test]
 fn training_stops_early() {
-    /// A rate of 0, and how often it was asked for.
+    /// A rate of 0, and the number of times it was read.
     #[derive(Clone)]
     struct Counting(Arc<AtomicUsize>);
 
@@ -430,7 +432,7 @@ fn training_stops_early() {
     let folder = tempfile::tempdir().unwrap();
     let steps = Arc::new(AtomicUsize::new(0));
     let strategy = HdPissaStrategy::new(adam(), Counting(steps.clone()));
-    // The loss of weights that do not move never improves on the first epoch's.
+    // If weights do not move, the loss never improves after the first epoch.
     let stopping = MetricEarlyStoppingStrategy::new(
         &LossMetric::new(),
         Aggregate::Mean,
@@ -446,11 +448,11 @@ fn training_stops_early() {
     let result = launch(training, &Arc::new(strategy), model);
     assert!(result.error.is_none());
     assert_eq!(trained(&result.model), before);
-    // Two steps in each of three epochs. One more comes from the look at the learner's scheduler.
+    // Two steps in each of three epochs. Reading the learner's scheduler adds one.
     assert_eq!(steps.load(Ordering::Relaxed), 3 * 2 + 1);
 }
 
-/// The error of a training as Burn and as the strategy have it, and the weights that are left.
+/// The errors of a training from Burn and from the strategy, and the final weights.
 fn failure(
     strategy: HdPissaStrategy,
     items: Vec<Item>,

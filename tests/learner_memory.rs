@@ -1,4 +1,4 @@
-//! What a training in Burn's own loop allocates on Flex, seen by the global allocator.
+//! The allocations of a training in Burn's own loop on Flex, counted by the global allocator.
 
 #[path = "allocator.rs"]
 mod allocator;
@@ -70,7 +70,7 @@ impl Batcher<f32, Tensor<2>> for Values {
     }
 }
 
-/// Takes what Burn saves, and forgets it.
+/// Drops everything that Burn saves.
 struct Forget;
 
 impl<R: Checkpoint> Checkpointer<R> for Forget {
@@ -87,14 +87,14 @@ impl<R: Checkpoint> Checkpointer<R> for Forget {
     }
 }
 
-/// In Burn's own loop as in a plain one: nothing holds the weights while a step writes them, from the first
-/// step on. A checkpoint leaves nothing behind.
+/// From the first step on, nothing holds the weights while a step writes them, as in a plain loop.
+/// A checkpoint leaves no memory behind.
 #[test]
 fn the_weight_is_updated_in_place() {
     let _guard = MEASURING.lock().unwrap();
     let bytes = |epochs: usize, saves: bool| {
         let device = Device::flex().autodiff();
-        // Random directions: a weight of this size takes long to decompose.
+        // Random directions, because a weight of this size takes long to decompose.
         let config = HdPissaConfig::new()
             .with_rank(4)
             .with_shards(2)
@@ -129,7 +129,7 @@ fn the_weight_is_updated_in_place() {
         training < WEIGHT_BYTES,
         "{training} of {WEIGHT_BYTES} bytes"
     );
-    // Burn's records are copies, for a time. None is left, and no handle that would make a step copy.
+    // Burn's records are temporary copies. None is left, and no handle that would make a step copy.
     let (saving, left) = bytes(3, true);
     assert!(saving >= WEIGHT_BYTES, "{saving} of {WEIGHT_BYTES} bytes");
     assert!(

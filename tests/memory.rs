@@ -1,4 +1,4 @@
-//! What a training step allocates on Flex, seen by the global allocator.
+//! The allocations of a training step on Flex, counted by the global allocator.
 
 #[path = "allocator.rs"]
 mod allocator;
@@ -56,7 +56,7 @@ fn the_adapter_makes_no_tensor_of_the_weights_size() {
         let plain = layer(layout, &device).no_grad();
         let adapted = plain.clone().apply_hd_pissa(&config(), 0..2).unwrap();
         let lean = HdPissaLinear::from_linear(adapted.clone());
-        // Without gradients, and without an adapter, the layer is as lean.
+        // Without gradients, and without an adapter, the layer is also lean.
         let frozen = HdPissaLinear::from_linear(plain);
         let valid = HdPissaLinear::from_linear(adapted.clone().freeze());
         for (name, layer) in [("adapted", &lean), ("plain", &frozen), ("frozen", &valid)] {
@@ -67,16 +67,16 @@ fn the_adapter_makes_no_tensor_of_the_weights_size() {
                 largest_of([1, 1, TOKENS, D_INPUT], |x| layer.forward(x), &device),
                 largest_of([2, 4, TOKENS / 8, D_INPUT], |x| layer.forward(x), &device),
             ] {
-                // gemm packs blocks of an operand; that is bounded by its block sizes, not by the
-                // weight's.
+                // gemm packs blocks of an operand. Its block sizes bound that memory, not the size
+                // of the weight.
                 assert!(
                     largest < WEIGHT_BYTES / 2,
                     "{name}, {layout:?}: {largest} of {WEIGHT_BYTES} bytes"
                 );
             }
         }
-        // The measurement sees a tensor of that size where there is one: Burn's layer computes the
-        // dense gradient, which the adapter projects.
+        // The measurement would see a tensor of that size: Burn's layer computes the dense
+        // gradient, which the adapter projects.
         let largest = largest_of([TOKENS, D_INPUT], |x| adapted.forward(x), &device);
         assert!(largest >= WEIGHT_BYTES, "{largest} of {WEIGHT_BYTES} bytes");
     }
@@ -112,14 +112,14 @@ fn a_step_updates_the_weight_in_place() {
         );
         live.push(LIVE.load(Ordering::Relaxed));
     }
-    // Nothing accumulates: the last steps end with as many live bytes as the tenth.
+    // Memory does not grow: the last steps end with as many live bytes as the tenth.
     let growth = live[39] - live[9];
     assert!(
         growth.abs() < 64 * 1024,
         "{growth} bytes in 30 steps: {live:?}"
     );
 
-    // Held by someone else, the weight is copied: the measurement sees that too.
+    // A weight that something else holds is copied. The measurement shows that too.
     let clone = model.clone();
     let x = normal([TOKENS, D_INPUT], &device);
     let mut gradients = ShardGradients::new(&model);
@@ -149,7 +149,8 @@ fn nothing_extra_without_gradients() {
     };
     let plain: HdPissaLinear = layer(LinearLayout::Row, &device).no_grad().into();
     let x = normal([TOKENS, D_INPUT], &device);
-    // Once before measuring: thread-local buffers of the product are made at its first use.
+    // Runs once before measuring, because the first use of the product makes its thread-local
+    // buffers.
     peak_of(&plain, &x);
     let reference = peak_of(&plain, &x);
     let slack = 16 * 1024;
@@ -157,8 +158,8 @@ fn nothing_extra_without_gradients() {
     assert!(peak_of(&adapted.valid(), &x.inner()) <= reference + slack);
 }
 
-/// Copies of the model for other threads: they share the weights, and leave nothing in Burn's autodiff
-/// graph, whose every backward pass looks at all that is in it.
+/// Copies of the model for other threads share the weights. They leave nothing in Burn's autodiff
+/// graph, because every backward pass walks the whole graph.
 #[test]
 fn side_by_side_shares_the_weights_and_leaves_nothing_behind() {
     let _guard = MEASURING.lock().unwrap();
@@ -193,7 +194,7 @@ fn side_by_side_shares_the_weights_and_leaves_nothing_behind() {
         );
         live.push(LIVE.load(Ordering::Relaxed));
     }
-    // Threads of a pool that is gone give their buffers back a little later: the least of many rounds
+    // Threads of an ended pool free their buffers a little later, so the least of many rounds
     // counts.
     let least = |rounds: &[isize]| *rounds.iter().min().expect("there are rounds");
     let growth = least(&live[150..]) - least(&live[50..100]);

@@ -26,7 +26,7 @@ impl Case {
         }
     }
 
-    /// `x · (w + scale · (a·b − stop_gradient(a·b)))`, as written.
+    /// `x · (w + scale · (a·b − stop_gradient(a·b)))`, computed literally.
     fn dense(&self) -> Tensor<2> {
         let product = self.a.clone().matmul(self.b.clone());
         let shift = (product.clone() - product.detach()) * SCALE;
@@ -180,7 +180,7 @@ fn gradients_agree_with_finite_differences() {
     }
 }
 
-/// Leading dimensions are tokens, whatever their number and memory layout.
+/// Leading dimensions are tokens, for any number of them and any memory layout.
 #[test]
 fn any_number_of_leading_dimensions() {
     let device = Device::flex().autodiff();
@@ -263,7 +263,7 @@ fn factor_gradients_are_f32_for_half_weights() {
     }
 }
 
-/// The way of a reparameterization: the dense gradient, projected.
+/// The path of a reparameterization: the dense gradient, projected.
 #[test]
 fn the_projected_weight_has_the_gradients_of_the_product() {
     let device = Device::flex().autodiff();
@@ -332,7 +332,7 @@ fn row_statistics_are_those_of_a_plain_loop() {
     }
 }
 
-/// The hash against its definition, for any strides, and what it must tell apart.
+/// The hash against its definition, for any strides, and values that it must distinguish.
 #[test]
 fn fingerprints_are_as_defined_and_see_every_sign() {
     fn mix(mut x: u32) -> u32 {
@@ -435,7 +435,7 @@ fn the_norm_of_an_update_that_cancels() {
             let terms = (0..rank).map(|k| {
                 let (a, moved_a) = (a[row * rank + k], moved_a[row * rank + k]);
                 let (b, moved_b) = (b[k * d_output + column], moved_b[k * d_output + column]);
-                // As the merge holds it, in `f32`.
+                // In `f32`, as in the merge.
                 f64::from((a + moved_a) as f32) * moved_b + moved_a * b
             });
             expected += terms.sum::<f64>().powi(2);

@@ -1,4 +1,4 @@
-//! The optimizer: what a step does to weights, moments, clones, and what it refuses.
+//! The optimizer: the effect of a step on weights, moments and clones, and its refusals.
 
 use burn::grad_clipping::GradientClippingConfig;
 use burn::lr_scheduler::module_lr_scheduler::ModuleLrSchedulerConfig;
@@ -173,7 +173,7 @@ fn a_step_is_the_formula() {
         let expected = Tensor::<1>::from_floats(&expected[..], &Device::flex());
         assert_close(base(&model.weight).flatten(0, 1), expected, 1e-5);
     }
-    // The factors are frames: bit for bit what they were.
+    // The factors are frames: unchanged bit for bit.
     let adapter = model.weight.reparameterization::<HdPissaAdapter>().unwrap();
     for (shard, (a, b)) in adapter.shards.iter().zip(&frames) {
         assert_eq!((&host(shard.a.val()), &host(shard.b.val())), (a, b));
@@ -482,7 +482,7 @@ fn clipping_is_by_the_global_norm_of_each_shard() {
             gradients.push(shard, grads);
         }
         let start = base(&model.first.weight);
-        // So large that the rounding of the weight is small beside the update.
+        // So large that the rounding of the weight is small relative to the update.
         let model = optim.step(1e-1, model, gradients).unwrap();
         (base(&model.first.weight) - start, norms.map(f64::sqrt))
     };
@@ -617,7 +617,7 @@ fn records_resume_bit_for_bit() {
         bits(&base(&resumed.second.weight)),
         bits(&base(&whole.second.weight))
     );
-    // Without the moments the run would be another one.
+    // Without the moments the run would differ.
     let mut fresh = optimizer(adam());
     let half = steps(start, &mut optimizer(adam()), &data[..3]);
     let other = steps(half, &mut fresh, &data[3..]);
@@ -652,7 +652,7 @@ fn damaged_records_are_typed_errors() {
             "{error}"
         );
     }
-    // A record of Burn's own optimizer carries no version of ours.
+    // A record of Burn's own optimizer does not have our version.
     let foreign = adam().into_bytes().unwrap();
     let error = HdPissaOptimizerRecord::from_bytes(foreign).unwrap_err();
     assert!(

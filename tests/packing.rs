@@ -1,5 +1,5 @@
-//! The factors of all shards as one parameter of the inner optimizer: the same bits as one parameter
-//! for each factor, whatever the optimizer, and records that say nothing of it.
+//! The factors of all shards as one parameter of the inner optimizer: every optimizer gives the
+//! same bits as with one parameter for each factor, and the same records.
 
 use burn::lr_scheduler::module_lr_scheduler::{ModuleLearningRate, ModuleLrSchedulerConfig};
 use burn::module::ParamGroup;
@@ -88,7 +88,8 @@ fn content(optim: &HdPissaOptimizer) -> Vec<(String, Vec<usize>, Vec<u8>)> {
     content
 }
 
-/// Gradients of very different sizes, a record taken and loaded half-way, either way into the other.
+/// Gradients of very different sizes. A record is taken half-way and loaded, from either form into
+/// the other.
 #[test]
 fn every_optimizer_gives_the_same_bits_packed_and_apart() {
     let device = Device::flex().autodiff();
@@ -121,7 +122,7 @@ fn every_optimizer_gives_the_same_bits_packed_and_apart() {
     }
 }
 
-/// A learning rate of their own for the `b`, from the first step on or only later.
+/// A separate learning rate for the `b` factors, from the first step on or only later.
 #[test]
 fn learning_rates_that_differ_within_a_weight_are_kept() {
     let device = Device::flex().autodiff();
@@ -149,7 +150,7 @@ fn learning_rates_that_differ_within_a_weight_are_kept() {
     }
 }
 
-/// An optimizer of its own for the second shard.
+/// A separate optimizer for the second shard.
 #[test]
 fn optimizers_that_differ_within_a_weight_are_kept() {
     let device = Device::flex().autodiff();

@@ -1,4 +1,4 @@
-//! Micro-batches and decompositions side by side: the same bits on any number of threads.
+//! Micro-batches and decompositions in parallel: the same bits on any number of threads.
 
 use std::time::Duration;
 
@@ -111,7 +111,7 @@ fn factors_do_not_depend_on_the_number_of_threads() {
     assert_eq!(expected.len(), 4 * SHARDS);
     assert_eq!(factors(2), expected);
     assert_eq!(factors(5), expected);
-    // One weight alone, and several workers that share the work.
+    // A single weight, and several workers that share the work.
     let alone = in_pool(2, || {
         let model = start.first.clone().apply_hd_pissa(&config, 0..SHARDS);
         let model = model.unwrap();

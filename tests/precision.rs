@@ -1,5 +1,5 @@
-//! What half-precision weights keep of their updates: against an `f32` weight that takes the same
-//! deltas, and backends against each other.
+//! Updates of half-precision weights: against an `f32` weight that takes the same deltas, and
+//! backends against each other.
 
 use burn::module::{Module, Param};
 use burn::optim::{AdamConfig, GradientsParams};
@@ -62,8 +62,7 @@ fn optimizer() -> HdPissaOptimizer {
         .unwrap()
 }
 
-/// Gradients of step `step` that no weight has a part in, so that every dtype sees the same
-/// deltas.
+/// Gradients of step `step` that do not depend on weights, so every dtype sees the same deltas.
 fn gradients(layer: &HdPissaLinear, step: usize) -> ShardGradients {
     let mut gradients = ShardGradients::new(layer);
     for shard in &adapter(layer).shards {
@@ -145,7 +144,7 @@ fn a_compensated_f16_weight_follows_f32_in_its_range() {
     let start = layer([13, 17], DType::F16);
     let run = |dtype| adapted(&start, dtype, MergePrecision::Compensated, &flex);
     let half = joined(&train(run(DType::F16), &mut optimizer(), 0..STEPS));
-    // What was small on its way lost digits there, and keeps that.
+    // A value that was small on the way has lost digits, and does not get them back.
     let (mut full, mut optim) = (run(DType::F32), optimizer());
     let mut smallest = values(base(&full.weight));
     for step in 0..STEPS {
@@ -252,7 +251,7 @@ fn stochastic_rounding_is_unbiased_and_repeatable() {
     let runs: Vec<Vec<f32>> = (0..SEEDS)
         .map(|seed| values(base(&run(seed, 0..1, &mut optimizer()).weight)))
         .collect();
-    // The mean over seeds and elements of what rounding adds, in units of its own deviation.
+    // The mean rounding error over seeds and elements, in units of its standard deviation.
     let errors = runs
         .iter()
         .flat_map(|run| run.iter().zip(&full))
@@ -282,7 +281,7 @@ fn stochastic_rounding_is_unbiased_and_repeatable() {
     assert_ne!(runs[1], values(base(&run(1, 0..1, &mut later).weight)));
 }
 
-/// The kernel and Flex round each in its own code.
+/// The kernel and Flex each have their own rounding code.
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 #[test]
 fn the_gpu_rounds_as_flex_does() {

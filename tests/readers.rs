@@ -22,7 +22,7 @@ fn adam() -> ModuleOptimizer {
     AdamConfig::new().init()
 }
 
-/// A folder in memory where there is one.
+/// A folder in memory, if the system has one.
 fn folder() -> tempfile::TempDir {
     tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tempfile::tempdir().unwrap())
 }
@@ -76,7 +76,7 @@ impl Target {
             .sum()
     }
 
-    /// Replaces a file, and its digest, which would give the change away.
+    /// Replaces a file and its digest, which would show the change.
     fn replace(&self, name: &str, content: &[u8]) {
         std::fs::write(self.path.join(name), content).unwrap();
         let digest = Sha256::digest(content);
@@ -92,7 +92,7 @@ impl Target {
         std::fs::write(self.path.join("SHA256SUMS"), lines.join("\n")).unwrap();
     }
 
-    /// All that a run does to resume, and a step's worth of use of what it got.
+    /// Everything that a run does to resume, and one step with the result.
     fn resume(&self) -> Result<(), String> {
         let checkpoint = Checkpoint::open(&self.path).map_err(|e| e.to_string())?;
         checkpoint

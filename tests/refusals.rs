@@ -1,4 +1,4 @@
-//! What an optimizer step refuses, and that a refusal changes nothing.
+//! Refusals of an optimizer step, which change nothing.
 
 use burn::module::{Module, ParamGroup};
 use burn::optim::{AdamConfig, GradientsParams, LionConfig, ModuleOptimizer, SgdConfig};
@@ -99,7 +99,7 @@ fn refused_steps_change_nothing() {
     );
 }
 
-/// An optimizer that keeps what it is given where Adam would show it: gradients are checked too.
+/// Lion hides a bad gradient that Adam would show. Gradients are therefore checked too.
 #[test]
 fn non_finite_gradients_are_refused_even_if_the_update_is_finite() {
     let device = Device::flex().autodiff();
@@ -201,7 +201,7 @@ fn a_shard_without_gradients_is_named() {
     let device = Device::flex().autodiff();
     let model = adapted(2, 2, &device);
     let mut grads = ShardGradients::new(&model);
-    // Somebody forgets to select shard 1: the second set is empty where it counts.
+    // Shard 1 was not selected: the second set lacks its gradients.
     for shard in 0..2 {
         let frozen = model.clone().freeze();
         let x = normal([5, 13], &device).require_grad();
@@ -242,7 +242,7 @@ fn clipping_does_not_spread_a_nan() {
     }
 }
 
-/// Gradients whose sum of squares is above `f32`: clipped to the threshold like any other.
+/// Gradients whose sum of squares exceeds `f32` are clipped to the threshold like any others.
 #[test]
 fn huge_gradients_are_clipped_and_not_dropped() {
     let device = Device::flex().autodiff();

@@ -49,7 +49,7 @@ fn the_folder_of_recorded_runs_holds_runs_of_one_layer_only() {
     }
 }
 
-/// Runs that the repository does not hold, where there are any. CI does not rely on them.
+/// Runs outside the repository, if there are any. CI does not need them.
 #[test]
 fn shared_runs() {
     let Some(shared) = shared() else {

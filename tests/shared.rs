@@ -1,4 +1,5 @@
-//! Workers that share the decompositions: the same factors as alone, and the same errors everywhere.
+//! Workers that share the decompositions: the same factors as on one worker, and the same errors on
+//! all.
 
 use burn::module::{Module, Param, ParamGroup};
 use burn::tensor::{DType, Device, Tensor, TensorData};
@@ -92,7 +93,7 @@ fn shared_factors_are_those_of_one_worker() {
     }
 }
 
-/// What two workers report, of which the second has another model or configuration.
+/// The reports of two workers. The second has another model or configuration.
 fn errors(models: [&Stack; 2], configs: [&HdPissaConfig; 2]) -> [HdPissaError; 2] {
     let errors = on_threads(2, |communicator| {
         let worker = communicator.worker_index();

@@ -67,7 +67,7 @@ fn with_bias(model: Lean) -> Lean {
     model.set_require_grad_group(ParamGroup::from_path("first.bias"), true)
 }
 
-/// What differs between the runs of a layout test.
+/// The differences between the runs of a layout test.
 #[derive(Clone, Copy, Default)]
 struct Settings {
     wire: CommunicationDtype,
@@ -75,8 +75,9 @@ struct Settings {
     shards: usize,
 }
 
-/// A worker's training from step `first` on, with its part of the micro-batches. From a step above 0
-/// it starts from the checkpoint in `folder`; up to a step below the last it writes one there.
+/// A worker's training from step `first` on, with its part of the micro-batches. If `first` is
+/// above 0, it starts from the checkpoint in `folder`. If it ends before the last step, it writes a
+/// checkpoint there.
 fn train(
     start: &Lean,
     data: &[Vec<Tensor<2>>],
@@ -178,8 +179,8 @@ fn shards_that_share_gradients_train_like_one_wide_shard() {
     assert!(relative_error(many, one) < 1e-5);
 }
 
-/// Of a forward pass for all shards, each shard gets the gradients that a pass of its own gives it, of
-/// lean layers and of Burn's.
+/// In a forward pass for all shards, each shard gets the same gradients as in a separate pass, with
+/// lean layers and with Burn's.
 #[test]
 fn one_pass_serves_all_shards() {
     let device = Device::flex().autodiff();
@@ -287,7 +288,8 @@ fn a_checkpoint_resumes_on_any_number_of_workers() {
     }
 }
 
-/// In a step a worker sends the gradients of the shards that others host, and the deltas of its own.
+/// In a step a worker sends the gradients of shards that others host, and the deltas of its own
+/// shards.
 #[test]
 fn the_traffic_of_a_step_is_as_documented() {
     const WORKERS: usize = 2;
@@ -404,7 +406,7 @@ fn first_steps(
     })
 }
 
-/// Both modes host as many shards on a worker, so that nothing but the mode tells them apart.
+/// Both modes host the same number of shards on a worker, so only the mode differs.
 #[test]
 fn workers_of_different_modes_are_refused() {
     let start = Lean::new(&Device::flex().autodiff());

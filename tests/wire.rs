@@ -1,4 +1,4 @@
-//! What travels between workers: deltas in `f32` or `bf16`, in one gather or several.
+//! The traffic between workers: deltas in `f32` or `bf16`, in one gather or several.
 
 use std::cell::Cell;
 use std::num::NonZeroUsize;
@@ -171,7 +171,7 @@ fn rounded_deltas_change_the_trajectory_by_little() {
     let difference: Vec<f64> = rounded.iter().zip(&exact).map(|(x, y)| x - y).collect();
     let cost = norm(&difference) / norm(&exact);
     println!("bf16 changes the update of {STEPS} steps by {cost:.1e} of its norm");
-    // Less than one rounding could change a single delta.
+    // Below the relative change of a delta by one rounding.
     assert!(cost > 1e-5 && cost < 2f64.powi(-8), "{cost}");
 }
 
@@ -232,8 +232,8 @@ impl Communicator for Failing {
     }
 }
 
-/// The second gather of the second step fails on one worker while the first is under way, which
-/// the other may have seen succeed.
+/// The second gather of the second step fails on one worker while the first is open. The other
+/// worker may have completed the first.
 #[test]
 fn a_gather_that_fails_beside_another_changes_nothing() {
     let device = Device::flex().autodiff();

@@ -1,4 +1,4 @@
-//! Shards are one thing, workers another: any layout of the same shards gives the same weights.
+//! Any layout of the same shards over workers gives the same weights.
 
 use std::num::NonZeroUsize;
 use std::time::Duration;
@@ -20,8 +20,8 @@ fn config() -> HdPissaConfig {
     HdPissaConfig::new().with_rank(2).with_shards(SHARDS)
 }
 
-/// Trains the shards `hosted` of `start`, one of whose biases trains too; the final parameters. The
-/// model has the factors of the shards `known`.
+/// Trains the shards `hosted` of `start`, and one bias. Returns the final parameters. The model has
+/// the factors of the shards `known`.
 fn train(
     start: Lean,
     known: Vec<usize>,
@@ -70,8 +70,8 @@ fn every_layout_of_shards_on_workers_gives_the_same_bits() {
     };
     let solo = [CommunicationDtype::F32, CommunicationDtype::Bf16].map(|wire| (wire, alone(wire)));
     assert_ne!(solo[0].1, solo[1].1);
-    // Contiguous blocks, and shards dealt out in another order; one gather per step, as many as
-    // there are weights, and more. Workers that have the factors of all shards host blocks.
+    // Contiguous blocks, and shards in another order; one gather per step, as many as weights, and
+    // more. Workers that have the factors of all shards host blocks.
     for (gathers, layout, knows_all) in [
         (1, vec![vec![0, 1], vec![2, 3]], false),
         (2, vec![vec![3, 0], vec![1, 2]], false),
@@ -103,7 +103,7 @@ fn every_layout_of_shards_on_workers_gives_the_same_bits() {
     }
 }
 
-/// No setting but the defaults.
+/// Only default settings.
 fn plain(_index: usize) -> HdPissaOptimizerConfig {
     HdPissaOptimizerConfig::new()
 }
@@ -257,8 +257,8 @@ impl ModuleMapper for Flip {
     }
 }
 
-/// One bit of the first value, and the signs of the second and the fourth: hashes that only multiply
-/// lose the highest bits of two words.
+/// Flips one bit of the first value, and the signs of the second and the fourth. Hashes that only
+/// multiply lose the highest bits of two words.
 #[test]
 fn flipped_bits_on_one_worker_are_caught() {
     for flip in [&[(0, 1)][..], &[(4 + 3, 0x80), (12 + 3, 0x80)]] {
@@ -324,8 +324,8 @@ fn drift_is_caught(flip: &'static [(usize, u8)]) {
     }
 }
 
-/// Two workers train the shards of one model. After two steps the worker 1 alone, or both, load the
-/// adapters of another run of the same shape: the steps after that are those of a fresh optimizer.
+/// Two workers train the shards of one model. After two steps, only worker 1 or both load the
+/// adapters of another run of the same shape. The next steps are those of a fresh optimizer.
 #[test]
 fn frames_that_change_between_steps_are_shared_again() {
     let device = Device::flex().autodiff();
@@ -413,8 +413,8 @@ impl ModuleMapper for Replace {
 
 #[test]
 fn a_step_sends_half_of_what_the_published_script_does() {
-    // Its processes gather both factors and both deltas of every weight in every step.
-    // Beside the deltas one count for each weight, and one for each gather.
+    // Its processes gather both factors and both deltas of every weight in every step. In addition
+    // to the deltas, one count for each weight, and one for each gather.
     let ours = |wire, values: usize, weights: usize, gathers: usize| match wire {
         CommunicationDtype::F32 => 4 * (values + weights + gathers) as u64,
         CommunicationDtype::Bf16 => 2 * (values + 3 * (weights + gathers)) as u64,

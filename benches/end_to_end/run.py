@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Whole training runs of llama_math beside the same work in PyTorch: one table, one JSON file.
+"""Compares whole training runs of llama_math with the same work in PyTorch: one table, one JSON file.
 
     cargo build --release --example llama_math
     python3 benches/end_to_end/run.py --model SMOLLM2 --data train.jsonl --json end_to_end.json
 
---model is a checkpoint of SmolLM2-135M or another Llama in f32, --data GSM8K. The rows of PyTorch need a Python with
-torch, transformers and peft (--python names it, this one by default); without them they are left out, and the
-table says so. Every way takes the same records in the same order. The first step of a run is not timed. Ways take
-turns, --rounds times; the table has medians. Only ratios from one run on an idle machine mean something.
+--model is a checkpoint of SmolLM2-135M or another Llama in f32, --data is GSM8K. The rows of PyTorch need a Python with
+torch, transformers and peft (--python names it, this one by default). Without them the table leaves these rows out
+and says so. Every way takes the same records in the same order. The first step of a run is not timed. Ways alternate
+for --rounds rounds, and the table has medians. Only ratios from one run on an idle machine are meaningful.
 """
 import argparse
 import json
@@ -28,7 +28,7 @@ SETTINGS = [
     ("8 shards, 1 x 256 tokens", 8, 1, 256),
     ("2 shards, 4 x 128 tokens", 2, 4, 128),
 ]
-# What is wanted: name, of which settings, the ratio, and whether it is an upper bound.
+# Targets: name, number of shards (None for all), the ratio, the bound, and whether it is an upper bound.
 TARGETS = [
     ("tokens/s, ours / published", None, ("ours", "published", "tokens_per_s"), 2.2, False),
     ("tokens/s, ours / PEFT LoRA", None, ("ours", "lora", "tokens_per_s"), 1.25, False),
@@ -44,7 +44,7 @@ TARGETS = [
 
 
 def long_records(source, count):
-    """Records of several problems each, which fill any length that is asked for here."""
+    """Records of several problems each, which fill any length in SETTINGS."""
     rows = [json.loads(line) for line in open(source)]
     for first, second, third in zip(rows[0::3], rows[1::3], rows[2::3]):
         parts = [first["answer"], second["question"], second["answer"], third["answer"], third["question"]]
@@ -58,8 +58,8 @@ def ours(args, setting, folder, way):
     _, shards, batch, length = setting
     output = os.path.join(folder, "output")
     shutil.rmtree(output, ignore_errors=True)
-    # Every micro-batch has the same records where gradients are shared, but fewer, larger ones.
-    feed = ["--batch-size", str(batch)]
+    # With shared gradients a step has the same records in fewer, larger micro-batches.
+    feed = ["--published", "--batch-size", str(batch)]
     if way == "shared":
         together = max(1, shards // args.threads)
         feed = ["--gradients", "shared", "--batch-size", str(batch * together), "--accumulation", str(shards // together)]
@@ -96,7 +96,7 @@ def ours(args, setting, folder, way):
 
 
 def stop_at_first_checkpoint(command, folder, environment):
-    """Runs until a checkpoint is there, then asks the program to end."""
+    """Runs until there is a checkpoint, then asks the program to end."""
     import signal
     import time
 
@@ -122,7 +122,7 @@ def torch_side(args, setting, folder, way):
 
 
 def encode(args, setting, folder):
-    """The sequences of the records, for PyTorch: cut as llama_math cuts them."""
+    """The sequences of the records for PyTorch, cut to the length of llama_math's."""
     program = ("import json, sys; from transformers import AutoTokenizer as T; t = T.from_pretrained(sys.argv[1])\n"
                "for line in open(sys.argv[2]):\n"
                "    r = json.loads(line); p = sys.argv[4].format(r['question'])\n"

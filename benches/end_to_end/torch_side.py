@@ -1,7 +1,7 @@
 """One way of training in PyTorch, timed step by step: prints one line of JSON.
 
-`frozen` runs forward and backward with nothing to train, `lora` is PEFT's LoRA with AdamW, and `published` does
-what HD-PiSSA's published script computes, all shards in turn: a dense b·a in every forward pass, Adam on every
+`frozen` runs forward and backward without trainable parameters. `lora` is PEFT's LoRA with AdamW. `published`
+computes the same as HD-PiSSA's published script, all shards in turn: a dense b·a in every forward pass, Adam on every
 shard's factors, three products per shard in the update. run.py starts it.
 """
 import argparse
@@ -56,7 +56,7 @@ class Published(torch.nn.Module):
 
 
 def prepare(model, args):
-    """Makes the model ready; returns what to call at the start of a micro-batch and at the end of a step."""
+    """Prepares the model. Returns the functions to call at the start of a micro-batch and at the end of a step."""
     if args.way == "frozen":
         embedding = model.get_input_embeddings()
         embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())

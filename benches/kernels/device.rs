@@ -1,8 +1,8 @@
 //! The device, its data and its rates.
 
 use burn::tensor::{Device, Distribution, Tensor};
-use hd_pissa_benches::sample::Host;
-use hd_pissa_benches::{alternate_within, copy, device, hardware, large_product};
+use hd_pissa_check::measure::sample::Host;
+use hd_pissa_check::measure::{alternate_within, copy, device, hardware, large_product};
 
 use crate::float::Float;
 use crate::rows::{Roofline, Row};
@@ -12,7 +12,7 @@ pub struct Bench {
     pub name: String,
     pub device: Device,
     seconds: f64,
-    /// For the kernels without Burn; `None` on Flex.
+    /// The client of the kernels without Burn; `None` on Flex.
     #[cfg(feature = "cubecl-kernels")]
     pub client: Option<cubecl::client::Client>,
 }
@@ -70,7 +70,7 @@ impl Bench {
         !self.name.starts_with("flex")
     }
 
-    /// New values, uniform in `[-scale, scale)`, that `dtype` holds.
+    /// New values, uniform in `[-scale, scale)`, which `dtype` holds exactly.
     pub fn random(&self, shape: [usize; 2], scale: f64, dtype: Float) -> Host {
         let uniform = Distribution::Uniform(-scale, scale);
         let values = self.values(Tensor::random(shape, uniform, &self.device));
@@ -92,7 +92,8 @@ impl Bench {
         alternate_within(self.seconds, works)
     }
 
-    /// One read and one write of a weight, in place as a merge; its row, and the bytes per second.
+    /// One read and one write of a weight, in place like a merge. Returns its row, and the bytes
+    /// per second.
     pub fn copy(&self, size: [usize; 2], dtype: Float) -> (Row, f64) {
         let timed = copy(&self.device, size, dtype.dtype(), self.seconds);
         let roofline = Roofline {
@@ -104,7 +105,7 @@ impl Bench {
         (row, roofline.bytes_per_second)
     }
 
-    /// A square product by Burn, as large as takes some time.
+    /// A square product by Burn, large enough to take some time.
     pub fn large_product(&self, dtype: Float, quick: bool) -> Large {
         let most = if quick { 1024 } else { 8192 };
         let error = |inner| self.error(dtype, inner);

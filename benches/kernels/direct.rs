@@ -12,7 +12,7 @@ use hd_pissa_kernels::{
 
 use crate::float::Float;
 use crate::operands::{Factor, Merge, Merged, Product, Products, Variant};
-use hd_pissa_benches::sample::Host;
+use hd_pissa_check::measure::sample::Host;
 
 fn upload(client: &Client, values: &[f32], dtype: Float) -> Handle {
     let bytes: Vec<u8> = match dtype {
@@ -69,7 +69,7 @@ fn word(client: &Client) -> Handle {
     client.create_from_slice(&0u32.to_ne_bytes())
 }
 
-/// Waits until the device has done everything queued so far: by reading one word of its memory.
+/// Waits until the device has done everything queued so far, by reading one word of its memory.
 fn sync(client: &Client, word: &Handle) {
     drop(client.read_one(word.clone()).expect("the device runs"));
 }
@@ -165,7 +165,7 @@ pub fn product<'a>(client: &'a Client, case: &Product, input: Float) -> Variant<
         }),
     };
     let sums = case.x.columns as f64 * f64::from(f32::EPSILON);
-    // A product and a sum per step, each rounded; then the store.
+    // Each step rounds a product and a sum; then the store rounds.
     let error = match input {
         Float::F32 => sums,
         Float::F16 => sums + 2f64.powi(-11),

@@ -9,7 +9,7 @@ use crate::direct;
 use crate::float::Float;
 use crate::operands::{Factor, Variant};
 use crate::rows::{Roofline, Row, Rows};
-use hd_pissa_benches::sample::{Host, assert_product};
+use hd_pissa_check::measure::sample::{Host, assert_product};
 
 impl Factor {
     fn verify(&self, variant: &Variant<Host>) {

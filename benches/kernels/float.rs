@@ -1,4 +1,4 @@
-//! The element types that are measured.
+//! The measured element types.
 
 use burn::tensor::DType;
 use half::{bf16, f16};

@@ -1,15 +1,14 @@
-//! The merge and the low-rank products in every form that the build has, beside what they could be
-//! made of: Burn's products. A copy of the weight gives the bandwidth, a large product the
-//! arithmetic, and these the least time that a job can take.
+//! The merge and the low-rank products in every form that the build has, against equivalents made
+//! of Burn's products. A copy of the weight gives the bandwidth, and a large product the
+//! arithmetic. Both give the least time that a job can take.
 //!
-//! `cargo bench -p hd-pissa-benches --bench kernels` measures Flex; `--features wgpu` or
-//! `--features cuda` a GPU, with the kernels called directly too; with `autotune` Burn's products are
-//! those of a build with its default features. `-- --help` tells how to measure
-//! less. The rows go to `benches/kernels.json`, where they replace those of the same device and case.
+//! `cargo bench --workspace --bench kernels` measures Flex. `--features wgpu` or `--features cuda`
+//! measures a GPU, and also calls the kernels directly. With `autotune`, Burn's products are those
+//! of a build with its default features. `-- --help` explains how to measure less. The rows go to
+//! `benches/kernels.json`, where they replace those of the same device and case.
 //!
-//! Inputs are drawn anew for every case. Results are compared with sums in `f64` of some of their
-//! elements before anything is timed, and again after, so that a launch that does nothing or writes
-//! to the wrong place shows.
+//! Every case draws new inputs. Some elements of the results are compared with sums in `f64` before
+//! and after the timing. This shows a launch that does nothing or writes to the wrong place.
 
 mod device;
 #[cfg(feature = "cubecl-kernels")]
@@ -28,7 +27,7 @@ use clap::{Parser, ValueEnum};
 
 use device::Bench;
 use float::Float;
-use hd_pissa_benches::size;
+use hd_pissa_check::measure::size;
 use rows::{Roofline, Rows};
 
 const SIZES: [[usize; 2]; 6] = [
@@ -44,13 +43,13 @@ const SIZES: [[usize; 2]; 6] = [
 enum Operation {
     Merge,
     Product,
-    /// With a factor alone; on GPUs.
+    /// Only with a factor; on GPUs.
     Factor,
 }
 
 #[derive(Debug, Parser)]
 struct Options {
-    /// Measure one operation alone.
+    /// Measure only one operation.
     #[arg(long)]
     only: Option<Operation>,
     /// Sizes of weights, as in `576x1536,1024x1024`.
@@ -68,13 +67,13 @@ struct Options {
     /// Time for a case; there are 5 to 41 rounds.
     #[arg(long, default_value_t = 2.0)]
     seconds: f64,
-    /// Leave out a case whose arithmetic alone would take longer than this, in seconds.
+    /// Leave out a case if its arithmetic takes longer than this, in seconds.
     #[arg(long, default_value_t = 1.0)]
     limit: f64,
     /// The three smallest sizes, few tokens and little time, written to the target directory.
     #[arg(long)]
     quick: bool,
-    /// Where to write, instead of `benches/kernels.json`.
+    /// The file to write, instead of `benches/kernels.json`.
     #[arg(long)]
     output: Option<PathBuf>,
     /// Given by cargo.

@@ -9,7 +9,7 @@ use crate::device::Bench;
 use crate::float::Float;
 use crate::operands::{Merge, Merged, Variant};
 use crate::rows::{Roofline, Row, Rows};
-use hd_pissa_benches::sample::{Exact, assert_close, places};
+use hd_pissa_check::measure::sample::{Exact, assert_close, places};
 
 pub fn flops([d_input, d_output]: [usize; 2], rank: usize, shards: usize) -> f64 {
     4.0 * (d_input * d_output) as f64 * (shards * rank) as f64
@@ -22,7 +22,7 @@ impl Merge {
             size,
             rank,
             shards,
-            // Values that every dtype holds.
+            // Values that every dtype holds exactly.
             weight: bench.random(size, 0.05, Float::BF16),
             frames: bench.random(row, 0.2, Float::F32),
             deltas: bench.random(row, 1e-4, Float::F32),
@@ -53,7 +53,7 @@ impl Merge {
         for place @ [i, j] in places(self.size) {
             let (before, update) = (self.weight.at(i, j), self.update(place));
             let expected = before + merges * update.value;
-            // Every merge rounds the weight once; a pair of f16 holds it to within 2^-39.
+            // Every merge rounds the weight once. A pair of f16 holds it to within 2^-39.
             let largest = before.abs() + merges * update.magnitude;
             let rounding = f64::from(f32::EPSILON) * largest + 2f64.powi(-39);
             let bound = merges * (variant.error * update.magnitude + rounding);
@@ -86,7 +86,7 @@ pub fn measure(
     };
     let weight = |which: usize| {
         let weight = weights[which].take().expect("put back");
-        // A handle kept here would have the next merge copy.
+        // A handle kept here would make the next merge copy.
         let values = bench.values(weight.clone());
         weights[which].set(Some(weight));
         (values, counts[which].get())

@@ -1,8 +1,8 @@
 //! The operands of a case on the host, and a variant of computing its result.
 
-use hd_pissa_benches::sample::Host;
+use hd_pissa_check::measure::sample::Host;
 
-/// The operands of a merge; factors as the operations take them, a row per shard.
+/// The operands of a merge. Factors have the form of the operations, a row per shard.
 pub struct Merge {
     pub size: [usize; 2],
     pub rank: usize,
@@ -12,7 +12,7 @@ pub struct Merge {
     pub deltas: Host,
 }
 
-/// The operands of `y = x·W` and `p = x·a`. The factor is `f32` whatever the others are.
+/// The operands of `y = x·W` and `p = x·a`. The factor is always `f32`.
 pub struct Product {
     pub x: Host,
     pub w: Host,
@@ -20,7 +20,7 @@ pub struct Product {
 }
 
 #[cfg(feature = "cubecl-kernels")]
-/// The operands of `x · f`, or `xᵀ · f`. The factor is `f32` whatever the other is.
+/// The operands of `x · f`, or `xᵀ · f`. The factor is always `f32`.
 #[cfg(feature = "cubecl-kernels")]
 pub struct Factor {
     pub x: Host,
@@ -32,13 +32,13 @@ pub struct Factor {
 pub struct Variant<'a, R> {
     pub name: &'static str,
     pub work: Box<dyn FnMut() + 'a>,
-    /// The result as it is now.
+    /// The current result.
     pub result: Box<dyn Fn() -> R + 'a>,
     /// Bound on the error of an element, as a share of the sum of the absolute values of its terms.
     pub error: f64,
 }
 
-/// A merged weight, and how many merges it has taken.
+/// A merged weight, and its number of merges.
 pub type Merged = (Host, usize);
 
 /// `y` and `p`; the last run may have kept only one of them.

@@ -10,7 +10,7 @@ use crate::device::Bench;
 use crate::float::Float;
 use crate::operands::{Product, Products, Variant};
 use crate::rows::{Roofline, Row, Rows};
-use hd_pissa_benches::sample::assert_product;
+use hd_pissa_check::measure::sample::assert_product;
 
 /// The variant that leaves `p` out.
 const ONLY_OUTPUT: &str = "y by Burn";

@@ -1,12 +1,12 @@
-//! What is measured, and where it is recorded.
+//! Measurements, and their file.
 
 use std::path::Path;
 
-use hd_pissa_benches::median;
+use hd_pissa_check::measure::median;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-/// What a device can do at most.
+/// The highest rates of a device.
 pub struct Roofline {
     pub bytes_per_second: f64,
     pub flops_per_second: f64,
@@ -25,7 +25,7 @@ pub struct Row {
     pub rank: Option<usize>,
     /// Of a merge.
     pub shards: Option<usize>,
-    /// What the job has to read and write at least.
+    /// The least bytes that the job reads and writes.
     pub bytes: f64,
     pub flops: f64,
     pub ms: f64,
@@ -110,7 +110,7 @@ impl Rows {
         self.rows.push(row);
     }
 
-    /// Adds the rows to `{"rows": [..]}` in a file, in place of those of the same device and case.
+    /// Adds the rows to `{"rows": [..]}` in a file. They replace those of the same device and case.
     ///
     /// # Panics
     ///
@@ -142,7 +142,7 @@ impl Rows {
     }
 }
 
-/// What tells rows apart.
+/// The key of a row.
 fn case(row: &Value) -> [&Value; 9] {
     [
         "device",

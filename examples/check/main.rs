@@ -1,4 +1,4 @@
-//! `check`: does this device compute what it should? See the package's `lib.rs`.
+//! `check`: tests whether this device computes correct results. See the package's `lib.rs`.
 
 use std::process::ExitCode;
 

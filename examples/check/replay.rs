@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use burn::tensor::Device;
 use clap::{Parser, ValueEnum};
 use hd_pissa::SvdPrecision;
-use hd_pissa_benches::open;
+use hd_pissa_check::measure::open;
 use hd_pissa_check::recorded::{RecordedRun, ReplayError};
 
 /// Replay recorded single-layer runs; exits with 1 if one differs or cannot be read.
@@ -66,7 +66,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Whether the run stays within the tolerance.
+/// Whether the run is within the tolerance.
 fn replay(file: &std::path::Path, arguments: &Arguments) -> Result<bool, ReplayError> {
     let run = RecordedRun::read(file)?;
     let errors = run.replay(&arguments.device, arguments.svd.into())?;

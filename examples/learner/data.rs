@@ -1,4 +1,5 @@
-//! Generated pictures of digits, as a pocket calculator shows them, and a shifted version of the task.
+//! Generated pictures of digits in the style of a pocket calculator, and a shifted version of the
+//! task.
 
 use burn::data::dataloader::batcher::Batcher;
 use burn::data::dataset::InMemDataset;
@@ -9,7 +10,7 @@ use rand::{RngExt, SeedableRng};
 pub const SIDE: usize = 16;
 pub const CLASSES: usize = 10;
 
-/// How a digit is shown.
+/// The orientation of a digit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Task {
     /// Upright.

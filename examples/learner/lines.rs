@@ -1,4 +1,4 @@
-//! The text log of a training where there is no terminal for Burn's dashboard: a line for each epoch.
+//! The text log of a training without a terminal for Burn's dashboard: a line for each epoch.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -14,7 +14,7 @@ use burn::train::renderer::{
 pub struct Lines {
     label: String,
     names: BTreeMap<String, String>,
-    /// What each metric last showed, for training and for validation.
+    /// The last value of each metric, for training and for validation.
     shown: BTreeMap<(&'static str, String), String>,
     epochs: usize,
 }

@@ -1,4 +1,4 @@
-//! A classifier, with the steps that Burn's training loop asks of it.
+//! A classifier, with the steps that Burn's training loop needs.
 
 use burn::module::Module;
 use burn::nn::Relu;
@@ -11,7 +11,7 @@ use crate::data::{Batch, CLASSES, SIDE};
 
 const HIDDEN: usize = 192;
 
-/// Without adapters its layers are Burn's `Linear`.
+/// Without adapters its layers work as Burn's `Linear`.
 #[derive(Module, Debug)]
 pub struct Classifier {
     first: HdPissaLinear,

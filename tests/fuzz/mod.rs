@@ -1,4 +1,4 @@
-//! Damaged inputs for readers of files: good ones of a corpus, edited at random.
+//! Damaged inputs for readers of files: good inputs of a corpus, edited at random.
 
 #[path = "../allocator.rs"]
 mod allocator;
@@ -11,9 +11,9 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 use proptest::test_runner::{Config, RngSeed, TestRunner};
 
-/// Inputs per target where `HD_PISSA_FUZZ_INPUTS` does not say.
+/// Inputs per target without `HD_PISSA_FUZZ_INPUTS`.
 const INPUTS: u32 = 1000;
-/// What a reader may allocate: JSON values take many times the bytes of their text.
+/// The limit for a reader's allocations: JSON values take many times the bytes of their text.
 const PER_BYTE: usize = 100;
 const BESIDE: usize = 1 << 20;
 
@@ -48,7 +48,7 @@ enum Edit {
         nth: Index,
         digit: u8,
     },
-    /// Puts another number in the place of a number of the text, if there is one.
+    /// Replaces a number of the text by another number, if there is one.
     Number {
         nth: Index,
         value: &'static str,
@@ -152,9 +152,9 @@ impl Edit {
     }
 }
 
-/// Reads edited inputs of `corpus`, of which the good ones must be accepted. An input that makes
-/// `read` panic, or allocate far more than `size` bytes beside the input's own, fails the test and
-/// is made as small as possible.
+/// Reads edited inputs of `corpus`. The good inputs must be accepted. An input fails the test if
+/// `read` panics on it, or allocates far more than `size` bytes in addition to the input. It is
+/// then made as small as possible.
 ///
 /// `read` returns the message of a typed error.
 pub fn fuzz(
@@ -196,7 +196,7 @@ pub fn fuzz(
             Ok(()) => accepted.set(accepted.get() + 1),
             Err(message) => {
                 prop_assert!(!message.is_empty());
-                // Without what differs from input to input.
+                // Without the parts that differ from input to input.
                 let kind = message
                     .chars()
                     .filter(|c| c.is_ascii_alphabetic())

@@ -77,7 +77,7 @@ impl From<Dense> for Lean {
     }
 }
 
-/// What each thread of a group returns, by the index of its worker.
+/// The result of each thread of a group, by the index of its worker.
 pub fn on_threads<T: Send>(
     workers: usize,
     work: impl Fn(ThreadCommunicator) -> T + Sync,
@@ -156,7 +156,7 @@ pub fn resumed(
 }
 
 /// The folder with larger recorded runs and data, which the repository does not hold:
-/// `HD_PISSA_SHARED`, which must be there if it is set, or `shared` beside the checkout.
+/// `HD_PISSA_SHARED`, which must exist if the variable is set, or `shared` next to the checkout.
 pub fn shared() -> Option<PathBuf> {
     if let Some(folder) = std::env::var_os("HD_PISSA_SHARED").map(PathBuf::from) {
         assert!(
@@ -178,8 +178,8 @@ fn is_required(variable: &str) -> bool {
     std::env::var_os(variable).is_some_and(|value| value == "1")
 }
 
-/// The CUDA device in a build with that feature, else the WGPU one; `None` where there is none, which
-/// is a failure if `HD_PISSA_REQUIRE_CUDA` or `HD_PISSA_REQUIRE_WGPU` is 1.
+/// The CUDA device in a build with that feature, else the WGPU one. `None` if there is no device,
+/// which is a failure if `HD_PISSA_REQUIRE_CUDA` or `HD_PISSA_REQUIRE_WGPU` is 1.
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub fn gpu() -> Option<Device> {
     let found = std::panic::catch_unwind(|| {

@@ -1,23 +1,34 @@
-//! Draws the diagrams of the book and of README into `book/src/pictures`.
+//! Draws the diagrams of the book and of README into `book/src/pictures`, and writes the book's formulas as
+//! MathML into `book/src/formulas`.
 //!
 //! `cargo run --bin pictures` from the workspace's root.
 
 mod draw;
+mod formulas;
 mod svg;
 
 use std::path::PathBuf;
 use std::{fs, io};
 
 fn main() -> io::Result<()> {
-    fs::create_dir_all(folder())?;
-    for (name, picture) in draw::all() {
-        fs::write(folder().join(name).with_extension("svg"), picture)?;
+    for (path, text) in files() {
+        fs::create_dir_all(path.parent().expect("it lies in a folder"))?;
+        fs::write(path, text)?;
     }
     Ok(())
 }
 
-fn folder() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../src/pictures")
+/// Every file, and what belongs into it.
+fn files() -> impl Iterator<Item = (PathBuf, String)> {
+    let book = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../src");
+    let pictures = book.join("pictures");
+    let formulas = book.join("formulas");
+    let pictures = draw::all()
+        .into_iter()
+        .map(move |(name, text)| (pictures.join(name).with_extension("svg"), text));
+    let formulas =
+        formulas::all().map(move |(name, text)| (formulas.join(name).with_extension("html"), text));
+    pictures.chain(formulas)
 }
 
 #[cfg(test)]
@@ -25,14 +36,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_files_are_what_the_program_draws() {
-        for (name, picture) in draw::all() {
-            let path = folder().join(name).with_extension("svg");
+    fn the_files_are_what_the_program_writes() {
+        for (path, text) in files() {
             let file = fs::read_to_string(&path)
                 .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
             assert_eq!(
                 file,
-                picture,
+                text,
                 "{}: run `cargo run --bin pictures`",
                 path.display()
             );

@@ -1,6 +1,6 @@
 //! The hash by which workers compare their copies of a tensor.
 
-/// What the index is mixed with, for each of the two words.
+/// The constants that are mixed with the index, one for each of the two words.
 pub const SEEDS: [u32; 2] = [0x9e37_79b9, 0x85eb_ca77];
 
 /// The finalizer of MurmurHash3 for 32 bits: a bijection in which every bit of the input affects
@@ -15,10 +15,10 @@ pub fn mix(mut x: u32) -> u32 {
 
 /// The fingerprint of elements with these numbers and bits, in any order.
 ///
-/// Word `j` is the wrapping sum of `mix(bits ^ mix(number ^ SEEDS[j]))`. An element's bits are mixed
-/// with its number before they enter a sum, so every bit of every element changes all bits of the
-/// sum, whatever else has changed. A sum of integers has no order: devices can add up in parallel
-/// and agree on the result.
+/// Word `j` is the wrapping sum of `mix(bits ^ mix(number ^ SEEDS[j]))`. An element's bits are
+/// mixed with its number before they enter a sum. A change of any bit of any element can thus
+/// change every bit of the sum. The order of an integer sum does not matter: devices add in
+/// parallel and agree on the result.
 ///
 /// ```
 /// use hd_pissa_bits::fingerprint;

@@ -1,7 +1,7 @@
-//! Random bits that depend on a key and a place alone.
+//! Random bits that depend only on a key and a place.
 
-/// What selects the random bits of stochastic rounding: equal keys draw equal bits for equal
-/// element indices, on every worker and backend and after every resume.
+/// The key of the random bits of stochastic rounding. Equal keys draw equal bits for equal element
+/// indices, on every worker and backend and after every resume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct StochasticKey {
     /// The run's seed.
@@ -39,7 +39,7 @@ pub fn splitmix(state: &mut u64) -> u64 {
 
 /// Rotations of [`threefry`].
 pub const ROTATIONS: [u32; 8] = [13, 15, 26, 6, 17, 29, 16, 24];
-/// What makes the third key word of [`threefry`] of the first two.
+/// Turns the first two key words of [`threefry`] into the third.
 pub const KEY_PARITY: u32 = 0x1bd1_1bda;
 
 /// Threefry-2x32 with 20 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",

@@ -1,10 +1,11 @@
-//! How an `f32` value becomes an element of a half-precision weight.
+//! Rounding of `f32` values to elements of a half-precision weight.
 
 use half::{bf16, f16};
 
 use crate::StochasticKey;
 
-/// How the sum of a merge is rounded to a half-precision weight; an `f32` weight takes it as it is.
+/// How the sum of a merge is rounded to a half-precision weight. An `f32` weight takes the sum
+/// unchanged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Rounding {
     /// To the nearest value, ties to even.
@@ -16,8 +17,8 @@ pub enum Rounding {
 
 /// A 16-bit float as an element of a weight.
 ///
-/// Split in two halves, a value is held more closely than by the element alone: the high half is the
-/// nearest value, the low half, 16 residual bits, is what it misses.
+/// Two halves hold a value more closely than one element: the high half is the nearest value, and
+/// the low half, 16 residual bits, is the difference.
 pub trait Half: Copy + Send + Sync {
     /// The value, exactly.
     fn widen(self) -> f32;
@@ -79,7 +80,7 @@ impl Half for f16 {
             let bits = value.to_bits().wrapping_add(random & 0x1fff) & 0xffff_e000;
             return Self::from_f32(f32::from_bits(bits));
         }
-        // Below the normal range the steps are 2^-24 wide whatever the exponent.
+        // Below the normal range all steps are 2^-24 wide.
         const STEP: f32 = 1.0 / 16_777_216.0;
         let steps = value.abs() / STEP;
         let part = (steps.fract() / STEP) as u32;
@@ -108,7 +109,7 @@ impl Half for f16 {
 
 /// The smallest normal `f16`, `2^-14`.
 pub const F16_NORMAL: f32 = 1.0 / 16_384.0;
-/// What the low half of a smaller `f16` counts in, `2^-39`.
+/// The unit of the low half of a smaller `f16`, `2^-39`.
 pub const F16_FINE: f32 = 1.0 / 549_755_813_888.0;
 
 #[cfg(test)]
@@ -143,7 +144,7 @@ mod tests {
         }
     }
 
-    /// A walk over all exponents and both signs, with ties and their neighbours.
+    /// Covers all exponents and both signs, with ties and their neighbours.
     #[test]
     fn halves_recover_values_of_every_exponent() {
         for step in 0..=u32::MAX >> 7 {
@@ -166,8 +167,8 @@ mod tests {
         }
     }
 
-    /// The chance of rounding up is the distance in units of the random bits, so over all of them
-    /// the mean is the value.
+    /// The chance of rounding up is the distance in units of the random bits. The mean over all
+    /// random bits is therefore the value.
     fn check_stochastic<H: Half + PartialEq>(nearest: fn(f64) -> H) {
         let draws = 4096u32;
         let values = [
@@ -188,7 +189,7 @@ mod tests {
             let low = rounded.iter().copied().fold(f64::INFINITY, f64::min);
             let high = rounded.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             assert!(low <= f64::from(value) && f64::from(value) <= high);
-            // Neighbours: nothing that the type holds lies between them.
+            // Neighbours: the type has no value between them.
             let between = f64::from(nearest((low + high) / 2.0).widen());
             assert!(between == low || between == high, "{value:e}");
             assert!(rounded.iter().all(|value| *value == low || *value == high));

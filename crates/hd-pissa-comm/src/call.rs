@@ -1,4 +1,4 @@
-//! What a worker calls, and whether all workers call the same.
+//! Calls of workers, and the check that all workers make the same call.
 
 use std::fmt::{self, Display, Formatter};
 
@@ -19,7 +19,7 @@ pub(crate) enum Call {
 }
 
 impl Call {
-    /// Bytes of each of the values that it carries.
+    /// Bytes of each value that it carries.
     pub(crate) fn value_size(self) -> usize {
         match self {
             Self::AllGather(dtype) | Self::Broadcast(dtype, _) => dtype.size(),
@@ -44,8 +44,8 @@ impl Display for Call {
     }
 }
 
-/// Compares the workers' calls with that of worker 0, and where they must be equal the numbers of
-/// values that each sends.
+/// Compares the workers' calls with that of worker 0, and also the numbers of values that each
+/// sends if they must be equal.
 pub(crate) fn compare(calls: &[(Call, usize)]) -> Result<(), CommError> {
     let (expected, expected_len) = calls[0];
     for (worker, &(call, len)) in calls.iter().enumerate() {

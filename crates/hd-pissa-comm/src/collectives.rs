@@ -1,4 +1,5 @@
-//! Threads of one process as workers, each with a device, that exchange by Burn's collectives.
+//! Threads of one process as workers, each with a device, which exchange through Burn's
+//! collectives.
 
 use std::cell::Cell;
 use std::time::Duration;
@@ -10,22 +11,21 @@ use crate::call::{Call, check_root};
 use crate::sum::{chunk, chunk_len};
 use crate::{CommError, Communicator, ThreadCommunicator, Traffic, thread_group};
 
-/// One communicator for each of `devices`, which exchange by Burn's collectives: NCCL on CUDA, the
-/// only backend that has them in Burn 0.22.
+/// One communicator for each of `devices`. They exchange through Burn's collectives: NCCL on CUDA,
+/// the only backend that has them in Burn 0.22.
 ///
 /// Each is for a thread of this process, and for buffers on its own device. Burn reduces but does
-/// not gather, so that a gather is the sum of buffers that hold zeros in the places of all other
-/// workers: twice the bytes of a gather. Values are kept, but a zero loses its sign, and the bits
-/// of a NaN may change. A reduce_scatter sums whole buffers and keeps a part: twice the bytes as
-/// well, and NCCL chooses the order in which it adds, so that the last bits may depend on the
-/// number of workers.
+/// not gather. A gather is therefore the sum of buffers that hold zeros in the places of all other
+/// workers, and sends twice the bytes. It keeps values, but a zero loses its sign, and the bits of
+/// a NaN may change. A reduce_scatter sums whole buffers and keeps a part: twice the bytes as well.
+/// NCCL chooses the order of additions, so the last bits may depend on the number of workers.
 ///
 /// Byte strings go through the process's memory, from thread to thread.
 ///
-/// `timeout` limits their exchange, a barrier, and before each sum the agreement on the call, through the
-/// process's memory. It does not limit the sum: NCCL runs it once every worker has launched its
-/// part, and has no time limit. So if a worker fails after the agreement and before its launch,
-/// or a device stops during the sum, the others wait without end when they read the result.
+/// `timeout` limits the exchange of byte strings, a barrier, and the agreement on the call before
+/// each sum. It does not limit the sum: NCCL runs it once every worker has launched its part, and
+/// has no time limit. If a worker fails after the agreement and before its launch, or a device
+/// stops during the sum, the others wait without end when they read the result.
 ///
 /// # Panics
 ///
@@ -46,7 +46,7 @@ pub fn collective_group(devices: &[Device], timeout: Duration) -> Vec<Collective
 pub struct CollectiveCommunicator {
     threads: ThreadCommunicator,
     devices: Vec<Device>,
-    /// What the sums cost.
+    /// Traffic of the sums.
     sums: Cell<Traffic>,
 }
 
@@ -58,7 +58,7 @@ impl CollectiveCommunicator {
         if bytes == 0 || workers == 1 {
             return buffer;
         }
-        // What a ring sends and receives: each worker twice the buffer, but for its own part.
+        // In a ring each worker sends and receives twice the buffer, except its own part.
         let mut sums = self.sums.get();
         sums.count(self.worker_index(), &vec![2 * bytes / workers; workers]);
         self.sums.set(sums);

@@ -1,4 +1,4 @@
-//! What every transport offers.
+//! The trait of all transports.
 
 use burn::tensor::Tensor;
 
@@ -6,19 +6,18 @@ use crate::CommError;
 
 /// Bytes of payload that a worker sent and received since its communicator was made.
 ///
-/// Buffers and byte strings only: headers, acknowledgements and what the network adds are not
-/// counted.
+/// Only buffers and byte strings count, not headers, acknowledgements and additions of the network.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traffic {
-    /// Bytes this worker sent, once for each worker that it sent them to.
+    /// Bytes this worker sent, counted once for each receiver.
     pub sent: u64,
     /// Bytes this worker received.
     pub received: u64,
 }
 
 impl Traffic {
-    /// Counts one call of worker `worker`, in which each worker sends to each of the others as many
-    /// bytes as `sent` says.
+    /// Counts one call of worker `worker`, in which worker `i` sends `sent[i]` bytes to each of the
+    /// others.
     pub(crate) fn count(&mut self, worker: usize, sent: &[usize]) {
         let total: usize = sent.iter().sum();
         self.sent += (sent[worker] * (sent.len() - 1)) as u64;
@@ -28,20 +27,20 @@ impl Traffic {
 
 /// The exchange of flat buffers between workers, and of byte strings.
 ///
-/// Buffers are on devices and hold floats; byte strings are for everything else that workers tell
-/// each other, and no device takes part in their exchange. What is usually told has functions of
-/// its own: [`all_or_none`](crate::all_or_none), [`agree`](crate::agree) and
+/// Buffers are on devices and hold floats. Byte strings carry everything else that workers tell
+/// each other, and their exchange uses no device. The common messages have their own functions:
+/// [`all_or_none`](crate::all_or_none), [`agree`](crate::agree) and
 /// [`gather_integers`](crate::gather_integers).
 ///
-/// Every worker calls the same methods in the same order. A call returns when all workers have
-/// made it, or fails on every worker that is still there, within the time limit of the transport;
-/// the [crate's table](crate) says what that limit covers. Buffers are of any float dtype that the
-/// device holds, and arrive with the bits they were sent with.
+/// Every worker calls the same methods in the same order. A call returns when all workers have made
+/// it, or fails on every remaining worker within the time limit of the transport. The
+/// [crate's table](crate) says what that limit covers. Buffers have any float dtype that the device
+/// supports, and arrive with the same bits.
 ///
 /// A worker that learns of a failure after its own call has succeeded fails at its next one.
 ///
 /// A gather can be [started](Self::start_all_gather) and waited for later, with any other calls in
-/// between; what counts as the order of calls is the order in which they start.
+/// between. The order of calls is the order in which they start.
 pub trait Communicator: Send {
     /// Index of this worker, below [`num_workers`](Self::num_workers).
     fn worker_index(&self) -> usize;
@@ -59,11 +58,11 @@ pub trait Communicator: Send {
     /// See [`CommError`].
     fn all_gather(&self, buffer: Tensor<1>) -> Result<Tensor<1>, CommError>;
 
-    /// Starts [`all_gather`](Self::all_gather), so that the buffers travel while this worker does
-    /// something else, as far as the transport allows; by default all of it happens here.
+    /// Starts [`all_gather`](Self::all_gather). The buffers travel while this worker does something
+    /// else, as far as the transport allows. By default this call does all of it.
     ///
-    /// The time limit runs while this worker waits. Dropped without
-    /// [`wait`](PendingGather::wait), the gather still counts as a call that this worker made.
+    /// The time limit runs while this worker waits. A gather that is dropped without
+    /// [`wait`](PendingGather::wait) still counts as a call of this worker.
     ///
     /// # Errors
     ///
@@ -89,17 +88,17 @@ pub trait Communicator: Send {
     /// If there is no worker `root`.
     fn broadcast(&self, buffer: Tensor<1>, root: usize) -> Result<Tensor<1>, CommError>;
 
-    /// The sum over all workers of what each has for this one.
+    /// The sum over all workers of the values that each has for this one.
     ///
     /// - buffer: `[num_workers · n]` in f32, the same `n` on every worker; values `j·n` to
     ///   `(j + 1)·n` are for worker `j`
     /// - output: `[n]`, on the device of `buffer`
     ///
-    /// Workers are summed in pairs, 0 and 1, 2 and 3, and so on, then those sums in pairs, until
-    /// one is left; the last of an odd number goes on as it is. So the bits depend on nothing but
-    /// the values and the device's addition, and 2ᵏ buffers summed this way have the same sum on
-    /// any number of workers that is a power of two, if each first sums its own share this way.
-    /// `CollectiveCommunicator` alone leaves the order to its library.
+    /// The sum adds workers in pairs, 0 and 1, 2 and 3, and so on, then those sums in pairs, until
+    /// one is left. The last of an odd number moves up unchanged. The bits therefore depend only on
+    /// the values and the device's addition. If each worker first sums its own share this way, 2ᵏ
+    /// buffers have the same sum on any number of workers that is a power of two. Only
+    /// `CollectiveCommunicator` leaves the order to its library.
     ///
     /// # Errors
     ///
@@ -118,7 +117,7 @@ pub trait Communicator: Send {
     /// See [`CommError`].
     fn all_gather_bytes(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CommError>;
 
-    /// The byte string of worker `root`; what the others hand over is not looked at.
+    /// The byte string of worker `root`; those of the others are ignored.
     ///
     /// # Errors
     ///
@@ -136,13 +135,13 @@ pub trait Communicator: Send {
     /// See [`CommError`].
     fn barrier(&self) -> Result<(), CommError>;
 
-    /// What this worker has sent and received so far; differences give the cost of a step.
+    /// The traffic of this worker so far; differences give that of a step.
     fn traffic(&self) -> Traffic;
 }
 
-/// A gather under way; see [`Communicator::start_all_gather`].
+/// A started gather; see [`Communicator::start_all_gather`].
 pub trait PendingGather {
-    /// What [`Communicator::all_gather`] returns, once it is there.
+    /// Waits for the result of [`Communicator::all_gather`].
     ///
     /// # Errors
     ///
@@ -150,7 +149,7 @@ pub trait PendingGather {
     fn wait(self: Box<Self>) -> Result<Tensor<1>, CommError>;
 }
 
-/// A gather that is over already.
+/// A gather that is already complete.
 struct Gathered(Tensor<1>);
 
 impl PendingGather for Gathered {

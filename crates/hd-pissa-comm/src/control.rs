@@ -1,16 +1,16 @@
-//! What workers tell each other beside numbers: whether all succeeded, whether all do the same, and
-//! a few integers. On byte strings alone, so that no device takes part.
+//! Agreement between workers: whether all succeeded, whether all do the same, and a few integers.
+//! It uses only byte strings, so no device takes part.
 //!
-//! Every worker calls the same function. Only [`CommError`] leaves the communicator unusable.
+//! Every worker calls the same function. Only a [`CommError`] leaves the communicator unusable.
 
 use std::fmt::Display;
 
 use crate::{CommError, Communicator};
 
-/// Why a task that all workers take part in has no result here; see [`all_or_none`].
+/// Why a common task has no result on this worker; see [`all_or_none`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Failure<E> {
-    /// This worker failed, with this error of its own.
+    /// This worker failed, with this error.
     #[error("{0}")]
     Own(E),
     /// This worker succeeded, another one failed.
@@ -18,7 +18,7 @@ pub enum Failure<E> {
     Other {
         /// Index of the first worker that failed.
         worker: usize,
-        /// Its error, as it prints.
+        /// The text of its error.
         reason: String,
     },
     /// This worker succeeded; the exchange failed.
@@ -26,7 +26,7 @@ pub enum Failure<E> {
     Comm(#[from] CommError),
 }
 
-/// This worker's result if every worker has one, so that either all go on or none does. One
+/// This worker's result if every worker has one: either all continue or none does. Takes one
 /// exchange, of the reasons of the workers that failed.
 ///
 /// ```
@@ -45,14 +45,14 @@ pub enum Failure<E> {
 ///
 /// # Errors
 ///
-/// [`Failure`]. A worker with an error of its own keeps it, whatever the exchange brings.
+/// [`Failure`]. A worker with its own error keeps it, even if the exchange fails.
 pub fn all_or_none<T, E: Display>(
     communicator: &dyn Communicator,
     own: Result<T, E>,
 ) -> Result<T, Failure<E>> {
     let message = match &own {
         Ok(_) => Vec::new(),
-        // The mark tells an error that prints nothing from none.
+        // The mark distinguishes an error with an empty text from no error.
         Err(error) => format!("!{error}").into_bytes(),
     };
     let messages = gather(communicator, "all_or_none", &message);
@@ -76,12 +76,12 @@ pub enum Disagreement {
     /// Two descriptions differ.
     #[error("worker {worker} has {}, this worker {}", or_end(theirs), or_end(ours))]
     Line {
-        /// Index of the other worker: 0, or on workers that agree with worker 0 the first that
+        /// Index of the other worker: 0, or, on workers that agree with worker 0, the first that
         /// does not.
         worker: usize,
-        /// The first line that differs, as this worker has it; none if its description has ended.
+        /// The first line that differs, on this worker; none if its description has ended.
         ours: Option<String>,
-        /// The same line as the other worker has it.
+        /// The same line on the other worker.
         theirs: Option<String>,
     },
     /// The exchange failed.
@@ -93,8 +93,8 @@ fn or_end(line: &Option<String>) -> &str {
     line.as_deref().unwrap_or("nothing more")
 }
 
-/// Compares what workers are about to do, described in lines, with what worker 0 is about to do.
-/// Two exchanges: the description of worker 0, then the lines that differ.
+/// Compares a description of the next task, in lines, with that of worker 0. Takes two exchanges:
+/// the description of worker 0, then the lines that differ.
 ///
 /// ```
 /// # use std::time::Duration;
@@ -157,7 +157,7 @@ fn line(text: &str, number: usize) -> Option<&str> {
     text.split('\n').nth(number)
 }
 
-/// The integers of every worker, by index; as many of each.
+/// The integers of every worker, by index. All workers send the same number.
 ///
 /// # Errors
 ///
@@ -189,8 +189,8 @@ pub fn gather_integers(
     }
 }
 
-/// Gathers messages headed by the name of the function that sends them: for the transport all
-/// functions here make the same call.
+/// Gathers messages that start with the name of the sending function, because all functions here
+/// make the same call of the transport.
 fn gather(
     communicator: &dyn Communicator,
     function: &str,
@@ -202,7 +202,7 @@ fn gather(
         .iter()
         .map(|all| {
             let end = all.iter().position(|&byte| byte == 0);
-            // Any bytes may come from a worker that made the bare call.
+            // A worker that made the bare call may send any bytes.
             end.map_or(("all_gather_bytes".into(), &all[..]), |end| {
                 (text(&all[..end]), &all[end + 1..])
             })

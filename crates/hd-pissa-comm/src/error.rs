@@ -1,8 +1,8 @@
-//! What an exchange between workers fails with.
+//! Errors of an exchange between workers.
 
 use std::time::Duration;
 
-/// Why an exchange between workers failed. The communicator cannot be used afterwards.
+/// Why an exchange between workers failed. The communicator is unusable afterwards.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum CommError {
@@ -45,7 +45,7 @@ pub enum CommError {
     Transfer {
         /// Indices of the worker that noticed and of the other one.
         workers: [usize; 2],
-        /// What the transport says about it.
+        /// The transport's message.
         reason: String,
     },
     /// The transport cannot be set up.

@@ -5,20 +5,21 @@
 //!
 //! | transport | workers | feature | what the time limit covers |
 //! |---|---|---|---|
-//! | [`Solo`] | one | | it waits for nobody |
+//! | [`Solo`] | one | | nothing: there is no other worker |
 //! | [`thread_group`] | threads of a process, each with a device | | every call |
 //! | `MpiCommunicator` | processes, on one machine or many | `mpi` | every call |
-//! | `collective_group` | threads as above, by Burn's own collectives: NCCL on CUDA | `collectives` | the workers' agreement before each sum, but not the sum |
+//! | `collective_group` | threads as above, through Burn's own collectives: NCCL on CUDA | `collectives` | the workers' agreement before each sum, but not the sum |
 //!
-//! Three functions, written once for all transports, cover what workers have to tell each other
-//! beside numbers: [`all_or_none`] ends a task on every worker if it failed on one, [`agree`] finds
-//! the setting that differs, and [`gather_integers`] exchanges counts, indices and hashes.
+//! Three functions, written once for all transports, exchange more than numbers: [`all_or_none`]
+//! ends a task on every worker if it failed on one, [`agree`] finds the setting that differs, and
+//! [`gather_integers`] exchanges counts, indices and hashes.
 //!
-//! Within the time limit, a worker that panics, ends, is killed or stalls ends the calls of all
-//! others with a [`CommError`] that names it. A sum by NCCL has no time limit: a worker that fails
+//! If a worker panics, ends, is killed or stalls, the calls of all others end within the time
+//! limit, with a [`CommError`] that names it. A sum by NCCL has no time limit: a worker that fails
 //! between the agreement and the sum leaves the others waiting. A time limit beyond the range of
-//! the clock, such as [`Duration::MAX`](std::time::Duration::MAX), is none.
+//! the clock, such as [`Duration::MAX`](std::time::Duration::MAX), means no limit.
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
 #![warn(missing_docs)]
 #![deny(unsafe_code)]
 #![cfg_attr(not(feature = "mpi"), forbid(unsafe_code))]

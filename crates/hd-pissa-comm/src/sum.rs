@@ -6,7 +6,7 @@ use burn::tensor::{DType, Tensor, s};
 ///
 /// # Panics
 ///
-/// If it cannot be cut into as many chunks, or holds other values than f32.
+/// If the length is not a multiple of `workers`, or the values are not f32.
 pub(crate) fn chunk_len(buffer: &Tensor<1>, workers: usize) -> usize {
     let ([len], dtype) = (buffer.dims(), buffer.dtype());
     assert!(

@@ -1,4 +1,4 @@
-//! Threads of one process as workers: they hand each other what they send in shared memory.
+//! Threads of one process as workers, which exchange buffers in shared memory.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -12,9 +12,8 @@ use crate::{CommError, Communicator, PendingGather, Traffic};
 
 /// One communicator for each of `workers` threads of this process.
 ///
-/// A call that not every worker joins within `timeout` fails on those that did, and so does every
-/// later call. A `timeout` that reaches beyond the range of the clock, such as [`Duration::MAX`],
-/// is no limit.
+/// If not every worker joins a call within `timeout`, the call and every later call fail on the
+/// others. A `timeout` beyond the range of the clock, such as [`Duration::MAX`], means no limit.
 ///
 /// # Panics
 ///
@@ -44,7 +43,7 @@ pub fn thread_group(workers: usize, timeout: Duration) -> Vec<ThreadCommunicator
 
 /// A worker's end of a [`thread_group`].
 ///
-/// Dropping it while others wait, as a panicking thread does, ends their wait with
+/// If it is dropped while others wait, for example by a panic, their wait ends with
 /// [`CommError::WorkerGone`].
 #[derive(Debug)]
 pub struct ThreadCommunicator {
@@ -62,7 +61,8 @@ struct Group {
 
 #[derive(Debug)]
 struct State {
-    /// The calls that some worker has made and some worker has not collected yet, in order.
+    /// The open calls, in order: some worker has made them, and some worker has not collected them
+    /// yet.
     rounds: VecDeque<Round>,
     /// Number of the first of them.
     first: usize,
@@ -76,15 +76,15 @@ struct State {
 #[derive(Debug)]
 struct Round {
     handed_in: Vec<Option<HandedIn>>,
-    /// Workers that have yet to collect what all handed in.
+    /// Workers that have not collected the values yet.
     to_collect: usize,
 }
 
-/// What a worker hands in.
+/// The part of one worker in a call.
 #[derive(Clone, Debug)]
 struct HandedIn {
     call: Call,
-    /// Number of values that it sends to each of the others.
+    /// Number of values that it sends to each other worker.
     len: usize,
     payload: Payload,
 }
@@ -112,7 +112,7 @@ impl HandedIn {
         Self { call, len, payload }
     }
 
-    /// Number of bytes that it takes to each of the others.
+    /// Number of bytes that it sends to each other worker.
     fn size(&self) -> usize {
         match self.payload {
             Payload::Nothing => 0,
@@ -164,7 +164,7 @@ impl State {
 
 impl Group {
     fn lock(&self) -> MutexGuard<'_, State> {
-        // A worker that panicked inside a call has marked nothing half-way: every change of the
+        // A worker that panicked inside a call leaves no half-made change: every change of the
         // state below is a single assignment.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -175,7 +175,7 @@ impl Group {
         let mut state = self.lock();
         loop {
             let missing = state.missing(number);
-            // A call that all have made succeeds, whatever has failed since.
+            // A call that all workers have made succeeds, even after a later failure.
             if missing.is_empty() {
                 return Ok(state);
             }
@@ -210,13 +210,13 @@ impl Group {
 }
 
 impl ThreadCommunicator {
-    /// What all workers handed in, once all made the same call.
+    /// The parts of all workers, once all have made the same call.
     fn exchange(&self, own: HandedIn) -> Result<Vec<HandedIn>, CommError> {
         let round = self.hand_in(own)?;
         self.collect(round)
     }
 
-    /// The number of the round that it belongs to.
+    /// Hands in this worker's part. Returns the number of its round.
     fn hand_in(&self, own: HandedIn) -> Result<usize, CommError> {
         let mut state = self.group.lock();
         if let Some(error) = &state.failure {
@@ -250,7 +250,8 @@ impl ThreadCommunicator {
         Ok(all)
     }
 
-    /// Compares the workers' calls before a transfer by other means: how many values each sends.
+    /// Compares the workers' calls before a transfer by other means. Returns the number of values
+    /// that each sends.
     #[cfg(feature = "collectives")]
     pub(crate) fn agree_on(&self, call: Call, len: usize) -> Result<Vec<usize>, CommError> {
         let nothing = HandedIn::nothing(call);
@@ -329,7 +330,7 @@ impl Communicator for ThreadCommunicator {
     }
 }
 
-/// A gather whose buffer is handed in.
+/// A gather with a buffer that is handed in.
 struct Pending<'a> {
     communicator: &'a ThreadCommunicator,
     /// `None` once collected.

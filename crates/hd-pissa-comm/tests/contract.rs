@@ -1,5 +1,5 @@
-//! The contract of a transport, run against each implementation: what arrives, bit for bit, what
-//! is counted, and what the others learn when a worker fails.
+//! The contract of a transport, run against each implementation: the bits that arrive, the counted
+//! traffic, and the errors of the other workers when one fails.
 //!
 //! `HD_PISSA_REQUIRE_MPI=1` makes a missing `mpirun` an error.
 
@@ -39,7 +39,7 @@ fn threads() {
     }
 }
 
-/// Flex has no collectives: one worker needs none, and for byte strings none are needed.
+/// Flex has no collectives. One worker and byte strings do not need them.
 #[cfg(feature = "collectives")]
 #[test]
 fn collectives() {
@@ -59,7 +59,7 @@ fn collectives() {
     }
 }
 
-/// 8 buffers, which each worker sums its share of before the reduce_scatter.
+/// 8 buffers. Each worker sums its share of them before the reduce_scatter.
 #[test]
 fn the_number_of_workers_changes_no_bit_of_a_sum() {
     const LEN: usize = 8 * 1021;
@@ -106,7 +106,7 @@ fn a_sum_of_half_precision_is_refused() {
     let _ = Solo.reduce_scatter(Tensor::zeros([2], options));
 }
 
-/// The default device is a GPU where there is one: a worker on another device must not touch it.
+/// If there is a GPU, it is the default device. A worker on another device must not touch it.
 #[test]
 fn no_call_takes_the_default_device() {
     let (variable, none) = NO_DEFAULT_DEVICE;
@@ -129,7 +129,7 @@ fn a_time_limit_beyond_the_clock_is_none() {
                 scope.spawn(move || {
                     contract(&communicator);
                     if communicator.worker_index() == 0 {
-                        // The other one leaves while this one waits, or before.
+                        // The other worker leaves while this one waits, or before.
                         let gone = CommError::WorkerGone { worker: 1 };
                         assert_eq!(communicator.barrier(), Err(gone));
                     }
@@ -157,7 +157,7 @@ fn every_thread_learns_of_a_fault_in_one() {
                     .collect()
             });
             for (worker, result) in results.into_iter().enumerate() {
-                // The thread that panics on purpose has nothing to report.
+                // The thread that panics on purpose does not report.
                 let Ok((error, elapsed)) = result else {
                     assert!(fault == Fault::Panic && worker == workers - 1);
                     continue;
@@ -232,7 +232,7 @@ mod mpi {
         format!("{fault:?} in {verb:?}")
     }
 
-    /// What each process does that [`mpirun`] starts: the job that the environment names.
+    /// The work of each process that [`mpirun`] starts: the job that the environment names.
     #[test]
     #[ignore = "started by the other tests under mpirun"]
     fn process() {
@@ -270,12 +270,12 @@ mod mpi {
             dropped < Duration::from_secs(2),
             "dropping took {dropped:?}"
         );
-        // What a program does that returns its error from `main`.
+        // A program that returns its error from `main` does the same.
         std::process::exit(1);
     }
 
-    /// MPI asks that the thread that initialized it also shuts it down. These two functions stand
-    /// before MPI's own, as its profiling interface allows, and note the thread of their call.
+    /// The thread that initialized MPI must also shut it down. These two functions replace MPI's
+    /// own, as its profiling interface allows, and record the thread of their call.
     mod noted {
         use std::ffi::c_int;
         use std::sync::Mutex;
@@ -305,7 +305,7 @@ mod mpi {
             provided: *mut c_int,
         ) -> c_int {
             note("init");
-            // SAFETY: what the caller hands over, handed on.
+            // SAFETY: passes the caller's arguments on.
             unsafe { PMPI_Init_thread(argc, argv, required, provided) }
         }
 
@@ -359,8 +359,8 @@ mod mpi {
         }
     }
 
-    /// With mpirun told to leave the other processes alone, each reports the fault itself, and
-    /// ends with an exit code of its own: mpirun's is 0 then whatever theirs are.
+    /// If mpirun leaves the other processes running, each reports the fault itself and ends with
+    /// its own exit code. mpirun's exit code is then 0 in every case.
     #[test]
     fn every_process_learns_of_a_fault_in_one() {
         for (workers, verb) in FAULTY_CALLS {

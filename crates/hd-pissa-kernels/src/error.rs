@@ -1,11 +1,11 @@
-//! Why a launch is refused.
+//! Errors of a refused launch.
 
 use crate::FloatType;
 
 /// Why a launch was refused. Nothing was queued on the device.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum KernelError {
-    /// An operand does not have the shape that the others call for.
+    /// An operand does not have the shape that the others need.
     #[error("{operand} must have the shape {expected:?}, not {found:?}")]
     Shape {
         /// The operand's name in the documentation of the function.
@@ -54,7 +54,7 @@ pub enum KernelError {
         /// Elements up to the last one touched.
         elements: u64,
     },
-    /// The column at which rows are split lies outside of them.
+    /// The column at which rows are split is outside of them.
     #[error("rows of {columns} columns cannot be split at column {split}")]
     Split {
         /// First column of the second part.

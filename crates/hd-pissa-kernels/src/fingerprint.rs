@@ -10,18 +10,18 @@ use crate::reduce::cube_sum;
 use crate::{FloatType, KernelError, Matrix};
 
 const UNITS: usize = 256;
-/// Cubes, whatever the size: each walks the matrix in steps of the whole grid.
+/// Cubes for every size: each walks the matrix in steps of the whole grid.
 const MAX_CUBES: usize = 1024;
 
 /// A fingerprint of a matrix `[rows, columns]`, which may have any strides: a buffer of two `u32`.
 ///
 /// With `i` for the number of an element, counted row by row, and `b` for its bits, word `j` is
 /// `Σ mix(b ^ mix(i ^ SEEDS[j]))`, in `u32` that wrap; `mix` is the finalizer of MurmurHash3.
-/// [`hd_pissa_bits::fingerprint`] gives the same. Every order of the
-/// terms gives the same sum, so layout and device make no difference.
+/// [`hd_pissa_bits::fingerprint`] gives the same. Every order of the terms gives the same sum, so
+/// layout and device do not matter.
 ///
-/// The bits of half-precision elements are those of their value in `f32`. Elements of 32 bits count
-/// by their bits, whatever these stand for: for a matrix of `i32`, say [`FloatType::F32`].
+/// Half-precision elements count with the bits of their value in `f32`. Elements of 32 bits of any
+/// type count with their own bits: for a matrix of `i32`, use [`FloatType::F32`].
 ///
 /// # Errors
 ///
@@ -73,7 +73,7 @@ fn check_atomics(client: &Client) -> Result<(), KernelError> {
     }
 }
 
-/// How the kernel reads elements: those of 32 bits as the words that they are.
+/// How the kernel reads elements: those of 32 bits as plain words.
 pub fn storage_type(dtype: FloatType) -> ElemType {
     match dtype {
         FloatType::F32 => ElemType::UInt(UIntKind::U32),
@@ -94,8 +94,8 @@ fn mix(words: Words) -> Words {
     x ^ (x >> Words::new(16u32))
 }
 
-/// Adds up the terms of all elements. The walk goes along the minor axis; from one element to the
-/// next, `strides` lead through memory and `steps` through the numbers of the elements.
+/// Adds the terms of all elements along the minor axis. From one element to the next, `strides` are
+/// distances in memory and `steps` distances in the numbers of the elements.
 #[allow(clippy::too_many_arguments)]
 #[cube(launch_unchecked, create_dummy_kernel)]
 pub fn kernel<E: Numeric>(

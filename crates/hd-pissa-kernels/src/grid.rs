@@ -1,4 +1,4 @@
-//! How many cubes a launch has.
+//! The number of cubes of a launch.
 
 use cubecl::prelude::*;
 
@@ -16,7 +16,7 @@ pub(crate) fn cube_count(client: &Client, cubes: [usize; 3]) -> Result<CubeCount
     Ok(CubeCount::Static(x, y, z))
 }
 
-/// The device's multiprocessors; where it does not say, those of a desktop GPU.
+/// The device's number of multiprocessors; that of a desktop GPU if the device does not report it.
 pub(crate) fn multiprocessors(client: &Client) -> usize {
     let hardware = &client.properties().hardware;
     hardware.num_streaming_multiprocessors.unwrap_or(32) as usize

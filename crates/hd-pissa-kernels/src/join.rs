@@ -8,13 +8,13 @@ use crate::{FloatType, KernelError, Matrix};
 const UNITS: usize = 256;
 /// Elements that a unit copies at most.
 const PER_UNIT: usize = 16;
-/// Bindings besides the matrices: the buffer they are copied to, and their sizes.
+/// Bindings besides the matrices: the target buffer, and the sizes.
 const OTHER_BINDINGS: usize = 2;
-/// Matrices of one launch, on devices without a limit. Each number of them is a kernel of its own.
+/// Matrices of one launch, on devices without a limit. Each number of matrices has its own kernel.
 const MOST_PARTS: usize = 16;
 
-/// Writes the elements of `f32` matrices, which may have any strides, into the row `target`, `[1, len]`
-/// without gaps, from its element `start` on: row by row, one matrix after the other.
+/// Copies the elements of `f32` matrices, which may have any strides, to the row `target`,
+/// `[1, len]` without gaps, from its element `start` on: row by row, one matrix after the other.
 ///
 /// One launch copies as many matrices as the device binds at once, at most 16.
 ///

@@ -1,21 +1,23 @@
 //! CubeCL kernels of HD-PiSSA: the merge of all shards' deltas and the low-rank product.
 //!
-//! The crate knows CubeCL and nothing of Burn. Every function takes a [`Client`](cubecl::client::Client)
-//! and device handles, checks shapes and strides ([`Matrix`]), and queues its kernels without waiting
+//! The crate uses CubeCL, not Burn. Every function takes a [`Client`](cubecl::client::Client) and
+//! device handles, checks shapes and strides ([`Matrix`]), and queues its kernels without waiting
 //! for the device:
 //!
 //! - [`merge()`]: `W += Σ_k (a_k + Δa_k)·Δb_k + Δa_k·b_k` in place;
-//! - [`low_rank_product`]: `p = x·f` for a factor of few columns, without a copy of `x` in `f32`, and
-//!   `y = x·W` in the same launch where asked;
-//! - [`row_statistics()`]: what is not finite, and sums of squares, row by row;
+//! - [`low_rank_product`]: `p = x·f` for a factor of few columns, without a copy of `x` in `f32`,
+//!   and optionally `y = x·W` in the same launch;
+//! - [`row_statistics()`]: counts of values that are not finite, and sums of squares, row by row;
 //! - [`join()`]: copies of matrices end to end in one buffer, many of them in one launch;
 //! - [`fingerprint()`]: 64 bits that tell whether two matrices hold the same bits.
 //!
-//! [`mod@reference`] holds products, updates and statistics in plain Rust, slow and obvious. The bits
-//! of roundings and fingerprints are those of `hd-pissa-bits`.
+//! [`mod@reference`] has products, updates and statistics in slow and simple Rust. Roundings and
+//! fingerprints have the bits of `hd-pissa-bits`.
 //!
-//! Results are bit-identical for identical inputs on the same device: every sum has a fixed order
-//! and no float is added atomically.
+//! Identical inputs give bit-identical results on the same device: every sum has a fixed order, and
+//! kernels add no float atomically.
+
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod error;
 mod fingerprint;
@@ -32,7 +34,7 @@ mod rounding;
 mod row_statistics;
 mod tile;
 
-/// The kernels themselves, for building their source without a device. Not a stable interface.
+/// The kernels, for building their source without a device. Not a stable interface.
 #[doc(hidden)]
 pub mod kernels {
     pub use crate::fingerprint::{kernel as fingerprint, storage_type};

@@ -59,7 +59,7 @@ impl Matrix {
         last(0).saturating_add(last(1)).saturating_add(1)
     }
 
-    /// Elements of the matrix. With a stride of zero they can be more than those in memory.
+    /// Elements of the matrix. With a stride of zero, they can exceed the elements in memory.
     fn elements(&self) -> u64 {
         (self.shape[0] as u64).saturating_mul(self.shape[1] as u64)
     }
@@ -125,14 +125,14 @@ impl Matrix {
     /// The axis along which neighbours are closer in memory.
     pub(crate) fn minor_axis(&self) -> usize {
         match self.strides {
-            // A single row or column says nothing by its own stride.
+            // The stride of a single row or column means nothing.
             [_, _] if self.shape[0] <= 1 => 1,
             [_, _] if self.shape[1] <= 1 => 0,
             [row, column] => usize::from(column <= row),
         }
     }
 
-    /// Whether every run along `axis` can be read as aligned vectors of four.
+    /// Whether every run along `axis` can be read as aligned vectors of four elements.
     pub(crate) fn has_vectors(&self, axis: usize) -> bool {
         self.span() > 0
             && self.strides[axis] == 1
@@ -143,7 +143,7 @@ impl Matrix {
 
     pub(crate) fn arg(self, client: &Client, vector_size: usize) -> BufferArg {
         if self.span() == 0 {
-            // An empty tensor may have no memory to bind; the kernel touches none of this.
+            // An empty tensor may have no memory to bind. The kernel does not touch this buffer.
             // SAFETY: the buffer has the one element, of any type and vector size.
             return unsafe { BufferArg::from_raw_parts(client.empty(16), 1) };
         }

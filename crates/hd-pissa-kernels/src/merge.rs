@@ -28,14 +28,13 @@ pub struct Merge {
     pub rank: usize,
     /// Number of shards.
     pub shards: usize,
-    /// How the sum is rounded to a half-precision weight. Not looked at where `residual` keeps the
-    /// rest of the sum.
+    /// How the sum is rounded to a half-precision weight. Ignored if `residual` keeps the rest of
+    /// the sum.
     pub rounding: Rounding,
-    /// The 16 bits that each element of a half-precision weight misses, `u32` of
-    /// [`residual_shape`]; see [`hd_pissa_bits::Half`]. All zero stands for the weight alone. Not
-    /// looked at for an `f32` weight.
+    /// The 16 bits that each element of a half-precision weight lacks, `u32` of [`residual_shape`];
+    /// see [`hd_pissa_bits::Half`]. Zeros stand for the bare weight. Ignored for an `f32` weight.
     pub residual: Option<Handle>,
-    /// One `u32`: the weight stays as it is unless this is zero when the merge runs.
+    /// One `u32`: the merge changes the weight only if this is zero when it runs.
     pub gate: Handle,
 }
 
@@ -82,12 +81,12 @@ pub fn residual_shape(weight: &Matrix) -> [usize; 2] {
 /// Adds the update of one step to a weight in place:
 /// `W += Σ_k (a_k + Δa_k)·Δb_k + Δa_k·b_k`.
 ///
-/// Gives a buffer of one `f32`: the sum of the squares of the update before rounding, zero where the
-/// gate was closed.
+/// Returns a buffer of one `f32`: the sum of the squares of the update before rounding, or zero if
+/// the gate is closed.
 ///
-/// The sum is accumulated in `f32` in the order of the shards and, within one, of the components,
-/// whatever the tile; it is added to `W` once and rounded once. No memory of the weight's size is
-/// taken. An empty weight, or no component at all, leaves the weight alone.
+/// The kernel sums in `f32`, in the order of the shards and within a shard of the components, for
+/// every tile. It adds the sum to `W` once and rounds once. It takes no memory of the weight's
+/// size. An empty weight, or an empty set of components, leaves the weight unchanged.
 ///
 /// # Errors
 ///

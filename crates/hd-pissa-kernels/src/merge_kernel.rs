@@ -30,7 +30,7 @@ impl Stages {
     }
 }
 
-/// Where the factors of all shards are in the buffers of the frames and of the deltas.
+/// The places of the factors of all shards in the buffers of frames and deltas.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
 pub struct Operands {
     /// `a` or `Δa`.
@@ -98,7 +98,7 @@ fn fill<N: Size>(
     );
 }
 
-/// Where an update goes.
+/// The place of an update.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
 pub struct Target {
     /// Elements along the major axis.
@@ -115,8 +115,8 @@ pub struct Target {
     pub key1: u32,
 }
 
-/// One tile of the weight per cube. `W` is walked with its minor axis along `x`; `column_major`
-/// says that this is the axis of `d_input`.
+/// One tile of the weight per cube. The minor axis of `W` runs along `x`; with `column_major` this
+/// is the axis of `d_input`.
 #[allow(clippy::too_many_arguments)]
 #[cube(launch_unchecked, create_dummy_kernel)]
 pub fn kernel<F: Float, N: Size, M: Size>(
@@ -233,7 +233,7 @@ pub fn kernel<F: Float, N: Size, M: Size>(
     }
 }
 
-/// Elements outside of the weight have zero operands and add nothing.
+/// Elements outside of the weight have zero operands and add zero.
 #[cube]
 fn sum_of_squares(update: Four) -> f32 {
     let square = update * update;

@@ -11,9 +11,9 @@ use crate::{FloatType, KernelError, Matrix, reduce};
 
 /// The arguments of [`low_rank_product`].
 ///
-/// Every matrix may have any strides. With [`Matrix::transposed`] ones the same call gives the
-/// products of the backward pass, `G·Wᵀ` and `G·bᵀ`, and the gradients of the factors, `xᵀ·q` and,
-/// from `Gᵀ·p`, `pᵀ·G`.
+/// Every matrix may have any strides. With [`Matrix::transposed`] operands, the same call computes
+/// the products of the backward pass, `G·Wᵀ` and `G·bᵀ`, and the gradients of the factors, `xᵀ·q`
+/// and, from `Gᵀ·p`, `pᵀ·G`.
 #[derive(Clone, Debug)]
 pub struct LowRankProduct {
     /// `x`, `[rows, depth]`.
@@ -35,25 +35,26 @@ pub struct DenseProduct {
     pub output: Matrix,
 }
 
-/// Inner steps that are worth a cube of their own. This and the next are estimates for large GPUs,
-/// tuned on none.
+/// The least number of inner steps for a separate cube. This and the next constant are estimates
+/// for large GPUs, not measured on any.
 const LEAST_CHUNK: usize = 128;
 /// Cubes per multiprocessor, so that some compute while others wait for memory.
 const CUBES_PER_MULTIPROCESSOR: usize = 8;
 
-/// `projection = input · factor`, and `output = input · weight` in the same launch where asked.
+/// `projection = input · factor`, and optionally `output = input · weight` in the same launch.
 ///
-/// The input is read in its own type and multiplied in `f32` on the ordinary units: no copy of it in
-/// `f32` is made. Each sum is rounded once, to the type of its result.
+/// The kernel reads the input in its own type and multiplies in `f32` on the ordinary units,
+/// without a copy of the input in `f32`. It rounds each sum once, to the type of its result.
 ///
-/// With a weight the right operand is `[weight | factor]`. The cubes of one band of rows run side by
-/// side, the last of them on the factor: one reads the band from memory, the others from the cache.
-/// The sums follow the inner dimension.
+/// With a weight the right operand is `[weight | factor]`. The cubes of one band of rows run side
+/// by side, the last of them on the factor. One cube reads the band from memory, the others from
+/// the cache. The sums follow the inner dimension.
 ///
-/// Without one the output may have too few tiles to fill the device. Then the inner dimension is
-/// cut into chunks. Their sums take `4 · chunks · rows · rank` bytes, and are added in order.
+/// Without a weight, the output may have too few tiles to fill the device. The kernel then cuts the
+/// inner dimension into chunks. Their sums take `4 · chunks · rows · rank` bytes, and a second
+/// kernel adds them in order.
 ///
-/// An empty inner dimension gives zeros, an empty result nothing.
+/// An empty inner dimension gives zeros. For an empty result nothing runs.
 ///
 /// # Errors
 ///
@@ -101,7 +102,7 @@ pub fn low_rank_product(client: &Client, product: LowRankProduct) -> Result<(), 
         }
     };
 
-    // Tiles lie along the rows of the input and along the columns of the right operands.
+    // Tiles follow the rows of the input and the columns of the right operands.
     let (input_access, input_operand) = operand(&input, 0);
     let (factor_access, factor_operand) = operand(&factor, 1);
     let (weight_access, weight_operand) = match &dense {
@@ -222,7 +223,7 @@ impl Chunks {
     }
 }
 
-/// How to read a matrix whose axis `tile_axis` lies along the tiles.
+/// How to read a matrix whose axis `tile_axis` follows the tiles.
 fn operand(matrix: &Matrix, tile_axis: usize) -> (Access, OperandLaunch) {
     let depth_axis = 1 - tile_axis;
     let access = Access {
@@ -240,7 +241,7 @@ fn operand(matrix: &Matrix, tile_axis: usize) -> (Access, OperandLaunch) {
     (access, operand)
 }
 
-/// The sizes of a product, and how it is cut.
+/// The sizes of a product and of its chunks.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
 pub struct Extents {
     /// Rows of the input.
@@ -251,13 +252,13 @@ pub struct Extents {
     pub rank: usize,
     /// Columns of the weight.
     pub columns: usize,
-    /// Tiles of a band that lie on the weight; the others lie on the factor.
+    /// Tiles of a band on the weight; the others are on the factor.
     pub output_tiles: usize,
     /// Inner steps of a chunk.
     pub chunk: usize,
 }
 
-/// Where the results go.
+/// The places of the results.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
 pub struct Places {
     /// Distance between the projections of two chunks.

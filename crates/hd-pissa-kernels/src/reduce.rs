@@ -6,7 +6,7 @@ use cubecl::server::Handle;
 use crate::Matrix;
 
 const UNITS: usize = 256;
-/// Cubes of a sum of chunks, whatever the length: each walks the buffer in steps of the whole grid.
+/// Cubes of a sum of chunks, for every length: each walks the buffer in steps of the whole grid.
 const MAX_CUBES: usize = 512;
 
 /// The sum of the `len` elements of `partials`: a buffer of one `f32`.

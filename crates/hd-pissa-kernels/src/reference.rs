@@ -1,11 +1,11 @@
-//! What the kernels compute, in plain Rust: slow, and in `f64` where a bound is wanted.
+//! The kernels' results in plain Rust: slow, and in `f64` where a test needs a bound.
 
 /// A matrix product, row-major, in `f64`.
 #[derive(Clone, Debug)]
 pub struct Exact {
     /// The sums.
     pub value: Vec<f64>,
-    /// The same sums of absolute values: what bounds a rounding error.
+    /// The same sums of absolute values, which bound the rounding error.
     pub magnitude: Vec<f64>,
 }
 
@@ -68,7 +68,7 @@ pub fn update(shards: &[Shard], [d_input, rank, d_output]: [usize; 3]) -> Exact 
     total
 }
 
-/// What [`row_statistics`](crate::row_statistics()) gives for one row, in `f64`.
+/// The result of [`row_statistics`](crate::row_statistics()) for one row, in `f64`.
 pub fn row_statistics(row: &[f32], split: usize) -> [f64; 4] {
     let scale = 2f64.powi(-80);
     let mut statistics = [0.0; 4];

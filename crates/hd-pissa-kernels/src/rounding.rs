@@ -1,19 +1,19 @@
-//! How a merged `f32` value becomes an element of the weight, as kernels compute it. `hd-pissa-bits`
-//! defines every bit.
+//! Rounding of merged `f32` values to elements of the weight, in kernels. `hd-pissa-bits` defines
+//! every bit.
 
 use cubecl::prelude::*;
 use hd_pissa_bits::{F16_FINE, F16_NORMAL, KEY_PARITY, ROTATIONS};
 
 use crate::FloatType;
 
-/// What a kernel stores of a sum.
+/// How a kernel stores a sum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Store {
-    /// The nearest value; `f32` as it is.
+    /// The nearest value; `f32` unchanged.
     Nearest,
     /// Up or down at random, with the value as the mean.
     Stochastic(FloatType),
-    /// The nearest value, and what it misses in the residual bits.
+    /// The nearest value, and the difference in the residual bits.
     Compensated(FloatType),
 }
 
@@ -45,8 +45,8 @@ fn threefry(counter0: u32, counter1: u32, key0: u32, key1: u32) -> u32 {
     x0
 }
 
-/// `value` moved up or down to a neighbour that the weight's type holds exactly; a value that it
-/// holds already stays. The chance of each neighbour makes the mean `value`.
+/// `value` moved up or down to a neighbour that the weight's type holds exactly, or unchanged if
+/// the type holds it. The mean over the random bits is `value`.
 #[cube]
 pub(crate) fn stochastic(
     value: f32,
@@ -64,7 +64,7 @@ pub(crate) fn stochastic(
         let magnitude = bits & 0x7fff_ffffu32;
         let mut rounded = (bits + (random & 0x1fffu32)) & 0xffff_e000u32;
         if magnitude < comptime!(F16_NORMAL.to_bits()) {
-            // Below the normal range the steps are 2^-24 wide whatever the exponent.
+            // Below the normal range all steps are 2^-24 wide.
             let steps = f32::reinterpret(magnitude) * 16_777_216.0f32;
             let whole = u32::cast_from(steps);
             let part = u32::cast_from((steps - f32::cast_from(whole)) * 16_777_216.0f32);

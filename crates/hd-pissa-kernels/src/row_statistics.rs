@@ -1,4 +1,5 @@
-//! What the rows of a matrix hold: how many elements are not finite, and how large the others are.
+//! Statistics of the rows of a matrix: the number of elements that are not finite, and the size of
+//! the others.
 
 use cubecl::prelude::*;
 use cubecl::server::Handle;
@@ -9,27 +10,27 @@ use crate::tile::Four;
 use crate::{FloatType, KernelError, Matrix};
 
 const UNITS: usize = 256;
-/// Columns of a chunk, the share of a cube; more only where a row would have too many chunks. The
-/// cut depends on the length of the rows alone, and so does the order of the sums.
+/// Columns of a chunk, the share of a cube. Chunks have more columns only if a row would have too
+/// many chunks. Only the length of the rows determines the chunks and the order of the sums.
 const LEAST_CHUNK: usize = 4096;
-/// Chunks of a row, whose sums a single cube adds up.
+/// Most chunks of a row. A single cube adds their sums.
 const MOST_CHUNKS: usize = 1024;
 
 /// Four statistics of every row of an `f32` matrix `[rows, columns]`, which may have any strides.
 ///
-/// The buffer that it gives holds the `f32` matrix `[rows, 4]`, row by row:
+/// The returned buffer holds the `f32` matrix `[rows, 4]`, row by row:
 ///
 /// 1. the number of NaN and infinite elements, exact up to 2^24,
 /// 2. the sum of the squares of the finite elements of columns `0..split`,
 /// 3. the same of columns `split..columns`,
 /// 4. the sum of the squares of all finite elements, each multiplied by 2^-80 first.
 ///
-/// The second and third are infinite where they exceed the range of `f32`. The fourth never does:
-/// it tells how large a row is whose squares overflow. NaN and infinity are told by the bits of
-/// their exponent, which no compiler setting can fold away, and add nothing to the sums.
+/// The second and third are infinite if they exceed the range of `f32`. The fourth never does: it
+/// gives the size of a row whose squares overflow. The kernel recognizes NaN and infinity by the
+/// bits of their exponent, which no compiler setting can remove, and leaves them out of the sums.
 ///
-/// Equal rows give equal bits. No float is added atomically. Rows without columns give zeros,
-/// a matrix without rows gives a buffer whose content means nothing.
+/// Equal rows give equal bits. No float is added atomically. Rows without columns give zeros. For a
+/// matrix without rows, the content of the buffer means nothing.
 ///
 /// # Errors
 ///
@@ -60,7 +61,7 @@ pub fn row_statistics(
         chunks => buffer(rows * chunks),
     };
     let strides = values.strides;
-    // SAFETY: `check_read` found the elements; the other buffers were made for what is written.
+    // SAFETY: `check_read` found the elements; the other buffers have the size of the results.
     unsafe {
         kernel::chunks::launch_unchecked(
             client,
@@ -92,9 +93,9 @@ pub fn row_statistics(
 
 /// The exponent bits of infinity.
 const INFINITE: u32 = 0x7f80_0000;
-/// What the bits of a value lose when it is multiplied by 2^-80.
+/// The difference in a value's bits when it is multiplied by 2^-80.
 const SCALE: u32 = 80 << 23;
-/// The bits of the smallest value that stays normal then. The squares of smaller ones are below the
+/// The bits of the smallest value that then stays normal. Squares of smaller values are below the
 /// range of `f32`.
 const LEAST_SCALED: u32 = 81 << 23;
 
@@ -106,7 +107,7 @@ fn statistics(bits: u32, is_left: bool) -> Four {
     let kept = select(is_finite, magnitude, 0u32);
     let value = f32::reinterpret(kept);
     let square = value * value;
-    // By the exponent: a compiler that reorders products could square the factor first.
+    // Scales through the exponent: a compiler that reorders products could square the factor first.
     let scaled = f32::reinterpret(select(kept >= LEAST_SCALED, kept - SCALE, 0u32));
     let mut statistics = Four::new(0.0);
     statistics.insert(0usize, select(is_finite, 0.0f32, 1.0f32));

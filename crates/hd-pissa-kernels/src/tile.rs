@@ -1,4 +1,4 @@
-//! How a cube multiplies one tile: operands in stages of shared memory, sums in registers.
+//! The product of one tile in a cube: operands in stages of shared memory, sums in registers.
 
 use cubecl::prelude::*;
 
@@ -9,8 +9,8 @@ pub(crate) type Four = Vector<f32, Const<4>>;
 
 /// How a cube computes one tile of the output.
 ///
-/// The axis along which the output's neighbours are adjacent in memory is the minor one. Every unit
-/// owns `major_vectors × minor_vectors` blocks of 4×4 elements.
+/// Along the minor axis, neighbours of the output are adjacent in memory. Every unit owns
+/// `major_vectors × minor_vectors` blocks of 4×4 elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Tile {
     /// Blocks of a unit along the major axis.
@@ -28,15 +28,15 @@ pub struct Tile {
 impl Tile {
     /// 128×128 elements by 256 units: 16 flops per byte of shared memory read.
     pub const LARGE: Self = Self::new(2, 2, 16, 16);
-    /// 64×64 elements by 64 units. More units with fewer elements each would have the CUDA assembler
+    /// 64×64 elements by 64 units. With more units of fewer elements, the CUDA assembler would
     /// spill registers to fit more cubes on a multiprocessor.
     pub const MEDIUM: Self = Self::new(2, 2, 8, 8);
     /// 32×32 elements by 64 units.
     pub const SMALL: Self = Self::new(1, 1, 8, 8);
     /// Every tile, largest first.
     pub const ALL: [Self; 3] = [Self::LARGE, Self::MEDIUM, Self::SMALL];
-    /// Tiles for outputs of few columns: 128×16, 128×32 and 128×64 elements, with stages twice as
-    /// deep, so that a row of half-precision elements is read by whole sectors of 32 bytes.
+    /// Tiles for outputs of few columns: 128×16, 128×32 and 128×64 elements. Their stages are twice
+    /// as deep: a row of half-precision elements then fills whole sectors of 32 bytes.
     pub const NARROW: [Self; 3] = [
         Self::new(2, 1, 16, 4).with_depth(16),
         Self::new(2, 1, 16, 8).with_depth(16),
@@ -120,8 +120,8 @@ impl Tile {
     }
 }
 
-/// Vectors per depth step of a stage for a tile of `width` elements. One more than the elements
-/// need, so that the units that fill one column of a stage hit different banks.
+/// Vectors per depth step of a stage for a tile of `width` elements. It is one more than the
+/// elements need. The units that fill one column of a stage then use different banks.
 const fn row_vectors(width: usize) -> usize {
     width / 4 + 1
 }
@@ -146,7 +146,7 @@ impl Access {
     }
 }
 
-/// Where an operand's elements are: with `q = shard · shard_depth + step`, element `(t, q)` is
+/// The places of an operand's elements: with `q = shard · shard_depth + step`, element `(t, q)` is
 /// number `offset + t · tile_stride + step · depth_stride + shard · shard_stride`.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
 pub struct Operand {
@@ -162,7 +162,7 @@ pub struct Operand {
     pub shard_stride: usize,
 }
 
-/// What part of an operand a cube works on.
+/// The part of an operand that a cube works on.
 #[derive(CubeType, Clone, Copy)]
 pub(crate) struct Window {
     /// First element along the tile.
@@ -253,7 +253,7 @@ fn job_place(
     }
 }
 
-/// How a stage of shared memory lies and who fills it.
+/// The layout of a stage of shared memory, and the units that fill it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct StageShape {
     /// Elements along the tile.
@@ -271,7 +271,8 @@ impl StageShape {
     }
 }
 
-/// Fills a stage with an operand, plus what the same units have put in the stage `addend`.
+/// Fills a stage with an operand, plus the values that the same units have put in the stage
+/// `addend`.
 #[cube]
 pub(crate) fn fill<F: Float, N: Size>(
     source: &[Vector<F, N>],
@@ -361,8 +362,8 @@ pub(crate) fn accumulate(
     }
 }
 
-/// Adds a pair of stages to the accumulators once the cube has filled them, and waits until no unit
-/// reads them any more.
+/// Adds a pair of stages to the accumulators once the cube has filled them, and waits until all
+/// units have read them.
 #[cube]
 pub(crate) fn accumulate_stage(
     sums: &mut Array<Four>,

@@ -1,11 +1,11 @@
 //! The CUDA C++ of every kernel, built without CUDA and compiled to machine code without a GPU.
 //!
-//! `cargo test --release -p hd-pissa-kernels --test cuda_source -- --nocapture` prints registers,
-//! spills and shared memory of every variant; a spill fails. NVRTC is looked for in Python's
-//! packages, or in the folder `HD_PISSA_NVRTC` alone if that is set; without it the sources are built
-//! only, which is a failure if `HD_PISSA_REQUIRE_NVRTC=1` or if the folder was named.
-//! `HD_PISSA_CUDA_SOURCE` names a folder for the sources, `HD_PISSA_KERNEL` a part of the names of the
-//! kernels to look at; a part of none fails.
+//! `cargo test --release --workspace --test cuda_source -- --nocapture` prints registers, spills
+//! and shared memory of every variant; a spill fails. The test looks for NVRTC in Python's
+//! packages, or only in the folder `HD_PISSA_NVRTC` if that is set. Without NVRTC it only builds
+//! the sources, and fails if `HD_PISSA_REQUIRE_NVRTC=1` or if the folder is set.
+//! `HD_PISSA_CUDA_SOURCE` names a folder for the sources. `HD_PISSA_KERNEL` selects kernels by a
+//! part of their names; it fails if no kernel matches.
 
 mod nvrtc;
 
@@ -41,7 +41,7 @@ use nvrtc::{Nvrtc, NvrtcError};
 const ARCHITECTURES: [(u32, &str); 2] = [(80, "sm_80"), (90, "sm_90a")];
 const TYPES: [FloatType; 3] = [FloatType::F32, FloatType::F16, FloatType::BF16];
 
-/// What CubeCL would report of a data-centre GPU of this compute capability.
+/// The properties that CubeCL would report for a data-centre GPU of this compute capability.
 fn properties(version: u32) -> Arc<DeviceProperties> {
     let mut properties = DeviceProperties::new(
         Features::default(),
@@ -420,9 +420,9 @@ fn audits(kernels: &mut Vec<Kernel>) {
     }
 }
 
-/// The end of the last array that the source places in dynamic shared memory, of which the assembler
-/// knows nothing: lines such as `array<float_4, 264> * const v2 = reinterpret_cast<array<float_4,
-/// 264> *>(&v1[4224]);`.
+/// The end of the last array that the source places in dynamic shared memory. The assembler does
+/// not report it. It comes from lines such as
+/// `array<float_4, 264> * const v2 = reinterpret_cast<array<float_4, 264> *>(&v1[4224]);`.
 fn dynamic_shared_bytes(source: &str) -> u64 {
     source
         .lines()
@@ -447,8 +447,8 @@ fn dynamic_shared_bytes(source: &str) -> u64 {
         .unwrap_or(0)
 }
 
-/// Bytes that a kernel is known to spill: for Hopper, NVRTC puts four registers of five narrow variants
-/// of the product into local memory, though they use 80 of 255.
+/// Known spills of a kernel in bytes: for Hopper, NVRTC puts four registers of five narrow variants
+/// of the product into local memory, although they use 80 of 255.
 fn known_spill(architecture: &str, kernel: &str) -> usize {
     match architecture == "sm_90a" && kernel.starts_with("product") {
         true => 16,

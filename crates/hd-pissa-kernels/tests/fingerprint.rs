@@ -53,7 +53,7 @@ fn fingerprints_are_those_of_the_definition_in_every_layout() {
     }
 }
 
-/// Every pattern of 32 bits counts as it is: integers, NaN with their payloads, subnormal numbers.
+/// Every pattern of 32 bits counts unchanged: integers, NaN with their payloads, subnormal numbers.
 #[test]
 fn words_of_32_bits_count_by_their_bits() {
     let Some(client) = client() else { return };
@@ -79,7 +79,7 @@ fn every_small_change_shows() {
         let mut values = values.clone();
         change(&mut values);
         let after = found(&values);
-        // Each of the words alone is half of the promise.
+        // Checks each word separately.
         after[0] != before[0] && after[1] != before[1]
     };
     for (first, second) in [(0, 1), (0, 1516), (40, 41), (700, 741), (3, 1024)] {

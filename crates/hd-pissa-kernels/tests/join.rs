@@ -5,7 +5,7 @@ mod common;
 use common::*;
 use hd_pissa_kernels::{FloatType, KernelError, Matrix, join};
 
-/// More parts than one launch takes, of every layout and very different sizes, some of them empty.
+/// More parts than one launch takes, in every layout and of very different sizes, some empty.
 #[test]
 fn parts_lie_end_to_end() {
     let Some(client) = client() else { return };
@@ -23,7 +23,7 @@ fn parts_lie_end_to_end() {
                 matrix(&client, &values, shape, layout, FloatType::F32)
             })
             .collect();
-        // What lies before and behind stays.
+        // Elements before and after stay.
         let end = expected.len();
         expected.extend([7.0; 5]);
         let mut initial = vec![0.0; end];

@@ -1,5 +1,5 @@
-//! The kernels take no memory of the size of their large operand. Alone in its process, one after
-//! the other: the report covers all of it.
+//! The kernels take no memory of the size of their large operand. The tests run one after the other
+//! in their own process, because the report covers the whole process.
 
 mod common;
 
@@ -16,8 +16,8 @@ fn kernels_allocate_nothing_of_the_size_of_their_large_operand() {
     a_product_beside_the_input(&client);
 }
 
-/// Bytes reserved beyond those in use before `launch`, which is run three times. Memory once reserved
-/// stays so until a clean-up: the report holds the peak.
+/// Bytes reserved beyond those in use before `launch`, which runs three times. Reserved memory
+/// stays reserved until a clean-up, so the report holds the peak.
 fn reserved(client: &Client, operand_bytes: u64, mut launch: impl FnMut()) -> u64 {
     let word = upload_words(client, &[0]);
     let wait = || drop(client.read_one(word.clone()).expect("the device runs"));
@@ -70,7 +70,7 @@ fn a_merge_beside_the_weight(client: &Client) {
     );
 }
 
-/// Not even in half precision, where the products of the backend would need it in `f32`.
+/// This also holds in half precision, where the products of the backend would need a copy in `f32`.
 fn a_product_beside_the_input(client: &Client) {
     let [rows, depth, rank] = [8192, 4096, 8];
     let halves = [FloatType::F16, FloatType::BF16];
@@ -90,8 +90,8 @@ fn a_product_beside_the_input(client: &Client) {
         projection: operand([rows, rank], FloatType::F32),
         dense: None,
     };
-    // Memory is reserved in pages that hold the largest operand: the sums of the chunks take a part
-    // of a second page, of which this leaves too little for a copy of the input.
+    // Memory is reserved in pages that hold the largest operand. The sums of the chunks take a part
+    // of a second page; the rest is too small for a copy of the input.
     let _half_a_page = client.empty(input_bytes as usize / 2);
     let unused = reserved(client, input_bytes, || {
         low_rank_product(client, product.clone()).unwrap();

@@ -17,8 +17,8 @@ struct Run {
 }
 
 impl Run {
-    /// Queues a merge; gives the buffer with its sum of squares. It happens unless `gate` is other
-    /// than zero.
+    /// Queues a merge, which changes the weight only if `gate` is zero. Returns the buffer with its
+    /// sum of squares.
     fn gated(
         &self,
         client: &Client,
@@ -115,7 +115,7 @@ fn f32_merge_is_within_the_rounding_bound() {
     }
 }
 
-/// The half-precision weights see the same f32 sum, so every one of their bits is known.
+/// Half-precision weights see the same f32 sum, so all of their bits are known.
 #[test]
 fn f16_merges_round_the_f32_merge() {
     let Some(client) = client() else { return };

@@ -1,8 +1,8 @@
-//! 200 steps of Adam at a learning rate of 2e-5 into a half-precision weight: what each
-//! way of rounding keeps of the `f32` trajectory. On the device in the types that it has, and in
-//! `bf16` (which WGSL lacks) through the references that define the kernels' bits.
+//! 200 steps of Adam at a learning rate of 2e-5 into a half-precision weight: the part of the `f32`
+//! trajectory that each way of rounding keeps. The device runs the types that it has; `bf16` (which
+//! WGSL lacks) uses the references that define the kernels' bits.
 //!
-//! `cargo test --release -p hd-pissa-kernels --test precision -- --nocapture` prints a table for
+//! `cargo test --release --workspace --test precision -- --nocapture` prints a table for
 //! each type.
 
 mod common;
@@ -28,7 +28,8 @@ fn start(dtype: FloatType) -> Vec<f32> {
     rounded(&values, dtype)
 }
 
-/// Adam with its usual settings on gradients that drift one way under noise of the same size.
+/// Adam with its usual settings on gradients that drift in one direction, with noise of the same
+/// size.
 struct Adam {
     drift: Vec<f32>,
     first: Vec<f32>,
@@ -101,7 +102,7 @@ struct Outcome {
     stochastic: Vec<Vec<f32>>,
 }
 
-/// A value and how far it is off by chance.
+/// A value and its standard error.
 struct Estimate {
     mean: f64,
     standard_error: f64,
@@ -138,7 +139,8 @@ fn dot(left: &[f64], right: &[f64]) -> f64 {
     left.iter().zip(right).map(|(l, r)| l * r).sum()
 }
 
-/// Prints the table and checks its claims; the share of the update that merges to the nearest value lose.
+/// Prints the table and checks its claims. Returns the share of the update that merges to the
+/// nearest value lose.
 fn judge(name: &str, start: &[f32], outcome: &Outcome) -> f64 {
     let update = difference(&outcome.wide, start);
     let signal = dot(&update, &update).sqrt();

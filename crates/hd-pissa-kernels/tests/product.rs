@@ -141,8 +141,8 @@ impl Case {
         assert_eq!(found.len(), exact.value.len());
         for (place, found) in found.iter().enumerate() {
             let expected = exact.value[place];
-            // A product and a sum per step, each rounded (with fma once), in some order; then the
-            // store in a narrow type. Below its normal range f16 has steps of 2^-24.
+            // Each step rounds a product and a sum (with fma once), in some order; then the store
+            // rounds to a narrow type. Below its normal range f16 has steps of 2^-24.
             let rounding = (2 * self.depth + 1) as f64 * f64::from(f32::EPSILON) / 2.0;
             let sum = rounding * exact.magnitude[place];
             let bound = sum + store * (expected.abs() + sum) + f64::from(store > 0.0) * 6e-8;
@@ -221,7 +221,7 @@ fn transposed_operands_give_the_backward_products() {
     }
 }
 
-/// The projection does not see the weight, nor the output the factor.
+/// The projection does not depend on the weight, and the output not on the factor.
 #[test]
 fn a_non_finite_operand_stays_on_its_side() {
     let Some(client) = client() else { return };

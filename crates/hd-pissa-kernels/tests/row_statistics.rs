@@ -14,7 +14,7 @@ fn on_device(client: &Client, values: &Matrix, split: usize) -> Vec<[f32; 4]> {
         .collect()
 }
 
-/// The order of the sums is free: each of `len` terms and each sum rounds once, and terms below the
+/// The sums may have any order: each of `len` terms and each sum rounds once, and terms below the
 /// normal range may become zero.
 fn assert_statistics(found: [f32; 4], row: &[f32], split: usize, case: &str) {
     let expected = reference::row_statistics(row, split);
@@ -50,7 +50,7 @@ fn wild(random: &mut Random, len: usize) -> Vec<f32> {
         .collect()
 }
 
-/// Rows and columns: tiny, prime, around the size of a cube and of a chunk, of many chunks, empty.
+/// Rows and columns: tiny, prime, about the size of a cube and of a chunk, of many chunks, empty.
 const SHAPES: [[usize; 2]; 12] = [
     [1, 1],
     [3, 2],

@@ -1,4 +1,4 @@
-//! Random orthonormal directions that depend on a name alone.
+//! Random orthonormal directions that depend only on a name.
 
 use std::f64::consts::TAU;
 
@@ -7,11 +7,12 @@ use hd_pissa_bits::splitmix;
 
 use crate::path::hash;
 
-/// `count` random orthonormal columns that are orthogonal to the orthonormal columns of `given`, in
-/// all at most as many as these have rows. Uniformly distributed: the orthonormal factor of a
-/// Gaussian matrix, with signs that make the other factor's diagonal positive.
+/// `count` random orthonormal columns that are orthogonal to the orthonormal columns of `given`.
+/// All columns together are at most as many as the rows. They are uniformly distributed: the
+/// orthonormal factor of a Gaussian matrix, with signs that make the other factor's diagonal
+/// positive.
 ///
-/// The Gaussian values depend on `name` and their position alone.
+/// The Gaussian values depend only on `name` and their position.
 pub(crate) fn random_columns(given: MatRef<'_, f64>, count: usize, name: &str) -> Mat<f64> {
     let (rows, start) = (given.nrows(), given.ncols());
     let drawn: Vec<f64> = Normal::new(hash(name)).take(rows * count).collect();
@@ -100,7 +101,7 @@ mod tests {
                 assert!((gram[(row, col)] - expected).abs() < 1e-14);
             }
         }
-        // The name alone decides.
+        // Only the name decides.
         assert_eq!(random_columns(none.as_ref(), 3, "given"), given);
         assert_ne!(random_columns(none.as_ref(), 3, "other"), given);
     }

@@ -4,7 +4,8 @@ use std::error::Error;
 use std::fmt::{self, Display, Formatter};
 use std::sync::Arc;
 
-/// The error below one of this crate's, which can be cloned. Two are equal if they print the same.
+/// The source of one of this crate's errors, which can be cloned. Two are equal if they print the
+/// same text.
 #[derive(Clone, Debug)]
 pub struct Cause(Arc<dyn Error + Send + Sync>);
 

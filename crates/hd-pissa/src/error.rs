@@ -1,4 +1,4 @@
-//! Why adapters cannot be attached.
+//! Errors of attaching adapters.
 
 use burn::tensor::DType;
 use hd_pissa_comm::CommError;
@@ -79,7 +79,7 @@ pub enum HdPissaError {
     UnsupportedBackend {
         /// Path of the weight.
         path: String,
-        /// The device, as Burn prints it.
+        /// The device, in Burn's words.
         device: String,
     },
     /// The weight is quantized or of a float type that is not supported.
@@ -95,7 +95,7 @@ pub enum HdPissaError {
     NonFiniteWeight {
         /// Path of the weight.
         path: String,
-        /// How many.
+        /// Their number.
         count: usize,
         /// Row of the first one.
         row: usize,
@@ -134,7 +134,7 @@ pub enum HdPissaError {
         /// Path of the weight.
         path: String,
     },
-    /// The worker is to host no shard, a shard twice, or one that does not exist.
+    /// The hosted shards are empty, or hold a shard twice or one that does not exist.
     #[error("hosted shards {hosted:?} are not a non-empty set of distinct indices below {shards}")]
     InvalidHostedShards {
         /// What was given.
@@ -153,7 +153,7 @@ pub enum HdPissaError {
         /// Number of shards of the configuration.
         shards: usize,
     },
-    /// A shard was selected that no adapter of the model has.
+    /// The selected shard exists in no adapter of the model.
     #[error("shard {index} cannot be selected: the model's adapters have the shards {hosted:?}")]
     NotHosted {
         /// The index given.
@@ -178,14 +178,14 @@ pub enum HdPissaError {
         /// Its error, which names the weight if it concerns one.
         reason: String,
     },
-    /// Workers are about to prepare different adapters.
+    /// Workers want to prepare different adapters.
     #[error("worker {worker} prepares {theirs}, this worker {ours}")]
     WorkerMismatch {
         /// Index of the other worker.
         worker: usize,
-        /// The first thing that differs, as this worker has it.
+        /// The first difference, on this worker.
         ours: String,
-        /// The same as the other worker has it.
+        /// The same on the other worker.
         theirs: String,
     },
     /// The exchange between workers failed.

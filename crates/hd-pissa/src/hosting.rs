@@ -1,11 +1,11 @@
-//! Which shards a worker hosts: whose moments it keeps, and whose deltas it computes.
+//! The shards that a worker hosts: it keeps their moments and computes their deltas.
 
 use std::ops::Range;
 
 use hd_pissa_comm::Communicator;
 
-/// Of the shards whose factors a worker's model has, those that it hosts: its share of them if these are
-/// all `shards` that there are, else all that the model has.
+/// The hosted ones among the shards whose factors a worker's model has: the worker's share if the
+/// model has all `shards`, else all that the model has.
 pub(crate) fn hosted_shards(
     known: &[usize],
     shards: usize,
@@ -18,8 +18,7 @@ pub(crate) fn hosted_shards(
     known[share(known.len(), worker, workers)].to_vec()
 }
 
-/// The part of `count` things that falls to a worker, in the order of workers. Parts differ in size by
-/// 1 at most.
+/// The worker's part of `count` things, in the order of workers. Parts differ in size by 1 at most.
 pub(crate) fn share(count: usize, worker: usize, workers: usize) -> Range<usize> {
     count * worker / workers..count * (worker + 1) / workers
 }

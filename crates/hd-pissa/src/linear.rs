@@ -27,7 +27,7 @@ pub struct HdPissaLinearConfig {
     /// Whether a bias is added.
     #[config(default = true)]
     pub bias: bool,
-    /// How weight and bias are initialized; Burn's default for a linear layer.
+    /// The initializer of weight and bias; Burn's default for a linear layer.
     #[config(
         default = "Initializer::KaimingUniform{gain: 1.0 / f64::sqrt(3.0), fan_out_only: false}"
     )]
@@ -38,8 +38,8 @@ pub struct HdPissaLinearConfig {
 }
 
 impl HdPissaLinearConfig {
-    /// A layer without adapter; [`apply_hd_pissa`](crate::HdPissaModule::apply_hd_pissa) attaches
-    /// one.
+    /// A layer without an adapter; [`apply_hd_pissa`](crate::HdPissaModule::apply_hd_pissa)
+    /// attaches one.
     pub fn init(&self, device: &Device) -> HdPissaLinear {
         LinearConfig::new(self.d_input, self.d_output)
             .with_bias(self.bias)
@@ -52,10 +52,11 @@ impl HdPissaLinearConfig {
 
 /// A linear layer that trains with HD-PiSSA at the cost of a frozen one: `y = x · W + bias`.
 ///
-/// With an HD-PiSSA adapter on its `weight` it computes the factors' gradients from `x` and the
-/// gradient of `y` alone, and makes no tensor of the weight's size, forward or backward (a `bf16`
-/// weight on Flex excepted, whose product converts to `f32`). With any other reparameterization,
-/// or none, it is Burn's [`Linear`]. Parameter paths and records are those of `Linear` too.
+/// With an HD-PiSSA adapter on its `weight`, it computes the factors' gradients only from `x` and
+/// the gradient of `y`. It makes no tensor of the weight's size, forward or backward. (A `bf16`
+/// weight on Flex is an exception, because Flex converts it to `f32` for a product.) With another
+/// reparameterization, or none, it works as Burn's [`Linear`]. It also has the parameter paths and
+/// records of `Linear`.
 #[derive(Module, Debug)]
 #[module(custom_display)]
 pub struct HdPissaLinear {
@@ -109,8 +110,8 @@ impl HdPissaLinear {
     }
 }
 
-/// Burn's linear function, on an input whose leading dimensions are flattened to tokens: with more
-/// than two dimensions it copies the weight on some backends, as [`adapter_linear`] never does.
+/// Burn's linear function, on an input whose leading dimensions are flattened to tokens. With more
+/// than two dimensions, Burn copies the weight on some backends; [`adapter_linear`] never does.
 fn dense<const D: usize>(
     input: Tensor<D>,
     weight: Tensor<2>,

@@ -1,4 +1,4 @@
-//! The state of a Burn optimizer as its record holds it, parameter by parameter.
+//! The state of a Burn optimizer from its record, parameter by parameter.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -8,8 +8,8 @@ use burn_pack::{Error, Reader, Scalar, Tensor, Writer};
 /// Largest number of dimensions of a parameter that Burn's optimizers take.
 const MAX_DIMS: usize = 8;
 
-/// What a record holds: tensors with a parameter's id and scalars, both named `{id}.{field}`, and the
-/// path of a parameter under its id.
+/// The content of a record: tensors with a parameter's id and scalars, both named `{id}.{field}`,
+/// and the path of a parameter under its id.
 #[derive(Default)]
 pub(crate) struct OptimizerState {
     pub(crate) tensors: Vec<Tensor>,
@@ -42,7 +42,7 @@ impl OptimizerState {
         self.into_writer().into_bytes()
     }
 
-    /// Whether both hold the same of every parameter, whatever the order. Paths are not compared.
+    /// Whether both have the same state of every parameter, in any order. Paths are not compared.
     pub(crate) fn is_same(&self, other: &Self) -> Result<bool, Error> {
         let by_name = |state: &Self| -> BTreeMap<String, Tensor> {
             let tensors = state.tensors.iter();
@@ -67,8 +67,8 @@ impl OptimizerState {
         self.tensors.is_empty() && self.scalars.is_empty()
     }
 
-    /// Refuses what Burn's optimizers would panic on: they take a record's word for the number of
-    /// dimensions of a state.
+    /// Refuses states on which Burn's optimizers would panic: they trust a record's number of
+    /// dimensions.
     pub(crate) fn check(&self) -> Result<(), String> {
         const RANK: &str = "__rank";
         let mut ranks = HashMap::new();

@@ -1,8 +1,8 @@
-//! Independent work side by side, each piece on one thread.
+//! Parallel work, each piece on one thread.
 //!
 //! On a CPU, many operations of a model run on one thread, and products gain little from a second
-//! one. Micro-batches and decompositions are independent of each other: one on each core uses all of
-//! them.
+//! thread. Micro-batches and decompositions are independent of each other. One on each core uses
+//! all cores.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -16,19 +16,20 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 use crate::ops;
 use crate::settings::Settings;
 
-/// Applies `work` to the model and each of `batches`, several at a time, and hands the results to
+/// Applies `work` to the model and each of `batches`, several at a time, and passes the results to
 /// `collect` in the order of `batches`, on this thread.
 ///
-/// On Flex, as many threads work as the current [rayon] pool has; a pool of another size, or
-/// `RAYON_NUM_THREADS`, changes that. On a GPU one thread works: its operations run side by side
-/// anyway.
+/// On Flex, as many threads work as the current [rayon] pool has. A pool of another size, or
+/// `RAYON_NUM_THREADS`, changes that. On a GPU one thread works, because GPU operations run in
+/// parallel anyway.
 ///
-/// Every thread has a copy of the model, which shares the memory of its parameters and has their ids. With frozen weights, as HD-PiSSA's, threads therefore need no more memory than
-/// the activations of their own batch. `work` runs in a [rayon] pool of its own: of one thread, or of
-/// more if there are fewer batches than threads. Results that `collect` has not seen are at most twice
-/// as many as threads.
+/// Every thread has a copy of the model with the same ids, which shares the memory of its
+/// parameters. With frozen weights, as in HD-PiSSA, a thread therefore needs memory only for the
+/// activations of its own batch. `work` runs in its own [rayon] pool, of one thread, or of more if
+/// there are fewer batches than threads. At most twice as many results as threads wait for
+/// `collect`.
 ///
-/// What `collect` sees does not depend on the number of threads, bit for bit on Flex, unless `work` draws
+/// The results do not depend on the number of threads, bit for bit on Flex, unless `work` draws
 /// random numbers from the device.
 ///
 /// ```
@@ -96,11 +97,12 @@ pub(crate) fn fork<M: Module>(model: &M) -> M {
     model.clone().map(&mut Fork)
 }
 
-/// Gives every parameter a node of its own in the autodiff graph, over the same memory: two threads that
+/// Gives every parameter its own node in the autodiff graph, over the same memory: threads that
 /// share a node wait for each other.
 ///
-/// Burn's own fork moves tensors to a device first, which autodiff records even where nothing moves. The
-/// records stay with the parameters of the model that was forked, and slow down every backward pass.
+/// Burn's own fork moves tensors to a device first, and autodiff records this even if nothing
+/// moves. The records stay with the parameters of the forked model and slow down every backward
+/// pass.
 struct Fork;
 
 impl ModuleMapper for Fork {
@@ -115,9 +117,9 @@ impl ModuleMapper for Fork {
     }
 }
 
-/// Applies `work` to each item, on as many threads as the current rayon pool has, and hands the
-/// results to `collect` in the order of `items`. An error of `collect` ends it all: no further item is
-/// started.
+/// Applies `work` to each item, on as many threads as the current rayon pool has, and passes the
+/// results to `collect` in the order of `items`. After an error of `collect`, no further item
+/// starts.
 pub(crate) fn try_for_each<T: Send, R: Send, E>(
     items: Vec<T>,
     work: impl Fn(T) -> R + Sync,
@@ -131,8 +133,8 @@ pub(crate) fn try_for_each<T: Send, R: Send, E>(
     spread(workers, items, threads, |(), item| work(item), collect)
 }
 
-/// Runs `work` on one compute thread, whatever the current rayon pool has: what depends on their
-/// number in its last bits then does not.
+/// Runs `work` on one compute thread, for any size of the current rayon pool. Results whose last
+/// bits would depend on the number of threads then do not.
 pub(crate) fn on_one_thread<R: Send>(work: impl FnOnce() -> R + Send) -> R {
     match rayon::current_num_threads() {
         1 => work(),
@@ -144,7 +146,8 @@ fn current_threads() -> NonZeroUsize {
     NonZeroUsize::new(rayon::current_num_threads()).unwrap_or(NonZeroUsize::MIN)
 }
 
-/// One thread for each worker, which takes item after item. Together they have `threads` compute threads.
+/// One thread for each worker, which takes one item after the other. Together they have `threads`
+/// compute threads.
 fn spread<W: Send, T: Send, R: Send, E>(
     workers: Vec<W>,
     items: Vec<T>,
@@ -169,7 +172,8 @@ fn spread<W: Send, T: Send, R: Send, E>(
         // Ends the threads if `collect` panics.
         let _end = queue.guard();
         for index in 0..total {
-            // Without a result a thread has panicked, which the end of the scope passes on.
+            // A missing result means that a thread has panicked. The end of the scope passes the
+            // panic on.
             let Some(result) = queue.result(index) else {
                 return Ok(());
             };
@@ -182,7 +186,7 @@ fn spread<W: Send, T: Send, R: Send, E>(
     })
 }
 
-/// A pool for each of `count` threads, which share out the compute threads of the current pool. A pool
+/// A pool for each of `count` threads, which divide the compute threads of the current pool. A pool
 /// has at least one.
 #[cfg(feature = "learner")]
 pub(crate) fn pools(count: usize) -> Vec<ThreadPool> {
@@ -204,7 +208,7 @@ fn pool(threads: usize) -> ThreadPool {
 struct Queue<T, R> {
     state: Mutex<State<T, R>>,
     changed: Condvar,
-    /// How far threads may be ahead of the results that were taken.
+    /// How far threads may be ahead of the taken results.
     ahead: usize,
 }
 
@@ -233,7 +237,7 @@ impl<T, R> Queue<T, R> {
         }
     }
 
-    /// Waits until `ready` says what to do.
+    /// Waits until `ready` returns a decision.
     fn wait<A>(&self, ready: impl Fn(&mut State<T, R>) -> Option<A>) -> A {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
@@ -276,7 +280,7 @@ impl<T, R> Queue<T, R> {
         })
     }
 
-    /// Hands out nothing more, and wakes everybody who waits.
+    /// Stops handing out items, and wakes all waiting threads.
     fn stop(&self) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.stopped = true;
@@ -343,7 +347,7 @@ mod tests {
                 vec![(); items],
                 NonZeroUsize::new(threads).unwrap(),
                 |(), ()| {
-                    // Long enough that every thread takes one.
+                    // Long enough for every thread to take an item.
                     std::thread::sleep(Duration::from_millis(20));
                     rayon::current_num_threads()
                 },

@@ -1,4 +1,4 @@
-//! Where a traversal of a model stands: names and ids of the parts of adapters.
+//! The position of a traversal in a model: names and ids of the parts of adapters.
 
 use std::fmt::{self, Display, Formatter};
 
@@ -29,11 +29,11 @@ impl Side {
     }
 }
 
-/// A shard as its name in parameter paths has it: `shard_3_of_8`, or `shard_3_of_8_spread_unit_shared`
-/// where frames and gradients are not those of the published method.
+/// A shard's name in parameter paths: `shard_3_of_8`, or for example
+/// `shard_3_of_8_spread_unit_shared` if frames and gradients are not those of the published method.
 ///
-/// Traversals see names, ids and tensors, but no plain field of an adapter. What the optimizer,
-/// records and other workers must know of a factor is therefore part of the name.
+/// Traversals see names, ids and tensors, but no plain field of an adapter. The name therefore
+/// holds everything that the optimizer, records and other workers must know of a factor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ShardName {
     pub(crate) index: usize,
@@ -115,7 +115,7 @@ pub(crate) fn hash(text: &str) -> u64 {
     })
 }
 
-/// Where a traversal stands.
+/// The position of a traversal.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
     /// In a shard of the HD-PiSSA adapter of a weight.
@@ -181,7 +181,7 @@ impl PathTracker {
         }
     }
 
-    /// The weight and the seed, where the adapter announces stochastic rounding.
+    /// The weight and the seed, if the adapter announces stochastic rounding.
     pub(crate) fn stochastic(&self) -> Option<(String, u64)> {
         let depth = self.adapter?;
         let seed = self.stack.get(depth + 1)?.strip_prefix(STOCHASTIC)?;

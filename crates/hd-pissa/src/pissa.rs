@@ -24,7 +24,7 @@ pub struct PissaConfig {
     /// [`HdPissaConfig::targets`](crate::HdPissaConfig::targets).
     #[config(default = "None")]
     pub targets: Option<ParamGroup>,
-    /// How principal components are computed.
+    /// The method for computing principal components.
     #[config(default = "SvdMethod::Exact(SvdPrecision::F32)")]
     pub svd: SvdMethod,
 }
@@ -32,8 +32,8 @@ pub struct PissaConfig {
 /// The [`Reparameterizer`] that attaches Burn's [`LoraAdapter`] with a principal start.
 ///
 /// With `scale = alpha / rank`, the adapter starts as `a = U√(Σ/scale)`, `b = √(Σ/scale)Vᵀ` over
-/// the leading `rank` components, in the dtype of the weight, and the base loses exactly what the
-/// adapter contributes: `base = W − scale · a · b`. Base and every other parameter are frozen.
+/// the leading `rank` components, in the dtype of the weight, and the base loses exactly the
+/// adapter's part: `base = W − scale · a · b`. The base and all other parameters are frozen.
 #[derive(Debug)]
 pub struct Pissa {
     parts: HashMap<String, (Tensor<2>, LoraAdapter)>,

@@ -1,10 +1,10 @@
-//! What a parameter's tensor carries besides its values, taken before the values are replaced.
+//! Settings of a parameter's tensor, saved before its values are replaced.
 
 use burn::backend::GradientCheckpointingStrategy;
 use burn::module::ParamId;
 use burn::tensor::Tensor;
 
-/// What a parameter's tensor carries besides its values.
+/// The settings of a parameter's tensor, without its values.
 pub(crate) struct Settings {
     id: ParamId,
     autodiff: bool,

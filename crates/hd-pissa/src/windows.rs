@@ -1,20 +1,20 @@
-//! The choice of frames: which directions of a weight the shards hold, and how long they are.
+//! The choice of frames: the directions of a weight that the shards hold, and their length.
 
 use std::fmt::{self, Display, Formatter};
 
 use burn::config::Config;
 use serde::{Deserialize, Serialize};
 
-/// Which directions of a weight `W = U Σ Vᵀ` the frames of its `K` shards of rank `r` are.
+/// The directions of a weight `W = U Σ Vᵀ` in the frames of its `K` shards of rank `r`.
 ///
-/// Components are counted from 0 by descending singular value; there are `n = min(d_input,
-/// d_output)`. Shard `k` holds `r` directions, `j = 0..r`, on each side of the weight. Whatever the
-/// choice, the directions of all shards are `K·r` different columns of one orthonormal basis on each
-/// side: windows of different shards are disjoint and orthogonal.
+/// The `n = min(d_input, d_output)` components are counted from 0 by descending singular value.
+/// Shard `k` holds `r` directions, `j = 0..r`, on each side of the weight. With every choice, the
+/// directions of all shards are `K·r` different columns of one orthonormal basis on each side:
+/// windows of different shards are disjoint and orthogonal.
 ///
 /// An update of the weight moves it within `Σ_k U_k X_k + Y_k V_kᵀ`, with any `X_k` and `Y_k`. The
-/// choice thus says which changes are in reach. The book's chapter on the mathematics says how much of
-/// a change is out of reach.
+/// choice thus determines which changes are in reach. The book's chapter on the mathematics has the
+/// share of a change that is out of reach.
 ///
 /// ```
 /// use burn::nn::LinearConfig;
@@ -37,31 +37,31 @@ pub enum Windows {
     /// The leading components, as published (Wang et al., section 3; of one shard, PiSSA's
     /// initialization in Meng et al., section 3): shard `k` holds the components `k·r + j`.
     Leading,
-    /// Components spread evenly over the whole spectrum, dealt to the shards in turn: shard `k` holds
-    /// the components `⌊(j·K + k)·n / (K·r)⌋`.
+    /// Components spread evenly over the whole spectrum, given to the shards in turn: shard `k`
+    /// holds the components `⌊(j·K + k)·n / (K·r)⌋`.
     ///
-    /// The first of all is component 0. Because neighbours go to different shards, each shard has
-    /// large and small singular values, and all have about the same energy.
+    /// The first is component 0. Neighbours go to different shards, so each shard has large and
+    /// small singular values, and all have about the same energy.
     Spread,
     /// The trailing components: shard `k` holds the components `n − K·r + k·r + j`.
     Trailing,
     /// Random directions, uniformly distributed: on each side the orthonormal factor of a Gaussian
     /// matrix. Shard `k` holds its columns `k·r + j`.
     ///
-    /// Nothing is decomposed. The directions depend on the seed, the path of the weight and its shape,
-    /// and on nothing else: not on its values, nor on workers, threads or hosted shards. They have
-    /// no singular values, so that they need [`FrameScale::Unit`].
+    /// Nothing is decomposed. The directions depend only on the seed and on the path and shape of
+    /// the weight, not on its values, workers, threads or hosted shards. They have no singular
+    /// values, so they need [`FrameScale::Unit`].
     Random {
         /// Seed of the run.
         seed: u64,
     },
 }
 
-/// How long the vectors of the frames are.
+/// The length of the vectors of the frames.
 ///
 /// An optimizer such as Adam moves every entry of a factor by about the learning rate. The weight
-/// then moves by that times the length of the *other* factor's vector, which makes the length a
-/// learning rate for each direction.
+/// then moves by that times the length of the *other* factor's vector. The length thus scales the
+/// learning rate of each direction.
 #[derive(Config, Debug, Copy, PartialEq, Eq)]
 pub enum FrameScale {
     /// The root of each component's singular value, as published: `a = U_k √Σ_k`, `b = √Σ_k V_kᵀ`.
@@ -70,9 +70,9 @@ pub enum FrameScale {
     /// The same for all: `a = √σ̄ U_k`, `b = √σ̄ V_kᵀ` with the root-mean-square singular value
     /// `σ̄ = ‖W‖_F / √min(d_input, d_output)`.
     ///
-    /// A component may have the singular value zero. Its direction would be arbitrary, so that the
-    /// frames take random directions out of those on which the weight is zero. They depend on the
-    /// weight, its path and nothing else.
+    /// A component may have the singular value zero. Its direction would be arbitrary, so the
+    /// frames take random directions among those on which the weight is zero. They depend only on
+    /// the weight and its path.
     Unit,
 }
 
@@ -94,8 +94,8 @@ impl Windows {
     }
 }
 
-/// Both choices. Prints as the end of a shard's name in parameter paths, which is empty for the
-/// published ones: `_random_7_unit`.
+/// Both choices. Prints as the end of a shard's name in parameter paths, such as `_random_7_unit`;
+/// it is empty for the published choices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct FrameChoice {
     pub(crate) windows: Windows,
@@ -160,7 +160,7 @@ mod tests {
     }
 
     proptest! {
-        /// No component twice, none that is not there, and all of them where that is what is asked.
+        /// No component twice, none that does not exist, and all of them if all are requested.
         #[test]
         fn windows_are_disjoint(shards in 1usize..9, rank in 1usize..9, more in 0usize..40) {
             let n = shards * rank + more;

@@ -1,20 +1,20 @@
-//! How far rounding may carry a result.
+//! Bounds on the effect of rounding on a result.
 //!
 //! `u` is the unit roundoff of a type, half the distance of 1 and the next larger number. A sum of
 //! `n` products in `f32`, in any order, is within `n·u` of the sum of the absolute values of its
-//! terms, whatever the values (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
-//! Roundings to nearest go both ways: with independent ones the sum is within `λ·√n·u`, but for a
-//! probability of `2·exp(−λ²/2)` for each rounding (Higham and Mary, 2019, theorem 2.4). Here `λ` is 8,
-//! for a probability of 3e-14; the smaller of the two is the bound.
+//! terms, for any values (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
+//! Roundings to nearest go both ways. If they are independent, the sum is within `λ·√n·u`, except
+//! with a probability of `2·exp(−λ²/2)` for each rounding (Higham and Mary, 2019, theorem 2.4).
+//! Here `λ` is 8, for a probability of 3e-14. The smaller of the two is the bound.
 //!
-//! What a device may do besides is in [`Arithmetic`].
+//! [`Arithmetic`] has other deviations of a device.
 
 use burn::tensor::DType;
 
 /// Unit roundoff of `f32`.
 pub const F32: f64 = 1.0 / (1u64 << 24) as f64;
 
-/// Deviations that a sum of independent roundings may be off.
+/// The error of a sum of independent roundings, in standard deviations.
 const LAMBDA: f64 = 8.0;
 
 /// Unit roundoff of a float dtype.
@@ -31,7 +31,7 @@ pub fn unit(dtype: DType) -> f64 {
     }
 }
 
-/// What a device may make of a number below the normal range of a dtype: zero.
+/// The error of a number below the normal range of a dtype, which a device may replace by zero.
 ///
 /// # Panics
 ///
@@ -89,7 +89,7 @@ impl Arithmetic {
         }
     }
 
-    /// How far an `f32` product of `terms` terms typically is off, as a share of the sum of their
+    /// The typical error of an `f32` product of `terms` terms, as a share of the sum of their
     /// absolute values.
     pub fn typical(self, terms: usize) -> f64 {
         let sums = F32 * (terms as f64).sqrt();
@@ -115,13 +115,13 @@ impl Arithmetic {
         all.min(LAMBDA * F32 * (terms as f64).sqrt() * squares.sqrt())
     }
 
-    /// Whether squares of updates are made of Gram matrices.
+    /// Whether squares of updates come from Gram matrices.
     pub fn has_gram_matrices(self) -> bool {
         self.is_flex
     }
 }
 
-/// How many units a sum may be off after so many roundings.
+/// The error of a sum in units after this many roundings.
 fn roundings(count: usize) -> f64 {
     let n = count as f64;
     n.min(LAMBDA * n.sqrt())
@@ -150,7 +150,7 @@ mod tests {
             }
             let bound = arithmetic.sum(terms + 1) * magnitude;
             assert!((f64::from(rounded) - exact).abs() <= bound, "{terms}");
-            // Over very many terms, roundings of the operands cancel as much as the bound allows.
+            // Over very many terms, roundings of the operands cancel as far as the bound allows.
             if terms <= 300 {
                 assert!((short - exact).abs() > bound, "{terms}");
             }

@@ -1,4 +1,4 @@
-//! What is compared or timed.
+//! The cases that are compared or timed.
 
 use burn::tensor::DType;
 use serde::Serialize;

@@ -1,8 +1,8 @@
-//! Values against what they should be.
+//! Values against their expectations.
 
-use hd_pissa_benches::sample::Host;
+use crate::measure::sample::Host;
 
-/// What one element should be, and how far from it rounding may carry it.
+/// The expected value of one element, and a bound on the effect of rounding.
 #[derive(Clone, Copy, Debug)]
 pub struct Expected {
     /// Row and column.
@@ -11,22 +11,22 @@ pub struct Expected {
     pub bound: f64,
 }
 
-/// A result, and what some or all of its elements should be.
+/// A result, and the expected values of some or all of its elements.
 #[derive(Clone, Debug)]
 pub struct Compared {
-    /// Which result of its case.
+    /// Name of the result in its case.
     pub what: String,
     pub found: Host,
     pub expected: Vec<Expected>,
 }
 
-/// The element that is the furthest off, measured by its bound.
+/// The element with the largest error, relative to its bound.
 #[derive(Clone, Copy, Debug, serde::Serialize)]
 pub struct Difference {
     pub place: [usize; 2],
     pub found: f64,
     pub expected: f64,
-    /// `|found − expected|`; infinite where `found` is NaN.
+    /// `|found − expected|`; infinite if `found` is NaN.
     pub difference: f64,
     pub bound: f64,
     /// `difference / bound`: above 1 is wrong.

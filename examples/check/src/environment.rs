@@ -1,19 +1,17 @@
-//! What a bug report should say of the machine and the build.
+//! The machine and the build, for bug reports.
 
 use std::fmt;
 use std::path::Path;
 use std::process::Command;
 
+use crate::measure::{backends, hardware};
 use burn::tensor::Device;
-use hd_pissa_benches::{backends, hardware};
 use serde::Serialize;
-
-const LOCK: &str = include_str!("../../../Cargo.lock");
 
 /// Device, versions and features.
 #[derive(Clone, Debug, Serialize)]
 pub struct Environment {
-    /// What `--device` said.
+    /// The value of `--device`.
     pub device: String,
     pub hardware: String,
     pub system: String,
@@ -51,10 +49,12 @@ impl Environment {
     }
 }
 
-/// The version of a package in the workspace's lock file.
+/// The version of a package in the workspace's lock file. "unknown" without the sources.
 fn locked(package: &str) -> String {
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../../Cargo.lock");
+    let lock = std::fs::read_to_string(file).unwrap_or_default();
     let start = format!("name = \"{package}\"\nversion = \"");
-    let version = LOCK
+    let version = lock
         .split(&start)
         .nth(1)
         .and_then(|rest| rest.split('"').next());

@@ -1,8 +1,8 @@
-//! Why nothing could be compared.
+//! Errors that prevent any comparison.
 
 use std::path::PathBuf;
 
-use hd_pissa_benches::DeviceError;
+use crate::measure::DeviceError;
 
 use crate::recorded::ReplayError;
 

@@ -4,16 +4,17 @@
 //! cargo run --release --features cuda --example check -- --device cuda
 //! ```
 //!
-//! What is compared: every operation and kernel ([`operations`]), whole optimizer steps of each
-//! dtype and precision ([`steps`]), and recorded runs ([`replays`]). Then [`times`] times the
-//! operations. [`bounds`] says where each bound comes from. Exit codes: 0 if all is within its bound,
-//! 1 if something is not, 2 if nothing could be compared.
+//! It compares every operation and kernel ([`operations`]), whole optimizer steps of each dtype and
+//! precision ([`steps`]), and recorded runs ([`replays`]). Then [`times`] times the operations.
+//! [`bounds`] has the source of each bound. Exit codes: 0 if all is within its bound, 1 if
+//! something is not, 2 if nothing could be compared.
 
 pub mod bounds;
 pub mod case;
 pub mod comparison;
 mod environment;
 mod error;
+pub mod measure;
 pub mod operations;
 mod options;
 pub mod recorded;

@@ -1,9 +1,9 @@
-//! Every operation of the backend extension, and with them every kernel, against sums in `f64`.
+//! Every operation of the backend extension, and thus every kernel, against sums in `f64`.
 
+use crate::measure::sample::{Exact, Host, product};
 use burn::backend::Dispatch;
 use burn::tensor::{DType, Device, Int, Tensor};
 use hd_pissa::ops::{HdPissaOps, Rounding, adapter_linear, adapter_weight, merge};
-use hd_pissa_benches::sample::{Exact, Host, product};
 use hd_pissa_bits::fingerprint;
 use hd_pissa_kernels::reference;
 
@@ -14,7 +14,8 @@ use crate::report::Report;
 use crate::sample::{Source, places};
 
 /// Tokens, `d_input`, `d_output`, rank: one element more or less than a tile of any size, and
-/// dimensions that no vector divides. The last one is large: some of its elements are compared.
+/// dimensions that no vector divides. The last one is large, and only some of its elements are
+/// compared.
 const SHAPES: [[usize; 4]; 5] = [
     [1, 31, 64, 16],
     [5, 13, 7, 1],
@@ -25,7 +26,7 @@ const SHAPES: [[usize; 4]; 5] = [
 const SHARDS: usize = 3;
 const SCALE: f64 = 1.75;
 
-/// The float dtypes of weights that the device has; the others are reported as left out.
+/// The float dtypes of weights that the device has. The others are reported as left out.
 pub fn dtypes(device: &Device, report: &mut Report) -> Vec<DType> {
     let (has, lacks): (Vec<_>, Vec<_>) = [DType::F32, DType::F16, DType::BF16]
         .into_iter()
@@ -70,7 +71,7 @@ pub fn check(device: &Device, dtypes: &[DType], arithmetic: Arithmetic, report: 
     report.case(case, || fingerprint_int(device));
 }
 
-/// The operands of all operations of one shape, and where they are computed.
+/// The operands of all operations of one shape, and their device.
 struct Operands<'a> {
     device: &'a Device,
     dtype: DType,
@@ -138,7 +139,7 @@ impl<'a> Operands<'a> {
         self.thin_within(left, right, factor, share + 2.0 * F32)
     }
 
-    /// The same, off by up to a share of the sum of the absolute values of its terms.
+    /// The same, with an error of up to a share of the sum of the absolute values of its terms.
     fn thin_within(&self, left: &Host, right: &Host, factor: f64, share: f64) -> Vec<Expected> {
         expect([left.rows(), right.columns], |place| {
             let exact = product(left, right, place);
@@ -202,7 +203,7 @@ impl<'a> Operands<'a> {
         ]
     }
 
-    /// `W` itself, and the gradients that a dense gradient leaves.
+    /// `W` itself, and the gradients from a dense gradient.
     fn weight(&self) -> Vec<Compared> {
         let (a, b) = (
             self.leaf(&self.a, DType::F32),
@@ -228,7 +229,7 @@ impl<'a> Operands<'a> {
             let found = Dispatch::hd_pissa_factor_product(x.into_dispatch(), f.into_dispatch());
             Host::read(Tensor::<2>::from_dispatch(found))
         };
-        // By a kernel of ours, on the ordinary units.
+        // Computed by our kernel, on the ordinary units.
         let expected = |left: &Host, right: &Host| {
             self.thin_within(left, right, 1.0, self.arithmetic.sum(left.columns + 1))
         };
@@ -290,7 +291,7 @@ impl<'a> Operands<'a> {
             Compared::new("weight", found, merged),
             Compared::new("gate", kept, same(&self.w)),
         ];
-        // All elements of the update are needed; for the large shape they would take long.
+        // This needs all elements of the update, which would take long for the large shape.
         if shape[0] * shape[1] <= 20_000 {
             compared.push(Compared::new("squares", squares, self.squares(sum)));
         }
@@ -390,17 +391,17 @@ pub fn update(
     exact
 }
 
-/// How far the `f32` sum of a weight and an update may be off, with `sum` the share of the update's
-/// own sum: the weight may be the first or the last term.
+/// The error of the `f32` sum of a weight and an update. `sum` is the share of the update's own
+/// sum: the weight may be the first or the last term.
 pub fn merge_bound(sum: f64, before: f64, update: Exact) -> f64 {
     sum * update.magnitude + 2.0 * F32 * (before.abs() + update.magnitude)
 }
 
-/// What rounding to nearest adds where the weight is of half precision.
+/// The error that rounding to nearest adds to a half-precision weight.
 pub fn rounding(dtype: DType, value: f64) -> f64 {
     match dtype {
         DType::F32 => smallest(dtype),
-        // A little more, for a value that the sum's own error carries into the next binade.
+        // A little more, because the sum's own error may carry the value into the next binade.
         dtype => 1.01 * unit(dtype) * value.abs() + smallest(dtype),
     }
 }
@@ -455,7 +456,7 @@ fn fingerprint_int(device: &Device) -> Vec<Compared> {
     vec![Compared::new("words", found, words(expected))]
 }
 
-/// The halves of two words, which `f32` holds.
+/// The halves of two words, which `f32` holds exactly.
 fn halves(words: [u32; 2]) -> [f32; 4] {
     let [first, second] = words.map(|word| [(word & 0xffff) as f32, (word >> 16) as f32]);
     [first[0], first[1], second[0], second[1]]
@@ -475,7 +476,7 @@ fn words(expected: [u32; 2]) -> Vec<Expected> {
     same(&Host { values, columns: 4 })
 }
 
-/// Every compared element as it is.
+/// Every compared element, unchanged.
 pub fn same(host: &Host) -> Vec<Expected> {
     expect([host.rows(), host.columns], |[row, column]| {
         (host.at(row, column), 0.0)

@@ -44,7 +44,7 @@ pub enum ReplayError {
     },
 }
 
-/// The `case` object of a recorded run's metadata, as far as a replay needs it.
+/// The parts of the `case` object of a recorded run's metadata that a replay needs.
 #[derive(Debug, Clone, Deserialize)]
 struct Case {
     name: String,
@@ -178,7 +178,7 @@ impl RecordedRun {
         [self.case.n_in, self.case.n_out]
     }
 
-    /// The run with every input and target off by up to `share` of itself, at random.
+    /// The run with every input and target changed at random by up to `share` of its value.
     pub fn disturbed(&self, share: f64, seed: u64) -> Self {
         let mut random = StdRng::seed_from_u64(seed);
         let mut off = |value: &f32| {

@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
+use crate::measure::sample::Host;
 use burn::tensor::{DType, Device};
 use hd_pissa::SvdPrecision;
-use hd_pissa_benches::sample::Host;
 
 use crate::CheckError;
 use crate::bounds::Arithmetic;
@@ -13,9 +13,9 @@ use crate::comparison::{Compared, Expected};
 use crate::recorded::RecordedRun;
 use crate::report::Report;
 
-/// Runs with disturbed inputs that say how far rounding carries a run.
+/// Number of runs with disturbed inputs, which measure the effect of rounding on a run.
 const DISTURBED: u64 = 8;
-/// How much further it may carry the run itself than any of those.
+/// The run itself may differ by this factor more than any of those.
 const MARGIN: f64 = 4.0;
 
 /// The recorded runs of a folder.
@@ -48,11 +48,11 @@ pub fn read(folder: &Path) -> Result<Vec<RecordedRun>, CheckError> {
 
 /// Replays every run on the device and on Flex and compares every step's weight.
 ///
-/// Adam's first step is close to a sign function of the gradient, so that small differences grow. How
-/// far is measured on Flex, with inputs and targets off by what a product of this device is typically
-/// off, `√n·u`, in random directions; the bound is `MARGIN` times the largest difference that
-/// `DISTURBED` such runs show, at the same step. The recording differs by as much again: another program made it in
-/// `f32`.
+/// Adam's first step is close to a sign function of the gradient, so small differences grow. Runs
+/// on Flex measure how much: their inputs and targets are changed at random by the typical error of
+/// a product on this device, `√n·u`. The bound is `MARGIN` times the largest difference of
+/// `DISTURBED` such runs at the same step. The recording may differ by the same amount again,
+/// because another program made it in `f32`.
 pub fn check(device: &Device, runs: &[RecordedRun], arithmetic: Arithmetic, report: &mut Report) {
     for run in runs {
         let case = Case::new("recorded run", DType::F32, run.name());
@@ -95,7 +95,7 @@ fn compare(device: &Device, run: &RecordedRun, arithmetic: Arithmetic) -> Vec<Co
             let expected = bounds.iter().enumerate().map(|(step, bound)| Expected {
                 place: [step, 0],
                 value: 0.0,
-                // A step of rate zero moves nothing.
+                // A step at rate zero moves nothing.
                 bound: *bound,
             });
             Compared::new(name, found, expected.collect())
@@ -115,7 +115,7 @@ fn compare(device: &Device, run: &RecordedRun, arithmetic: Arithmetic) -> Vec<Co
     ]
 }
 
-/// The largest difference of two weights; infinite where one is NaN.
+/// The largest difference of two weights; infinite if one is NaN.
 fn largest(x: &[f32], y: &[f32]) -> f64 {
     let differences = x
         .iter()

@@ -1,8 +1,8 @@
-//! What was found, printed as it comes, and the verdict.
+//! The findings, printed as they come, and the verdict.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use hd_pissa_benches::panic_message;
+use crate::measure::panic_message;
 use serde::Serialize;
 
 use crate::case::Case;
@@ -10,7 +10,7 @@ use crate::comparison::{Compared, Difference};
 use crate::environment::Environment;
 use crate::speed::Speed;
 
-/// How a comparison ended.
+/// The outcome of a comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
@@ -18,7 +18,7 @@ pub enum Outcome {
     Beyond,
     /// A panic, as after a kernel that does not compile.
     Stopped,
-    /// The device has not what it takes; that is no failure.
+    /// The device lacks a feature; this is not a failure.
     LeftOut,
 }
 
@@ -27,18 +27,18 @@ pub enum Outcome {
 pub struct Row {
     #[serde(flatten)]
     pub case: Case,
-    /// Which result of the case.
+    /// Name of the result in its case.
     pub what: String,
     pub outcome: Outcome,
     pub worst: Option<Difference>,
-    /// What a panic said, or why the case was left out.
+    /// The message of a panic, or the reason why the case was left out.
     pub message: Option<String>,
 }
 
-/// Changes a result before it is compared, so that a test can break one.
+/// Changes a result before the comparison. Tests use it to damage a result.
 pub type Spoil = Box<dyn Fn(&mut Compared)>;
 
-/// Everything that was found on one device.
+/// All findings on one device.
 #[derive(Serialize)]
 pub struct Report {
     pub environment: Environment,
@@ -60,7 +60,7 @@ impl Report {
         }
     }
 
-    /// Compares what `work` gives; a panic in it is a result, too.
+    /// Compares the results of `work`. A panic in it counts as a result too.
     pub fn case(&mut self, case: Case, work: impl FnOnce() -> Vec<Compared>) {
         let compared = match catch_unwind(AssertUnwindSafe(work)) {
             Ok(compared) => compared,
@@ -121,7 +121,7 @@ impl Report {
         rows.filter(|row| row.outcome == outcome).count()
     }
 
-    /// Whether something was compared, and all of it is within its bound.
+    /// Whether something was compared, and everything is within its bound.
     pub fn passed(&self) -> bool {
         let [beyond, stopped] = [Outcome::Beyond, Outcome::Stopped].map(|o| self.count(o));
         beyond + stopped == 0 && self.count(Outcome::Within) > 0

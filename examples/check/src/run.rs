@@ -1,16 +1,17 @@
-//! The whole of `check`, in order.
+//! All parts of `check`, in order.
 
 use std::fs::File;
 use std::io::Write;
 
-use hd_pissa_benches::open;
+use crate::measure::open;
 
 use crate::bounds::Arithmetic;
 use crate::environment::Environment;
 use crate::report::{Report, Spoil};
 use crate::{CheckError, Options, operations, replays, steps, times};
 
-/// Compares and times what `options` say, prints it, and writes it where they say.
+/// Compares and times according to `options`, prints the results, and writes them to a file if
+/// asked.
 ///
 /// # Errors
 ///
@@ -19,7 +20,7 @@ pub fn run(options: &Options) -> Result<Report, CheckError> {
     run_with(options, None)
 }
 
-/// [`run`] with results that `spoil` changes before they are compared: for tests of this program.
+/// [`run`], but `spoil` changes results before they are compared, for tests of this program.
 ///
 /// # Errors
 ///
@@ -29,7 +30,7 @@ pub fn run_with(options: &Options, spoil: Option<Spoil>) -> Result<Report, Check
     let runs = replays::read(&options.data)?;
     let backend = options.device.split(':').next().expect("one part at least");
     let arithmetic = Arithmetic::of(backend);
-    // Now, not after some minutes of work.
+    // Fail now, not after some minutes of work.
     let json = |source| CheckError::Json {
         file: options.json.clone().unwrap_or_default(),
         source,

@@ -1,12 +1,12 @@
 //! Inputs, the same on every device and in every run.
 
+use crate::measure::sample::Host;
 use burn::tensor::DType;
 use half::{bf16, f16};
-use hd_pissa_benches::sample::Host;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-/// Where the values of one case come from.
+/// The source of the values of one case.
 pub struct Source(StdRng);
 
 impl Source {
@@ -39,6 +39,6 @@ pub fn places(shape @ [rows, columns]: [usize; 2]) -> Vec<[usize; 2]> {
         0..=20_000 => (0..rows)
             .flat_map(|row| (0..columns).map(move |column| [row, column]))
             .collect(),
-        _ => hd_pissa_benches::sample::places(shape).collect(),
+        _ => crate::measure::sample::places(shape).collect(),
     }
 }

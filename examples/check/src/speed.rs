@@ -1,8 +1,8 @@
-//! What a piece of work takes, and what share of the device's own rates it reaches.
+//! The time of a piece of work, and its share of the device's own rates.
 
 use std::fmt;
 
-use hd_pissa_benches::median;
+use crate::measure::median;
 use serde::Serialize;
 
 use crate::case::Case;
@@ -15,18 +15,18 @@ pub struct Speed {
     /// Median.
     pub ms: f64,
     pub rounds: usize,
-    /// Kernels launched; `None` where the backend is not CubeCL's.
+    /// Kernels launched; `None` if the backend is not CubeCL's.
     pub launches: Option<usize>,
-    /// What the work has to read and write at least, and its arithmetic.
+    /// The least bytes that the work reads and writes, and its arithmetic.
     pub bytes: f64,
     pub flops: f64,
-    /// Of the rate of a copy.
+    /// Share of the rate of a copy.
     pub share_of_bandwidth: f64,
-    /// Of the rate of Burn's large product of the same dtype.
+    /// Share of the rate of Burn's large product of the same dtype.
     pub share_of_products: f64,
 }
 
-/// What a device can do at most.
+/// The highest rates of a device.
 pub struct Rates {
     pub bytes_per_second: f64,
     pub flops_per_second: f64,

@@ -1,5 +1,6 @@
 //! Whole optimizer steps, of each dtype and precision, against the method in `f64`.
 
+use crate::measure::sample::Host;
 use burn::optim::{AdamConfig, GradientsParams};
 use burn::tensor::{DType, Device, Tensor};
 use half::{bf16, f16};
@@ -8,7 +9,6 @@ use hd_pissa::{
     HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaLinearConfig, HdPissaModule,
     HdPissaOptimizerConfig, MergePrecision, ShardGradients,
 };
-use hd_pissa_benches::sample::Host;
 use hd_pissa_bits::{Half, fingerprint};
 
 use crate::bounds::{Arithmetic, F32, unit};
@@ -24,8 +24,8 @@ const SHARDS: usize = 3;
 const RATE: f64 = 1e-2;
 const BETAS: [f32; 2] = [0.9, 0.999];
 const EPSILON: f32 = 1e-8;
-/// Steps where the weight keeps what rounding cuts off. Where it does not, a step's rounding changes
-/// what the next one starts from: one step.
+/// Number of steps if the weight keeps the bits that rounding cuts off. Otherwise there is one
+/// step, because its rounding would change the start of the next.
 const STEPS: usize = 3;
 const SEED: u64 = 5;
 
@@ -33,7 +33,7 @@ const SEED: u64 = 5;
 pub fn check(device: &Device, dtypes: &[DType], arithmetic: Arithmetic, report: &mut Report) {
     for &dtype in dtypes {
         let precisions = match dtype {
-            // All are the same to it.
+            // All precisions are the same for this dtype.
             DType::F32 => vec![MergePrecision::Compensated],
             _ => vec![
                 MergePrecision::Compensated,
@@ -73,7 +73,7 @@ fn step(
     if let MergePrecision::Stochastic { .. } = precision
         && dtype != DType::F32
     {
-        // Either neighbour of the sum may be drawn.
+        // Rounding may draw either neighbour of the sum.
         let neighbour = |expected: &Expected| Expected {
             bound: expected.bound + 2.0 * rounding(dtype, expected.value),
             ..*expected
@@ -104,10 +104,10 @@ fn start(size: [usize; 2], dtype: DType) -> Host {
     Source::new(size[0] as u64).matrix(size, 0.5, dtype)
 }
 
-/// How many elements were not rounded as on Flex, which draws the same bits.
+/// The number of elements that were rounded differently from Flex, which draws the same bits.
 ///
-/// Sums that are off by a share `p` of the distance of their neighbours are rounded otherwise with
-/// probability `p`. The number is within 6 deviations of its mean, and 6.
+/// A sum with an error of a share `p` of the distance of its neighbours is rounded differently with
+/// probability `p`. The bound is 6 standard deviations above the mean, plus 6.
 fn draws(found: &Host, flex: &Host, method: &[Expected], dtype: DType) -> Compared {
     let differ = method.iter().filter(|expected| {
         let [row, column] = expected.place;
@@ -130,10 +130,10 @@ fn draws(found: &Host, flex: &Host, method: &[Expected], dtype: DType) -> Compar
     )
 }
 
-/// A layer and its optimizer, and after training the weight with all it keeps.
+/// A layer and its optimizer, and after training the weight with all bits that it keeps.
 struct Run {
     layer: HdPissaLinear,
-    /// A row for each shard, as a merge takes them.
+    /// A row for each shard, in the form of a merge.
     frames: Host,
     weight: Host,
 }
@@ -194,8 +194,8 @@ impl Run {
         self
     }
 
-    /// Gradients of a shard's factors: of one sign for each element over all steps, so that no moment
-    /// is a difference of large numbers.
+    /// Gradients of a shard's factors. Each element has the same sign in all steps, so no moment is
+    /// a difference of large numbers.
     fn gradients(&self, step: usize, shard: usize) -> [Vec<f32>; 2] {
         let split = RANK * self.weight.rows();
         let all = (0..self.frames.columns).map(|index| {
@@ -210,8 +210,8 @@ impl Run {
         [a, b].map(|side| side.into_iter().map(|(_, value)| value).collect())
     }
 
-    /// The weight after `steps` steps of the method in `f64`, before it is rounded, and how far `f32`
-    /// arithmetic may carry it if it carries Adam's delta of step `t` by a share `error(t)` of it.
+    /// The weight after `steps` steps of the method in `f64`, before rounding, and a bound on the
+    /// error of `f32` arithmetic, if Adam's delta of step `t` has an error of a share `error(t)`.
     fn method(
         &self,
         start: &Host,
@@ -232,7 +232,7 @@ impl Run {
                 *m = beta_1 * *m + (1.0 - beta_1) * gradient;
                 *v = beta_2 * *v + (1.0 - beta_2) * gradient * gradient;
                 let (m, v) = (*m / (1.0 - beta_1.powi(t)), *v / (1.0 - beta_2.powi(t)));
-                // Rounded to `f32`: half a unit of what `error_of_adam` allows.
+                // Rounded to `f32`: half a unit of the error that `error_of_adam` allows.
                 (-RATE * m / (v.sqrt() + f64::from(EPSILON))) as f32
             });
             updates.push(Host {
@@ -255,9 +255,9 @@ impl Run {
     }
 }
 
-/// How far `f32` arithmetic may carry Adam's delta of step `t`, as a share of it: what a device does,
-/// and what the host does. The corrections `1 − βᵗ` come from a power with `t` roundings and lose what
-/// cancels.
+/// A bound on the error of Adam's delta of step `t` in `f32` arithmetic, as a share of the delta:
+/// the part of the device, and the part of the host. The corrections `1 − βᵗ` come from a power
+/// with `t` roundings and lose digits by cancellation.
 fn error_of_adam(t: usize) -> f64 {
     let n = t as f64;
     let [first, second] = BETAS.map(|beta| (n + 1.0) / (1.0 - f64::from(beta).powi(t as i32)));

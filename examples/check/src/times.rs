@@ -3,6 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use crate::measure::{alternate_within, copy, count_launches, large_product, panic_message};
 use burn::nn::LinearConfig;
 use burn::optim::{AdamConfig, GradientsParams};
 use burn::tensor::module::linear;
@@ -13,7 +14,6 @@ use hd_pissa::{
     FrameScale, HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaModule,
     HdPissaOptimizerConfig, ShardGradients, Windows,
 };
-use hd_pissa_benches::{alternate_within, copy, count_launches, large_product, panic_message};
 
 use crate::bounds::Arithmetic;
 use crate::case::Case;
@@ -25,10 +25,10 @@ const RANK: usize = 16;
 const SHARDS: usize = 8;
 /// The largest side of a layer.
 const LARGEST: usize = 4096;
-/// More than the caches hold.
+/// Larger than the caches.
 const COPIED: [usize; 2] = [4096, 8192];
 
-/// Times everything in each dtype on one layer, as large as the device's large product says.
+/// Times everything in each dtype on one layer. The device's large product determines its size.
 pub fn measure(
     device: &Device,
     dtypes: &[DType],
@@ -81,7 +81,7 @@ fn of_dtype(device: &Device, dtype: DType, arithmetic: Arithmetic, seconds: f64)
     speeds
 }
 
-/// A forward and a backward pass, beside Burn's product with a frozen weight.
+/// A forward and a backward pass, and Burn's product with a frozen weight for comparison.
 fn products(
     device: &Device,
     dtype: DType,
@@ -132,7 +132,7 @@ fn products(
     timed(device, dtype, &sizes, seconds, rates, works)
 }
 
-/// A name, the work, and the bytes and flops that it takes at least.
+/// A name, the work, and the least bytes and flops that it takes.
 type Work<'a> = (String, Box<dyn Fn() + 'a>, [f64; 2]);
 
 /// Times pieces of work in turn, each with its wait for the device.
@@ -153,7 +153,7 @@ fn timed<const N: usize>(
         work();
         sync();
     };
-    // Compiled and tuned before it is counted.
+    // Compile and tune before counting.
     works.iter().for_each(|work| run(work));
     let launches: Vec<Option<usize>> = works
         .iter()
@@ -196,7 +196,7 @@ fn steps(
     let layer = LinearConfig::new(d_input, d_output)
         .with_bias(false)
         .init(&device.clone().autodiff());
-    // Frames that take no decomposition: a step takes as long with any.
+    // Frames without a decomposition: a step takes the same time with any frames.
     let config = HdPissaConfig::new()
         .with_rank(RANK)
         .with_shards(SHARDS)
@@ -222,7 +222,7 @@ fn steps(
     let [i, o] = size.map(|n| n as f64);
     let factors = (SHARDS * RANK) as f64 * (i + o);
     let flops = 4.0 * (SHARDS * RANK) as f64 * i * o;
-    // A half keeps 16 more bits in a whole step.
+    // A half-precision weight keeps 16 more bits in a whole step.
     let stored = 2.0 * dtype.size() as f64 * i * o;
     let kept = if dtype == DType::F32 {
         stored
@@ -256,7 +256,7 @@ fn steps(
     timed(device, dtype, &sizes, seconds, rates, works)
 }
 
-/// Gradients as a backward pass leaves them; the factors themselves serve as values.
+/// Gradients in the form of a backward pass, with the factors as values.
 fn gradients(model: &HdPissaLinear) -> ShardGradients {
     let adapter = model.weight.reparameterization::<HdPissaAdapter>();
     let mut gradients = ShardGradients::new(model);

@@ -1,5 +1,5 @@
-//! `check` on Flex, and on WGPU where a test requires it: everything is within its bounds, and a
-//! broken result is not.
+//! `check` on Flex, and on WGPU if a test requires it: everything is within its bounds, and a
+//! damaged result is not.
 
 use clap::Parser;
 use hd_pissa_check::report::{Outcome, Report, Spoil};
@@ -55,7 +55,7 @@ fn everything_is_within_its_bounds() {
                 "step, Stochastic",
             ],
         );
-        // Bounds that are far above what is found would hide a fault.
+        // Bounds far above the measured errors would hide a fault.
         let largest = |operation: &str| {
             let rows = report
                 .rows
@@ -70,7 +70,7 @@ fn everything_is_within_its_bounds() {
     }
 }
 
-/// Each result in turn is off by a little more than its bound, NaN, or what it was before.
+/// Each result in turn has an error a little above its bound, is NaN, or is unchanged.
 #[test]
 fn every_broken_result_is_reported() {
     let beyond: Spoil = Box::new(|compared| {
@@ -109,9 +109,9 @@ fn what_cannot_run_says_what_to_do() {
     let error = run(&options("tpu", &[])).err().unwrap();
     assert!(error.to_string().contains("no such backend"), "{error}");
 
-    let lacking = hd_pissa_benches::BACKENDS
+    let lacking = hd_pissa_check::measure::BACKENDS
         .into_iter()
-        .find(|name| !hd_pissa_benches::backends().contains(name))
+        .find(|name| !hd_pissa_check::measure::backends().contains(name))
         .unwrap();
     let error = run(&options(lacking, &[])).err().unwrap();
     let advice = format!("--features {lacking}");

@@ -1,7 +1,7 @@
 //! Charts as SVG: panels below each other, curves with their names at their ends.
 //!
-//! Text stays readable on a narrow screen, colours follow the reader's light or dark scheme, and are
-//! those of Okabe and Ito, which people with a colour vision deficiency can tell apart.
+//! Text stays readable on a narrow screen. Colours follow the reader's light or dark scheme. They
+//! are those of Okabe and Ito, which people with a colour vision deficiency can distinguish.
 
 use std::fmt::Write;
 
@@ -19,7 +19,7 @@ const TITLE: f64 = 19.0;
 const TEXT: f64 = 15.0;
 const LETTER: f64 = 8.0;
 
-/// How values become places.
+/// How values become positions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scale {
     /// From the smallest value to the largest.
@@ -43,14 +43,14 @@ pub enum Stroke {
     Dots,
     /// A dashed line.
     Dashed,
-    /// A broad grey line, which others are compared with.
+    /// A broad grey line for a reference.
     Reference,
 }
 
 /// A line through points.
 #[derive(Clone, Debug)]
 pub struct Curve {
-    /// Its name; none is drawn if it is empty.
+    /// Its name; an empty name is not drawn.
     pub name: String,
     /// Its colour, by number.
     pub color: usize,
@@ -58,18 +58,18 @@ pub struct Curve {
     pub stroke: Stroke,
     /// The points, by growing `x`. Those that are not finite are left out.
     pub points: Vec<(f64, f64)>,
-    /// Around which values the true ones may lie: `x`, least, most. Drawn as a band.
+    /// Intervals around the points, drawn as a band: `x`, least, most.
     pub band: Vec<(f64, f64, f64)>,
 }
 
 /// A plot.
 #[derive(Clone, Debug)]
 pub struct Panel {
-    /// What it shows.
+    /// Its title.
     pub title: String,
-    /// What `x` and `y` are.
+    /// The names of `x` and `y`.
     pub labels: [String; 2],
-    /// How `x` and `y` become places.
+    /// The scales of `x` and `y`.
     pub scales: [Scale; 2],
     /// The curves.
     pub curves: Vec<Curve>,
@@ -91,8 +91,8 @@ pub fn svg(title: &str, panels: &[Panel]) -> String {
     svg + "</svg>\n"
 }
 
-/// Colours of curves are `c0`, `c1`, ...; the fourth is darker on light ground, where its yellow
-/// would not show.
+/// Colours of curves are `c0`, `c1`, ...; the fourth is darker on a light background, where yellow
+/// is hard to see.
 const STYLE: &str = "\
 svg { --ground: #fff; --ink: #1b1b1b; --grid: #ddd; --reference: #c8c8c8; color-scheme: light dark }
 .c0 { --c: #0072b2 } .c1 { --c: #d55e00 } .c2 { --c: #009e73 } .c3 { --c: #b08a00 }
@@ -115,10 +115,10 @@ text { fill: var(--ink); font-family: system-ui, sans-serif }
 /// Number of colours in [`STYLE`].
 const COLORS: usize = 7;
 
-/// One axis: values and the places where they are drawn.
+/// One axis: values and their positions.
 struct Axis {
     scale: Scale,
-    /// Least and most, as the scale has them.
+    /// Least and most, in the units of the scale.
     range: [f64; 2],
     places: [f64; 2],
 }
@@ -219,7 +219,7 @@ fn plain(value: f64) -> String {
 
 impl Panel {
     fn can_show(&self, x: f64, y: f64) -> bool {
-        // Larger values overflow where places are computed.
+        // Larger values overflow in the computation of positions.
         let fits = |value: f64, scale| match scale {
             Scale::Logarithmic | Scale::PowersOfTwo => value > 0.0 && value < 1e12,
             Scale::Linear | Scale::FromZero => value.abs() < 1e12,
@@ -372,17 +372,17 @@ fn path(points: impl Iterator<Item = (f64, f64)>, x: &Axis, y: &Axis) -> String 
     path
 }
 
-/// The name of a curve, beside its end.
+/// The name of a curve, next to its end.
 struct Name<'a> {
     text: &'a str,
     color: usize,
     /// Where the curve ends.
     end: (f64, f64),
-    /// The height at which the name stands.
+    /// The height of the name.
     place: f64,
 }
 
-/// Moves names apart that would cover each other, within the plot where that is high enough.
+/// Moves overlapping names apart, within the plot if it is high enough.
 fn spread(names: &mut [Name<'_>], first: f64, last: f64) {
     const GAP: f64 = TEXT + 2.0;
     names.sort_by(|a, b| a.place.total_cmp(&b.place));

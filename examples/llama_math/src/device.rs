@@ -4,8 +4,8 @@ use burn::tensor::Device;
 
 use crate::{Error, panics};
 
-/// The device of `--device`: a backend that this build has, with `:INDEX` for CUDA and ROCm;
-/// Burn's default where none is named.
+/// The device of `--device`: a backend that this build has, with `:INDEX` for CUDA and ROCm; Burn's
+/// default if none is named.
 ///
 /// # Errors
 ///
@@ -29,8 +29,8 @@ pub fn parse(name: Option<&str>) -> Result<Device, Error> {
     })
 }
 
-/// Refuses a `BURN_DEVICE` of which Burn can make no device. It asks for its default in some places
-/// whatever `--device` says.
+/// Refuses a `BURN_DEVICE` from which Burn cannot make a device. Burn reads its default in some
+/// places even with `--device`.
 ///
 /// # Errors
 ///
@@ -47,7 +47,7 @@ pub fn check_variable() -> Result<(), Error> {
     })
 }
 
-/// Whether what is on the device takes memory of this process.
+/// Whether the device uses the memory of this process.
 pub(crate) fn is_host(device: &Device) -> bool {
     ["Flex", "Cpu"]
         .iter()
@@ -66,9 +66,8 @@ pub fn of_workers(name: Option<&str>, workers: usize) -> Result<Vec<Device>, Err
         .collect()
 }
 
-/// The device of a process that has number `local_index` on its machine, as
-/// [`of_workers`] deals them. A launcher that shows each process a GPU of its own leaves it no
-/// choice.
+/// The device of the process with number `local_index` on its machine, in the order of
+/// [`of_workers`]. If a launcher shows a process only one GPU, the process takes that one.
 ///
 /// # Errors
 ///
@@ -80,8 +79,8 @@ pub fn of_process(name: Option<&str>, local_index: usize) -> Result<Device, Erro
     })
 }
 
-/// A CUDA or ROCm device that `name` gives no index gets one; `index` is told which environment
-/// variables hide devices of that kind.
+/// Gives a CUDA or ROCm device an index if `name` has none. `index` gets the environment variables
+/// that hide devices of that kind.
 fn numbered(name: Option<&str>, index: impl Fn(&[&str]) -> usize) -> Result<Device, Error> {
     let index = match name.or(default_of_many()) {
         Some("cuda") => index(&["CUDA_VISIBLE_DEVICES"]),

@@ -1,4 +1,4 @@
-//! What can go wrong with what comes from outside.
+//! Errors of input from outside.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -111,12 +111,12 @@ pub enum Error {
         /// Its message.
         reason: String,
     },
-    /// What any worker but the first reports.
+    /// The report of any worker except the first.
     #[error("worker {worker}: {source}")]
     Worker {
         /// Index of the worker.
         worker: usize,
-        /// What it met.
+        /// Its error.
         source: Box<Error>,
     },
     /// Another worker could not start; its own error says why.
@@ -193,7 +193,7 @@ impl Error {
         move |source| Self::Io { path, source }
     }
 
-    /// Whether loss, gradients or weights were no numbers.
+    /// Whether loss, gradients or weights were not finite.
     pub(crate) fn is_divergence(&self) -> bool {
         match self {
             Self::NonFiniteLoss { .. }
@@ -228,8 +228,8 @@ impl Error {
         )
     }
 
-    /// The error as worker `worker` reports it: the first without its index, like a run without
-    /// others.
+    /// The error in the form that worker `worker` reports: the first worker without its index, like
+    /// a run with a single worker.
     pub fn on_worker(self, worker: usize) -> Self {
         match worker {
             0 => self,
@@ -249,15 +249,15 @@ impl Error {
         }
     }
 
-    /// Says it on standard error, unless another worker does, and returns the exit code.
+    /// Prints it on standard error, unless another worker does, and returns the exit code.
     pub fn report(&self) -> u8 {
         let cause = match self {
             Self::Worker { source, .. } => source,
             error => error,
         };
         if !matches!(cause, Self::OtherWorker { .. }) {
-            // In one piece, so that the lines of several processes stay lines. Nobody is left to
-            // tell if standard error is closed.
+            // Written in one piece, so the lines of several processes do not mix. If standard error
+            // is closed, the failure cannot be reported.
             let _ = std::io::stderr().write_all(format!("error: {self}\n").as_bytes());
         }
         self.exit_code()

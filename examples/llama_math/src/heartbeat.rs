@@ -1,18 +1,18 @@
-//! A line now and then that says where a long piece of work is.
+//! Regular lines with the progress of a long piece of work.
 
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-/// Says its text again and again until it is dropped.
+/// Repeats its text until it is dropped.
 pub(crate) struct Heartbeat {
     text: Arc<Mutex<String>>,
-    /// Its end is that of the thread.
+    /// The thread ends when this sender is dropped.
     _alive: Sender<()>,
 }
 
 impl Heartbeat {
-    /// Calls `say` with the text of that moment, each time `interval` has passed.
+    /// Calls `say` with the current text each time `interval` has passed.
     pub(crate) fn start(interval: Duration, say: impl Fn(&str) + Send + 'static) -> Self {
         let text = Arc::new(Mutex::new(String::new()));
         let (alive, ended) = mpsc::channel::<()>();
@@ -23,7 +23,7 @@ impl Heartbeat {
                 say(&text);
             }
         };
-        // Without the thread there are no lines, and nothing else is missing.
+        // Without the thread only the lines are missing.
         let _ = std::thread::Builder::new()
             .name("heartbeat".into())
             .spawn(beat);
@@ -33,7 +33,7 @@ impl Heartbeat {
         }
     }
 
-    /// What is said from now on.
+    /// Sets the text from now on.
     pub(crate) fn set(&self, text: String) {
         if let Ok(mut shown) = self.text.lock() {
             *shown = text;
@@ -56,7 +56,7 @@ mod tests {
         heartbeat.set("step 2 of 9".into());
         while said.recv_timeout(limit).unwrap() != "step 2 of 9" {}
         drop(heartbeat);
-        // The thread has ended when its sender is gone.
+        // The thread ends when its sender is dropped.
         while said.recv_timeout(limit).is_ok() {}
         assert_eq!(said.try_recv(), Err(mpsc::TryRecvError::Disconnected));
     }

@@ -1,4 +1,4 @@
-//! One run at a time in a folder of checkpoints.
+//! A lock that allows one run at a time in a folder of checkpoints.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Read, Seek, Write};
@@ -9,17 +9,17 @@ use crate::console::complain;
 
 const NAME: &str = ".lock";
 
-/// A folder that this process has for itself. The system gives it back when the process ends,
-/// however it ends; dropped, it also removes the folder if nothing is in it.
+/// A folder that this process has locked. The system releases the lock when the process ends in any
+/// way. Dropping it also removes the folder if it is empty.
 #[derive(Debug)]
 pub struct Lock {
     folder: PathBuf,
-    /// Locked as long as it is open.
+    /// Locked while it is open.
     _file: File,
 }
 
 impl Lock {
-    /// Takes the folder, and makes it where it is missing.
+    /// Locks the folder, and creates it if it is missing.
     ///
     /// # Errors
     ///
@@ -49,13 +49,13 @@ impl Lock {
                         ),
                     });
                 }
-                // Some network file systems have no locks. One run alone does well without.
+                // Some network file systems have no locks. A single run does not need one.
                 Err(TryLockError::Error(error)) if error.kind() == ErrorKind::Unsupported => {
                     complain!("{}: the file system has no locks", folder.display());
                 }
                 Err(TryLockError::Error(source)) => return Err(Error::io(&path)(source)),
             }
-            // The holder before may have removed the file since it was opened.
+            // The previous holder may have removed the file since it was opened.
             if is_same(&file, &path) {
                 break file;
             }

@@ -1,4 +1,4 @@
-//! Memory of this process and this machine, where the system tells it.
+//! Memory of this process and this machine, if the system reports it.
 
 /// Address space that this program takes before it reads anything, and that of each compute thread.
 const BASE: u64 = 512 << 20;
@@ -18,7 +18,7 @@ pub fn current() -> Option<u64> {
 ///
 /// # Errors
 ///
-/// What says that it cannot.
+/// The reason why it cannot.
 pub(crate) fn check(bytes: u64) -> Result<(), String> {
     let says = |room: u64, what: &str| {
         let mebibytes = |bytes: u64| bytes >> 20;
@@ -35,11 +35,12 @@ pub(crate) fn check(bytes: u64) -> Result<(), String> {
     }
 }
 
-/// Whether a limit on the address space leaves what `threads` compute threads reserve.
+/// Whether a limit on the address space leaves enough for the reservations of `threads` compute
+/// threads.
 ///
 /// # Errors
 ///
-/// The limit, and what would do.
+/// The limit, and a sufficient one.
 pub(crate) fn check_limit(threads: usize) -> Result<(), String> {
     let least = BASE + PER_THREAD * threads as u64;
     match address_space() {
@@ -53,7 +54,7 @@ pub(crate) fn check_limit(threads: usize) -> Result<(), String> {
     }
 }
 
-/// What a limit on the address space leaves, if there is one.
+/// The rest of the limit on the address space, if there is one.
 #[cfg(unix)]
 fn address_space() -> Option<u64> {
     let limit = rustix::process::getrlimit(rustix::process::Resource::As).current?;

@@ -3,12 +3,12 @@
 use crate::Error;
 use crate::finetune::FineTuning;
 
-/// How long a worker stays that fails because of another one: launchers end all processes as soon
-/// as one has failed, and the other's message says more.
+/// How long a worker waits before it ends because of another worker's failure: launchers end all
+/// processes as soon as one has failed, and the other's message says more.
 #[cfg(feature = "mpi")]
 const COURTESY: std::time::Duration = std::time::Duration::from_millis(500);
 
-/// Does this process's part of a run, on the device of that name.
+/// Does this process's part of a run, on the named device.
 ///
 /// # Errors
 ///
@@ -17,7 +17,7 @@ const COURTESY: std::time::Duration = std::time::Duration::from_millis(500);
 pub fn run(fine_tuning: &FineTuning, device: Option<&str>) -> Result<(), Error> {
     use hd_pissa::comm::{Communicator, MpiCommunicator};
 
-    // The same on every worker; what is wrong with it needs no others to be found.
+    // The same on every worker, so each finds its errors without the others.
     crate::device::parse(device)?;
     let communicator = MpiCommunicator::new(fine_tuning.timeout)?;
     let worker = communicator.worker_index();
@@ -31,11 +31,11 @@ pub fn run(fine_tuning: &FineTuning, device: Option<&str>) -> Result<(), Error> 
         })
 }
 
-/// Without the feature `mpi` there is nothing to run.
+/// This build lacks the feature `mpi`.
 ///
 /// # Errors
 ///
-/// [`Error::Usage`], with how to build it.
+/// [`Error::Usage`], which says how to build it.
 #[cfg(not(feature = "mpi"))]
 pub fn run(_fine_tuning: &FineTuning, _device: Option<&str>) -> Result<(), Error> {
     Err(Error::Usage {

@@ -27,12 +27,12 @@ pub fn losses(path: &Path, title: &str, losses: &[f64]) -> Result<(), Error> {
     std::fs::write(path, chart::svg(title, &[panel])).map_err(Error::io(path))
 }
 
-/// Over how many steps losses are averaged in a training of this length.
+/// The number of steps over which losses are averaged in a training of this length.
 pub(crate) fn window(steps: usize) -> usize {
     (steps / 30).max(1)
 }
 
-/// What averaged losses are called.
+/// The label of averaged losses.
 pub(crate) fn averaged(label: &str, window: usize) -> String {
     match window {
         1 => label.into(),

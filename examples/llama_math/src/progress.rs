@@ -1,4 +1,4 @@
-//! Where a run is: a bar on a terminal, elsewhere a line per minute.
+//! The progress of a run: a bar on a terminal, otherwise a line per minute.
 
 use std::cell::Cell;
 use std::io::IsTerminal;
@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use crate::console::complain;
 use crate::heartbeat::Heartbeat;
 
-/// Time between two lines where there is no terminal.
+/// Time between two lines without a terminal.
 const INTERVAL: Duration = Duration::from_secs(60);
 
 /// A number of pieces of work, with loss, tokens per second and the time left.
@@ -18,7 +18,7 @@ pub struct Progress {
     steps: usize,
     done: Cell<usize>,
     bar: ProgressBar,
-    /// `None` on a terminal, and where nothing is printed.
+    /// `None` on a terminal, and if nothing is printed.
     lines: Option<Heartbeat>,
     start: Instant,
     tokens: Cell<usize>,
@@ -30,7 +30,7 @@ impl Progress {
         Self::resumed(label, steps, 0, false)
     }
 
-    /// As [`new`](Self::new), with `done` steps taken already; `hidden` on workers that print
+    /// As [`new`](Self::new), with `done` steps already taken; `hidden` on workers that print
     /// nothing.
     pub fn resumed(label: &str, steps: usize, done: usize, hidden: bool) -> Self {
         let style = ProgressStyle::with_template(

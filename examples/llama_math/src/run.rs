@@ -22,36 +22,36 @@ use crate::stop::Stop;
 use crate::train::{OptimizerSettings, Trainer};
 use crate::{Error, Llama, memory};
 
-/// How long a run is.
+/// The length of a run.
 #[derive(Clone, Copy, Debug)]
 pub enum Length {
     /// Passes over the data, in whole steps.
     Epochs(usize),
-    /// Steps, over as many passes as that takes.
+    /// Steps, over as many passes as they need.
     Steps(usize),
 }
 
 /// Settings of a run.
 #[derive(Clone, Debug)]
 pub struct RunConfig {
-    /// What is trained.
+    /// The trained parameters.
     pub adaptation: Adaptation,
     /// Settings of the optimizer.
     pub optimizer: OptimizerSettings,
-    /// How records are dealt to shards and steps.
+    /// The distribution of records over shards and steps.
     pub batcher: BatcherConfig,
-    /// How long the run is.
+    /// The length of the run.
     pub length: Length,
     /// Largest learning rate.
     pub lr: f64,
-    /// What follows the warm-up.
+    /// The decay after the warm-up.
     pub decay: Decay,
     /// Share of the steps that warm up.
     pub warmup_ratio: f64,
 }
 
 impl RunConfig {
-    /// Refuses a number of workers that cannot share out a step's work evenly.
+    /// Refuses a number of workers that cannot divide a step's work evenly.
     ///
     /// # Errors
     ///
@@ -87,18 +87,18 @@ pub struct StepMetrics {
     pub memory: Option<u64>,
 }
 
-/// A number, or NaN: JSON has `null` for what is not finite.
+/// A number, or NaN: JSON has `null` for values that are not finite.
 fn number<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
     Option::<f64>::deserialize(deserializer).map(|number| number.unwrap_or(f64::NAN))
 }
 
-/// What a run leaves.
+/// The result of a run.
 pub struct Trained {
     /// The model, adapters attached.
     pub model: Llama,
     /// One entry per step.
     pub metrics: Vec<StepMetrics>,
-    /// The same as lines of JSON, those from before a checkpoint as they were.
+    /// The same as lines of JSON; lines from before a checkpoint are unchanged.
     pub lines: String,
     /// Parameters that gradients moved, on all workers.
     pub trainable: usize,
@@ -130,22 +130,23 @@ pub enum Outcome {
     },
 }
 
-/// Where and when a run saves.
+/// The place and times of checkpoints.
 #[derive(Clone, Debug)]
 pub struct Saving {
-    /// Where.
+    /// The folder.
     pub checkpoints: Checkpoints,
-    /// Every so many steps.
+    /// The interval in steps.
     pub every: Option<usize>,
-    /// After the step in which so much time has passed since the last checkpoint.
+    /// The interval in time. A checkpoint is due after the step in which it has passed since the
+    /// last one.
     pub interval: Option<Duration>,
-    /// What a run that resumes must have in common with this one.
+    /// The settings that a resumed run must share with this one.
     pub settings: BTreeMap<String, String>,
 }
 
 impl Saving {
-    /// Whether a checkpoint is due after `done` of `total` steps. The last step counts where
-    /// others do: what follows may take long.
+    /// Whether a checkpoint is due after `done` of `total` steps. The last step counts like others,
+    /// because the work after it may take long.
     fn is_due(&self, done: usize, total: usize, last: Instant) -> bool {
         let every = self.every.is_some_and(|every| done.is_multiple_of(every));
         let interval = self.interval.is_some_and(|time| last.elapsed() >= time);
@@ -154,8 +155,8 @@ impl Saving {
     }
 }
 
-/// What a checkpoint notes beside the state of model and optimizer. The place in the data follows
-/// from the step, and the order of each epoch from the seed.
+/// Data in a checkpoint besides the state of model and optimizer. The step determines the place in
+/// the data, and the seed the order of each epoch.
 #[derive(Serialize, Deserialize)]
 struct Elapsed {
     seconds: f64,
@@ -168,20 +169,20 @@ pub struct Training<'a> {
     label: &'a str,
     batcher: Batcher,
     total: usize,
-    /// Where and when to save; without it the run cannot stop early.
+    /// The place and times of checkpoints; without them the run cannot stop early.
     pub saving: Option<Saving>,
-    /// Where to go on.
+    /// The checkpoint to continue from.
     pub resume: Option<Checkpoint>,
-    /// Asked after every step.
+    /// Read after every step.
     pub stop: Stop,
     /// Sees the model after every step, with the number of steps taken. Its time does not count.
     pub observe: Option<Box<Observer<'a>>>,
 }
 
-/// What sees the model after a step.
+/// A function that sees the model after a step.
 pub type Observer<'a> = dyn Fn(usize, &Llama) + Sync + 'a;
 
-/// What the steps so far have left beside the state of the model.
+/// Results of the steps so far, besides the state of the model.
 #[derive(Default)]
 struct History {
     metrics: Vec<StepMetrics>,
@@ -283,8 +284,8 @@ impl<'a> Training<'a> {
             let Some(saving) = &self.saving else {
                 continue;
             };
-            // Clocks and signals differ between workers: the first decides about the former, any
-            // of them may have heard the latter.
+            // Clocks and signals differ between workers. The first worker's clock counts, and a
+            // signal to any worker counts.
             let due = saving.is_due(step + 1, self.total, last_save);
             let flags = [due, self.stop.requested()].map(|flag| f32::from(u8::from(flag)));
             let flags = trainer.gather(&flags)?;
@@ -294,7 +295,7 @@ impl<'a> Training<'a> {
                     seconds: history.seconds + (start.elapsed() - observing).as_secs_f64(),
                     tokens: history.tokens + progress.tokens(),
                 };
-                // A run that starts again from there could only fail again.
+                // A run that starts again from there would fail again.
                 let next = batcher.step((step + 1).min(self.total - 1));
                 let is_sound = trainer.is_sound(next);
                 let sound = trainer.gather(&[f32::from(u8::from(is_sound))])?;
@@ -303,7 +304,7 @@ impl<'a> Training<'a> {
                 }
                 let checkpoint = save(saving, &trainer, &history, &elapsed)?;
                 last_save = Instant::now();
-                // After the last step the model itself is the next to be written.
+                // After the last step the model itself is written next.
                 if stop && step + 1 < self.total {
                     progress.finish();
                     return Ok(Outcome::Stopped {
@@ -331,8 +332,7 @@ impl<'a> Training<'a> {
 
     /// Trains on one thread per device, each with its share of the shards.
     ///
-    /// A worker that fails ends the others within `timeout`; the error is that of the one that
-    /// failed first.
+    /// If a worker fails, the others end within `timeout`. The error is that of the first failure.
     ///
     /// # Errors
     ///
@@ -358,7 +358,7 @@ impl<'a> Training<'a> {
                     })
                 })
                 .collect();
-            // So that the workers' own copies are the only ones.
+            // Then the workers' own copies are the only ones.
             drop(model);
             let join = |(worker, thread): (usize, std::thread::ScopedJoinHandle<_>)| {
                 let panicked = |panic: Box<dyn Any + Send>| Error::Panic {
@@ -381,7 +381,7 @@ impl<'a> Training<'a> {
     }
 }
 
-/// Collective: writes a checkpoint of what the trainer has.
+/// Writes a checkpoint of the trainer's state. Every worker calls it.
 fn save(
     saving: &Saving,
     trainer: &Trainer,

@@ -13,7 +13,7 @@ pub enum Decay {
     Cosine,
     /// A straight line, down to 0 after the last step.
     Linear,
-    /// Not at all.
+    /// No decay.
     Constant,
 }
 
@@ -32,7 +32,7 @@ impl Display for Decay {
 pub struct Schedule {
     /// The largest learning rate.
     pub peak: f64,
-    /// What follows the warm-up.
+    /// The decay after the warm-up.
     pub decay: Decay,
     /// Steps of the warm-up; the first has a learning rate of 0.
     pub warmup: usize,

@@ -1,26 +1,26 @@
-//! The final answer of a solution, as text that compares.
+//! The final answer of a solution, in a form that compares.
 
 use std::sync::LazyLock;
 
 use regex::Regex;
 
-/// What marks the final answer in GSM8K.
+/// The mark of the final answer in GSM8K.
 const MARK: &str = "####";
 
-/// A number, with thousands or what else commas separate, and perhaps a denominator.
+/// A number, with commas between thousands or other parts, and an optional denominator.
 static NUMBER: LazyLock<Regex> = LazyLock::new(|| {
     let pattern = r"^(\d+(?:,\d+)*(?:\.\d+)?|\.\d+)(?:/(\d+(?:\.\d+)?))?";
     Regex::new(pattern).expect("the pattern is valid")
 });
 
-/// What a part of a tuple may be made of: no words.
+/// The characters of a part of a tuple: no words.
 static PART: LazyLock<Regex> = LazyLock::new(|| {
     let pattern = r"^(?:[\s\d.+*/^{}()$-]|\u{2212}|\\[A-Za-z]+|\b[A-Za-z]\b)*$";
     Regex::new(pattern).expect("the pattern is valid")
 });
 
-/// The answer after the first `####` that has one behind it on its line, else the last answer of the
-/// text. Numbers compare by value; fractions, roots, powers and tuples by their parts.
+/// The answer after the first `####` with an answer on its line, else the last answer of the text.
+/// Numbers compare by value; fractions, roots, powers and tuples by their parts.
 ///
 /// ```
 /// use llama_math::score::final_answer;
@@ -52,7 +52,7 @@ fn answers(text: &str) -> Vec<String> {
     found
 }
 
-/// What begins at a place, and its length.
+/// The answer that begins at a position, and its length.
 fn answer_at(text: &str, at: usize) -> Option<(Vec<String>, usize)> {
     let rest = &text[at..];
     if rest.starts_with(['(', '[']) {
@@ -60,7 +60,7 @@ fn answer_at(text: &str, at: usize) -> Option<(Vec<String>, usize)> {
         return Some((vec![answer], length));
     }
     if is_exponent(&text[..at]) {
-        // It belongs to what stands before, such as a unit.
+        // It belongs to the text before it, such as a unit.
         let length = NUMBER.find(rest).map(|found| found.len())?;
         return Some((Vec::new(), length));
     }
@@ -136,7 +136,7 @@ fn command(text: &str) -> Option<(String, usize)> {
     Some((format!("sqrt({})", expression(under)), 5 + length))
 }
 
-/// What a command takes: what is in braces, or one character. And its length.
+/// The argument of a command (the text in braces, or one character), and its length.
 fn argument(text: &str) -> Option<(&str, usize)> {
     let start = text.len() - text.trim_start_matches(' ').len();
     let rest = &text[start..];
@@ -221,12 +221,12 @@ fn tuple(text: &str) -> Option<(String, usize)> {
     None
 }
 
-/// Whether what follows is an exponent or an index.
+/// Whether an exponent or an index follows.
 fn is_exponent(before: &str) -> bool {
     before.trim_end_matches('{').ends_with(['^', '_'])
 }
 
-/// With the sign that stands before, also before a currency sign or behind it.
+/// Includes a sign before it, also before or after a currency sign.
 fn signed(before: &str, answer: String) -> String {
     const SIGNS: [char; 2] = ['-', '\u{2212}'];
     const CURRENCIES: [char; 4] = ['$', '\u{20ac}', '\u{a3}', '\u{a5}'];
@@ -236,7 +236,7 @@ fn signed(before: &str, answer: String) -> String {
     };
     let minus = |text: &str| {
         let rest = text.strip_suffix(SIGNS)?;
-        // After a number or a bracket it is a difference and no sign.
+        // After a number or a bracket it is a subtraction, not a sign.
         let before = without(rest).chars().next_back();
         let is_sign = !before.is_some_and(|c| c.is_alphanumeric() || [')', ']', '}'].contains(&c));
         is_sign.then_some(())

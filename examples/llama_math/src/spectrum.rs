@@ -1,4 +1,4 @@
-//! How far, and in how many directions, training moved the weights.
+//! The size of the change of the weights by training, and its number of directions.
 
 use burn::module::Param;
 use burn::tensor::{Tensor, TensorData};
@@ -55,7 +55,7 @@ impl Matrix {
 }
 
 impl WeightsBefore {
-    /// The matrices of `model` as they are now. Holds the tensors themselves, not copies.
+    /// The current matrices of `model`. Holds the tensors themselves, not copies.
     pub fn of(model: &Llama) -> Self {
         Self(
             model
@@ -87,10 +87,10 @@ impl WeightsBefore {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Ranks {
     /// Number of singular values above `max(rows, cols) · eps` of the largest, with the machine
-    /// epsilon of `f32`: what the rounding of `f32` weights cannot account for.
+    /// epsilon of `f32`. Rounding of `f32` weights cannot cause such values.
     pub numeric: usize,
     /// Exponential of the entropy of the singular values' shares of their sum: between 1 and the
-    /// numeric rank, large where many directions matter.
+    /// numeric rank, large if many directions matter.
     pub effective: f64,
 }
 

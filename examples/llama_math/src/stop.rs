@@ -10,15 +10,15 @@ use signal_hook::iterator::Signals;
 use crate::Error;
 use crate::console::complain;
 
-/// Signals that come so soon after the first are the same request: `timeout` sends two.
+/// Signals this soon after the first are the same request: `timeout` sends two.
 const ONE_REQUEST: Duration = Duration::from_millis(500);
 
-/// What a run is doing, as far as signals are concerned.
+/// The phase of a run, for signals.
 const IDLE: u8 = 0;
 const STEPS: u8 = 1;
 const WRITING: u8 = 2;
 
-/// Whether the run is asked to stop.
+/// Whether the run has been asked to stop.
 #[derive(Clone, Debug, Default)]
 pub struct Stop {
     requested: Arc<AtomicBool>,
@@ -27,14 +27,14 @@ pub struct Stop {
 }
 
 impl Stop {
-    /// Listens to SIGTERM, SIGINT and SIGHUP, but for those that this process was started to ignore,
-    /// as under `nohup`. While steps are taken and while the model is written the first signal asks
-    /// the run to stop after that, and says so; the second ends the process. At any other time the
-    /// first one does, because nothing is lost then.
+    /// Listens to SIGTERM, SIGINT and SIGHUP, except those that this process was started to ignore,
+    /// as under `nohup`. While steps run and while the model is written, the first signal asks the
+    /// run to stop afterwards, and prints that. The second signal ends the process. At any other
+    /// time the first signal ends the process, because nothing is lost then.
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the system does not let it.
+    /// [`Error::Io`] if the system does not allow it.
     pub fn on_signals() -> Result<Self, Error> {
         let stop = Self::default();
         let ignored = ignored();
@@ -71,29 +71,28 @@ impl Stop {
         self.requested.load(Ordering::SeqCst)
     }
 
-    /// Asks for it from within the program.
+    /// Asks to stop from within the program.
     pub fn request(&self) {
         self.requested.store(true, Ordering::SeqCst);
     }
 
-    /// From now on steps are taken, after each of which somebody asks
-    /// [`requested`](Self::requested).
+    /// From now on steps run, and [`requested`](Self::requested) is read after each.
     pub fn begin_steps(&self) {
         self.phase.store(STEPS, Ordering::SeqCst);
     }
 
-    /// From now on the model is written.
+    /// From now on the model is being written.
     pub fn begin_writing(&self) {
         self.phase.store(WRITING, Ordering::SeqCst);
     }
 
-    /// Nothing is lost any more when the process ends.
+    /// From now on nothing is lost when the process ends.
     pub fn end(&self) {
         self.phase.store(IDLE, Ordering::SeqCst);
     }
 }
 
-/// The signals that this process ignores, one bit each, where the system tells.
+/// The signals that this process ignores, one bit each, if the system reports them.
 fn ignored() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let bits = status

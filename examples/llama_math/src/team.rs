@@ -1,4 +1,4 @@
-//! What the workers of a run do together outside of steps.
+//! Tasks that the workers of a run do together outside of steps.
 
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
@@ -8,11 +8,11 @@ use hd_pissa::comm::Communicator;
 use crate::Error;
 use crate::panics::message;
 
-/// How often a busy worker tells the others that it is alive: much more often than any sensible
-/// time limit of the communicator.
+/// The interval at which a busy worker tells the others that it is alive, much shorter than any
+/// sensible time limit of the communicator.
 const BEAT: Duration = Duration::from_millis(50);
 
-/// What a worker tells with every beat.
+/// The message of a worker with every beat.
 const BUSY: u8 = 0;
 const DONE: u8 = 1;
 const FAILED: u8 = 2;
@@ -23,7 +23,7 @@ pub struct Team<'a> {
 }
 
 impl<'a> Team<'a> {
-    /// Those of `communicator`.
+    /// The workers of `communicator`.
     pub fn new(communicator: &'a dyn Communicator) -> Self {
         Self { communicator }
     }
@@ -34,14 +34,14 @@ impl<'a> Team<'a> {
     }
 
     /// Runs a task of any length on every worker, and returns when all have finished theirs. Every
-    /// worker calls it. The time limit of the communicator holds for signs of life, not for the
+    /// worker calls it. The time limit of the communicator applies to signs of life, not to the
     /// task.
     ///
     /// # Errors
     ///
-    /// When any task fails, at once on every worker: its own error on the first of those that
-    /// failed, [`Error::OtherWorker`] on all others. A task that is not finished then goes on in
-    /// the background until the process ends.
+    /// If any task fails, every worker gets an error at once: the first failed worker its own, all
+    /// others [`Error::OtherWorker`]. An unfinished task then continues in the background until the
+    /// process ends.
     pub fn together<T: Send + 'static>(
         &self,
         task: impl FnOnce() -> Result<T, Error> + Send + 'static,
@@ -64,7 +64,7 @@ impl<'a> Team<'a> {
         })
     }
 
-    /// What a worker has done alone, if none has failed. Every worker calls it.
+    /// This worker's result, if no worker has failed. Every worker calls it.
     ///
     /// # Errors
     ///
@@ -77,8 +77,7 @@ impl<'a> Team<'a> {
         self.share(|| result.take())
     }
 
-    /// Asks for this worker's result until it is there, and exchanges beats until all workers'
-    /// are.
+    /// Waits for this worker's result, and exchanges beats until all workers have theirs.
     fn share<T>(&self, mut ask: impl FnMut() -> Option<Result<T, Error>>) -> Result<T, Error> {
         let mut result = None;
         loop {
@@ -131,7 +130,7 @@ mod tests {
 
     use super::*;
 
-    /// What `work` returns on each of `workers` threads, whose communicator waits at most
+    /// The results of `work` on each of `workers` threads, whose communicator waits at most
     /// `timeout`.
     fn on_threads<T: Send>(
         workers: usize,
@@ -177,7 +176,7 @@ mod tests {
         let results = on_threads(4, Duration::from_secs(30), |team, worker| {
             let result = team.together(move || match worker {
                 1 => Err(Error::field("data", "line 3", "is bad")),
-                // The first has all to do yet.
+                // The first worker still has to do everything.
                 0 => {
                     std::thread::sleep(Duration::from_secs(20));
                     Ok(())

@@ -572,7 +572,7 @@ fn what_is_no_file_keeps_nobody_waiting() {
     }
 }
 
-/// Makes a file of `size` bytes that takes no room, with `content` at its start.
+/// Makes a sparse file of `size` bytes, with `content` at its start.
 fn sparse(path: &Path, content: &[u8], size: u64) -> bool {
     std::fs::write(path, content).unwrap();
     let file = std::fs::File::options().write(true).open(path).unwrap();
@@ -604,7 +604,7 @@ fn gigantic_files_end_in_an_error() {
             &[file, expected],
         );
     }
-    // A sound header of a tensor that no machine can hold, as config.json says.
+    // A valid header of a tensor that is too large for any machine, with the shape of config.json.
     let case = Case::new();
     case.edit_json("model/config.json", |config| {
         (config["vocab_size"], config["hidden_size"]) = (16_000_000.into(), 32_768.into());
@@ -653,7 +653,7 @@ fn weights_that_disagree_with_each_other() {
         map.insert("x".into(), map[PROJECTION].clone());
     });
     case.refuses(&[], &["index.json", "`x` is not in"]);
-    // A single file beside: the same, another value, another tensor.
+    // A single file next to it: the same, another value, another tensor.
     for (edit, expected) in [
         ("same", None),
         ("value", Some(PROJECTION)),
@@ -757,7 +757,7 @@ fn templates_and_prompts_that_cannot_be_filled() {
         case.write("data.jsonl", format!("{line}\n").repeat(8));
         case.refuses(&[], &["data.jsonl", "line 1", "`question` is empty"]);
     }
-    // A prompt that the tokenizer makes nothing of: here its normalizer removes what there is.
+    // A prompt that gives no tokens: here the normalizer removes all of it.
     for option in ["--data", "--eval"] {
         let case = Case::new();
         case.edit_json("model/tokenizer.json", |tokenizer| {
@@ -779,7 +779,7 @@ fn templates_and_prompts_that_cannot_be_filled() {
             &["tokenizer.json", "makes no token of the prompt \"~~\""],
         );
     }
-    // Held-out records whose answers are all empty have nothing to measure.
+    // If all answers of the held-out records are empty, nothing can be measured.
     let case = Case::new();
     case.write("eval.jsonl", r#"{"question": "a", "answer": " "}"#);
     let arguments = ["--eval", "ROOT/eval.jsonl"];

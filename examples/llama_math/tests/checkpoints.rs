@@ -1,5 +1,5 @@
-//! Runs that are killed, stopped, refused or spread over workers end with the weights of a run
-//! that was not.
+//! Runs that are killed, stopped, refused or spread over workers end with the weights of an
+//! uninterrupted run.
 
 mod common {
     pub mod case;
@@ -22,7 +22,7 @@ fn program() {
     common::case::program();
 }
 
-/// `HD_PISSA_KILLS` says how often, `HD_PISSA_KILL_SEED` when.
+/// `HD_PISSA_KILLS` sets the number of kills, `HD_PISSA_KILL_SEED` their moments.
 #[test]
 fn killed_runs_end_with_the_same_weights() {
     let number = |name: &str, default: u64| {
@@ -64,7 +64,7 @@ fn killed_runs_end_with_the_same_weights() {
             }
             Some(status) => assert!(status.success(), "{status}"),
         }
-        // The output is complete or absent, whenever the kill came.
+        // The output is complete or absent, for every moment of the kill.
         if case.output().exists() {
             assert_same(&case.result(), &reference);
             finished += 1;
@@ -222,7 +222,7 @@ fn a_damaged_checkpoint_gives_way_to_the_one_before() {
         "{message}"
     );
     assert_same(&case.result(), &reference);
-    // Kept for whoever wants to know what happened to it.
+    // Kept, so a user can find out what happened to it.
     assert!(folder.join(format!("damaged-step-{newest:09}")).is_dir());
 }
 
@@ -393,8 +393,7 @@ fn a_full_disk_ends_in_an_error_and_leaves_the_last_checkpoint() {
 fn a_limit_on_files_ends_in_an_error_and_leaves_the_last_checkpoint() {
     let case = killed_at(2);
     let before = case.checkpoints().steps().unwrap();
-    // Files of at most 1 MiB; the signal that goes with it is ignored, as a program sees a full
-    // disk.
+    // Files of at most 1 MiB. Its signal is ignored, so the program sees a full disk.
     let mut command = Command::new("sh");
     command
         .args(["-c", "trap '' XFSZ; ulimit -f 2048; exec \"$0\" \"$@\""])
@@ -430,7 +429,7 @@ fn a_read_only_folder_ends_in_an_error_and_leaves_the_last_checkpoint() {
     mount.read_only();
     // The output is checked before anything is computed.
     case.fails(case.command(&["--resume"]), &["Read-only file system"]);
-    // An output elsewhere, so that the checkpoint is what fails.
+    // An output in another place, so the checkpoint fails.
     let folder = case.checkpoints().folder().to_str().unwrap().to_string();
     let output = case.root.path().join("out").to_str().unwrap().to_string();
     let save = [

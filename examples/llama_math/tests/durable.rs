@@ -54,7 +54,7 @@ fn a_closed_stream_loses_nothing() {
         .unwrap();
     let mut command = case.command(&SHORT);
     let mut child = command.stderr(full).spawn().unwrap();
-    // As `| head -1` does, after the first line of the program.
+    // Like `| head -1`, after the first line of the program.
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
     let first = lines.find(|line| line.as_ref().unwrap().contains("records"));
     first.unwrap().unwrap();
@@ -147,7 +147,7 @@ fn two_runs_in_one_folder() {
     assert_eq!(second.status.code(), Some(1));
     first.kill().unwrap();
     first.wait().unwrap();
-    // The lock of a killed process is none.
+    // The lock of a killed process does not count.
     let third = case.run(&["--save-every", "1", "--steps", "2", "--resume"]);
     assert!(!text(&third).contains("in use"), "{}", text(&third));
 }
@@ -156,7 +156,7 @@ fn two_runs_in_one_folder() {
 fn every_signal_that_ends_programs_saves_first() {
     for signal in ["HUP", "TERM", "INT"] {
         let case = Case::new();
-        // Steps are being taken once there is a checkpoint.
+        // Steps are running once there is a checkpoint.
         let child = case.start_until(1, &["--save-every", "1", "--steps", "100000"]);
         // Two at once, as `timeout` sends.
         let pid = child.id().to_string();
@@ -184,7 +184,7 @@ fn a_finished_job_that_is_started_again_is_finished() {
     assert!(said.contains("finished already"), "{said}");
     assert!(case.result().weights == before);
     assert!(!case.checkpoints().folder().exists());
-    // Nor is it the same in another dtype.
+    // A job with another dtype is another job.
     let other = case.run(&[&SHORT[..], &["--resume", "--output-dtype", "bf16"]].concat());
     assert_eq!(other.status.code(), Some(1));
     let differs = "made with --output-dtype same where this run has bf16";
@@ -206,7 +206,7 @@ fn a_finished_job_that_is_started_again_is_finished() {
     );
 }
 
-/// Runs the short job under `strace` with one call tampered with.
+/// Runs the short job under `strace`, which tampers with one call.
 fn tampered(case: &Case, calls: &str, how: &str) -> Output {
     let trace = case.root.path().join("trace");
     let arguments = serde_json::to_string(&case.arguments(&SHORT)).unwrap();
@@ -244,7 +244,7 @@ fn has_strace() -> bool {
     found.is_ok()
 }
 
-/// Calls that change what is on disk, but for writes. Each has a count of its own.
+/// Calls that change the disk, except writes. Each has its own count.
 const CHANGES: [&str; 9] = [
     "rename",
     "renameat",
@@ -257,7 +257,7 @@ const CHANGES: [&str; 9] = [
     "ftruncate",
 ];
 
-/// Runs the short job with each of its calls tampered with in turn, until none is left.
+/// Runs the short job once for each of its calls, and tampers with that call.
 fn each_call(how: impl Fn(usize) -> String, check: impl Fn(&Case, &Output, &str)) -> usize {
     let mut runs = 0;
     for call in CHANGES {
@@ -265,7 +265,7 @@ fn each_call(how: impl Fn(usize) -> String, check: impl Fn(&Case, &Output, &str)
             let case = Case::new();
             let output = tampered(&case, call, &format!("{}:when={number}", how(runs)));
             let trace = std::fs::read_to_string(case.root.path().join("trace")).unwrap();
-            // A killed process is not written about.
+            // strace writes nothing about a killed process.
             let happened = trace.contains("INJECTED") || trace.contains("killed by SIGKILL");
             if !happened {
                 assert!(output.status.success() && is_complete(&case.output()));
@@ -278,7 +278,7 @@ fn each_call(how: impl Fn(usize) -> String, check: impl Fn(&Case, &Output, &str)
     runs
 }
 
-/// What is left of a run: the output, or a checkpoint.
+/// The left-overs of a run: the output, or a checkpoint.
 fn something_is_left(case: &Case) -> bool {
     let found = case.checkpoints().latest().unwrap();
     is_complete(&case.output()) || found.checkpoint.is_some()
@@ -296,7 +296,7 @@ fn killed_before_any_call() {
             // Nothing half-written under the name of the output.
             let is_there = case.output().exists();
             assert!(!is_there || is_complete(&case.output()), "{call}");
-            // The first checkpoint is there once it has its name.
+            // The first checkpoint exists once it has its name.
             let trace = std::fs::read_to_string(case.root.path().join("trace")).unwrap();
             let saved = trace.lines().any(|line| {
                 let renamed = line.contains("rename(") && line.ends_with("= 0");
@@ -310,7 +310,7 @@ fn killed_before_any_call() {
             if calls.replace(calls.get() + 1) % 5 != 0 {
                 return;
             }
-            // The job goes on from there, and leaves nothing else.
+            // The job continues from there, and leaves nothing else.
             case.succeeds(&[&SHORT[..], &["--resume"]].concat());
             assert!(is_complete(&case.output()), "{call}");
             let names = std::fs::read_dir(case.root.path()).unwrap();
@@ -405,9 +405,9 @@ fn calls_of_last_phase(call: &str) -> (usize, usize) {
     (before, all)
 }
 
-/// After the last step the disk is full, a folder is closed, a stream is gone or the process is killed
-/// at a call that is drawn: the model or the newest checkpoint is there, and the message says where.
-/// `HD_PISSA_FAULTS` says how many of each call, `HD_PISSA_KILL_SEED` which.
+/// After the last step, at a randomly drawn call, the disk is full, a folder is closed, a stream is
+/// closed or the process is killed. The model or the newest checkpoint is there, and the message
+/// says where. `HD_PISSA_FAULTS` sets how many of each call are drawn, `HD_PISSA_KILL_SEED` which.
 #[test]
 fn faults_in_the_last_phase() {
     if !has_strace() {
@@ -500,7 +500,8 @@ fn a_mount_point_is_filled_and_replaced_inside() {
     );
 }
 
-/// What a lower layer holds cannot be renamed, as in a container whose image has an earlier output.
+/// An entry in a lower layer cannot be renamed, as in a container whose image has an earlier
+/// output.
 #[test]
 fn an_output_in_the_lower_layer_of_an_overlay_is_replaced() {
     let mut case = Case::new();
@@ -512,7 +513,7 @@ fn an_output_in_the_lower_layer_of_an_overlay_is_replaced() {
     case.place = lower.clone();
     case.succeeds(&SHORT);
     std::fs::write(case.output().join("old"), "of the first run").unwrap();
-    // The upper layer of an overlay may not be one itself, as in a container.
+    // The upper layer of an overlay must not be an overlay itself, as in a container.
     let Some(_upper) = Mount::new(&upper, "tmpfs", "size=32m") else {
         println!("skipped: this process may not mount a tmpfs");
         return;
@@ -556,7 +557,7 @@ fn a_file_system_without_room_is_refused_before_the_training() {
     );
 }
 
-/// A folder of somebody else's in which an output of this user's already is.
+/// Somebody else's folder, which already holds this user's output.
 #[test]
 fn a_parent_that_cannot_be_written_to_is_no_hindrance() {
     use std::os::unix::fs::{PermissionsExt, chown};

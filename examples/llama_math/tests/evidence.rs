@@ -1,4 +1,4 @@
-//! Sweeps: what a kill leaves of one, and what a trial measures.
+//! Sweeps: their state after a kill, and the measurements of a trial.
 
 mod common {
     pub mod case;
@@ -96,7 +96,7 @@ fn trials(folder: &Path) -> BTreeMap<String, (TrialResult, SystemTime)> {
     found
 }
 
-/// What of a result does not depend on time.
+/// The parts of a result that do not depend on time.
 fn numbers(result: &TrialResult) -> (Vec<u64>, u64, usize) {
     match &result.outcome {
         Outcome::Trained(measured) => (

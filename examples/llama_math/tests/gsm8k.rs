@@ -1,4 +1,4 @@
-//! Answers of GSM8K, and the shared inputs of people who ran into trouble.
+//! Answers of GSM8K, and the inputs that people reported.
 
 mod common;
 
@@ -28,7 +28,7 @@ fn every_reference_answer_is_found() {
     }
 }
 
-/// The cases that were reported: what must not count as correct.
+/// The reported cases: answers that must not count as correct.
 #[test]
 fn reported_answers_do_not_match_others() {
     for (found, reference) in [

@@ -1,4 +1,4 @@
-//! Surroundings that a run does not choose: environment variables, limits, ignored signals, ended
+//! Conditions outside a run's control: environment variables, limits, ignored signals, ended
 //! parents, and a training that diverges.
 
 #![cfg(unix)]
@@ -43,7 +43,7 @@ fn a_device_that_burn_does_not_know_is_an_error() {
             assert!(error.contains("flex"), "{error}");
             assert!(!case.output().exists());
         }
-        // Burn asks for its default whatever the option says.
+        // Burn reads its default for any value of the option.
         let case = Case::new();
         let output = case
             .command(&SHORT)
@@ -135,7 +135,8 @@ fn a_child_of_the_comparison_ends_with_its_parent() {
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    // The parent holds this end and writes nothing; the system closes it however the parent ends.
+    // The parent holds this end and writes nothing. The system closes it when the parent ends in
+    // any way.
     let alive = child.stdin.take();
     std::thread::sleep(Duration::from_millis(700));
     assert_eq!(child.try_wait().unwrap(), None, "it is at work");
@@ -163,7 +164,7 @@ fn a_run_that_diverges_saves_nothing_of_it_and_goes_on_at_another_rate() {
         let said = text(&output);
         assert_eq!(output.status.code(), Some(1), "{method}: {said}");
         assert!(!said.contains("nothing was written"), "{said}");
-        // The first steps of a warm-up have small rates, the first of all none.
+        // The first steps of a warm-up have small rates; the very first has the rate 0.
         let steps = case.checkpoints().steps().unwrap();
         let newest = *steps.last().unwrap();
         let left = format!("the checkpoint of step {newest} is in");

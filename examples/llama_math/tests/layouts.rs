@@ -1,5 +1,5 @@
-//! Shards spread over processes in any way end with the bits of a run on one worker, and no process
-//! is left waiting when another ends.
+//! With any distribution of shards over processes, a run ends with the bits of a run on one worker.
+//! No process keeps waiting when another ends.
 //!
 //! `HD_PISSA_REQUIRE_MPI=1` makes a missing `mpirun`, or a build without the feature `mpi`, an error.
 
@@ -88,14 +88,14 @@ mod mpi {
         let output = end(child);
         let message = text(&output);
         assert!(output.status.success(), "{message}");
-        // One process speaks for all.
+        // One process prints for all.
         assert_eq!(message.matches("usable within").count(), 1, "{message}");
         assert_eq!(message.matches("written: ").count(), 1, "{message}");
         true
     }
 
-    /// Ends soon, with one error that holds `parts` and an exit code that is not 0, and without
-    /// output.
+    /// Checks that it ends soon, with one error that holds `parts`, an exit code that is not 0, and
+    /// no output.
     #[track_caller]
     fn refused(case: &Case, programs: &[Part], parts: &[&str]) {
         let begin = Instant::now();
@@ -156,7 +156,7 @@ mod mpi {
         Some(end(child))
     }
 
-    /// What a run of [`SHORT`] with further options leaves on one worker.
+    /// The output of a run of [`SHORT`] with further options on one worker.
     fn on_one_worker(options: &[&str]) -> super::common::case::Run {
         let case = Case::new();
         case.succeeds(&[&SHORT[..], options].concat());

@@ -50,7 +50,7 @@ fn more_shards_reach_more_directions() {
         losses.windows(2).all(|pair| pair[0] > pair[1]),
         "{losses:?}"
     );
-    // What the shards' windows cannot reach stays, and the rest is learned for the most part.
+    // The part outside the shards' windows stays, and most of the rest is learned.
     for (loss, floor) in losses.iter().zip(numbers(layer, "out_of_reach")) {
         assert!(
             (floor - 0.02..floor + 0.25).contains(loss),
@@ -58,7 +58,7 @@ fn more_shards_reach_more_directions() {
         );
     }
 
-    // What the constants were not fitted to.
+    // The samples that the constants were not fitted to.
     assert_eq!(
         numbers(&report["llama_fit"]["checks"], "shards"),
         [2.0, 8.0]

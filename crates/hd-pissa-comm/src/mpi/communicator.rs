@@ -13,20 +13,22 @@ use crate::{CommError, Communicator, PendingGather, Traffic};
 
 /// One worker per process, under any launcher of MPI programs (`mpirun`, `srun`, …).
 ///
-/// Buffers go from each process to each of the others, through the host's memory, by calls that
-/// do not block and are polled until a time limit: a worker that is killed or stalls ends them
-/// with [`CommError::TimedOut`], which names it, and one that panics or leaves early at once with
-/// [`CommError::WorkerGone`]. The first worker to notice tells the others, so that all report the same.
+/// Buffers go from each process to each of the others, through the host's memory. The calls do not
+/// block; the worker polls them until a time limit. If another worker is killed or stalls, they end
+/// with [`CommError::TimedOut`], which names it. If it panics or leaves early, they end at once
+/// with [`CommError::WorkerGone`]. The first worker to notice tells the others, so all report the
+/// same.
 ///
-/// The messages of a gather that was started move while its worker is in any call; most MPI
-/// libraries move large ones only then.
+/// The messages of a started gather move while its worker is in any call; most MPI libraries move
+/// large messages only then.
 ///
-/// Dropping it waits until all workers drop theirs, up to the time limit, and shuts MPI down.
-/// After a failure, or if not all come, the process ends without that, which launchers report:
-/// MPI's own shutdown has no time limit. MPI cannot be initialized again in the same process.
+/// Dropping it waits until all workers drop theirs, up to the time limit, and shuts MPI down. After
+/// a failure, or if not all workers come, the process ends without the shutdown, because MPI's own
+/// shutdown has no time limit. Launchers report this. MPI cannot be initialized again in the same
+/// process.
 ///
-/// It can be made, used and dropped on different threads: MPI asks that the thread that initialized
-/// it also shuts it down, and one that does nothing else does both.
+/// It can be made, used and dropped on different threads. MPI must be shut down by the thread that
+/// initialized it; a dedicated thread does both.
 ///
 /// ```no_run
 /// use std::time::Duration;
@@ -50,12 +52,12 @@ pub struct MpiCommunicator {
 impl MpiCommunicator {
     /// Initializes MPI and meets the other processes.
     ///
-    /// `timeout` limits every call, this one included, from the moment a worker makes it, and a
-    /// started gather from the moment a worker waits for it (one that
-    /// fails takes up to 0.2 s more to tell the others): choose
-    /// it longer than anything that keeps one worker from its next call while others wait, such as
-    /// an evaluation or a checkpoint. A limit beyond the range of the clock, such as
-    /// [`Duration::MAX`], is none, neither for calls nor for the drop. [`DEFAULT_TIMEOUT`](Self::DEFAULT_TIMEOUT) is 60 s.
+    /// `timeout` limits every call, including this one, from the moment a worker makes it. It
+    /// limits a started gather from the moment a worker waits for it. A failed call takes up to 0.2
+    /// s more to tell the others. Choose a limit longer than anything that keeps one worker from
+    /// its next call while others wait, such as an evaluation or a checkpoint. A limit beyond the
+    /// range of the clock, such as [`Duration::MAX`], means no limit, for calls and for the drop.
+    /// [`DEFAULT_TIMEOUT`](Self::DEFAULT_TIMEOUT) is 60 s.
     ///
     /// # Errors
     ///
@@ -78,11 +80,11 @@ impl MpiCommunicator {
         })
     }
 
-    /// The time limit to use without a reason for another: 60 s.
+    /// The time limit to use if you have no reason for another: 60 s.
     pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
 
-    /// Index of this worker among those on the same machine: the device to use where every
-    /// process sees all devices of its machine.
+    /// Index of this worker among those on the same machine: the device to use if every process
+    /// sees all devices of its machine.
     pub fn local_index(&self) -> usize {
         self.local_index
     }
@@ -100,7 +102,7 @@ impl MpiCommunicator {
         self.with_group(|group| group.call(call, payload))
     }
 
-    /// What worker `root` sends in a call.
+    /// The bytes that worker `root` sends in a call.
     fn take_from(
         &self,
         call: Call,
@@ -176,7 +178,7 @@ impl Communicator for MpiCommunicator {
     }
 }
 
-/// A gather whose messages are under way.
+/// A gather whose messages are on their way.
 struct Pending<'a> {
     communicator: &'a MpiCommunicator,
     /// `None` once waited for.

@@ -1,5 +1,5 @@
-//! The exchange among processes: every message is sent to and received from each peer, and all
-//! are polled against one deadline.
+//! The exchange among processes: each process sends to and receives from every peer, and polls all
+//! messages against one deadline.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -11,11 +11,11 @@ use super::wire::{Farewell, Header};
 use crate::call::{Call, compare};
 use crate::{CommError, Traffic};
 
-/// How long the messages of a worker that said farewell may still be on their way.
+/// How long messages of a worker may still arrive after its farewell.
 const GRACE: Duration = Duration::from_millis(200);
-/// How long a worker that fails or panics stays to see its farewells leave.
+/// How long a failed or panicked worker stays until its farewells have left.
 const PARTING: Duration = Duration::from_millis(200);
-/// Waiting for workers longer than this, a worker sleeps between polls.
+/// A worker that waits longer than this sleeps between polls.
 const PATIENCE: Duration = Duration::from_millis(1);
 const NAP: Duration = Duration::from_micros(50);
 
@@ -23,7 +23,7 @@ pub(super) struct Group {
     world: World,
     timeout: Duration,
     peers: Vec<Peer>,
-    /// The calls under way, in the order in which they started.
+    /// The open calls, in the order in which they started.
     calls: VecDeque<InFlight>,
     /// Number of the next call.
     next: u64,
@@ -33,20 +33,20 @@ pub(super) struct Group {
 
 struct Peer {
     index: usize,
-    /// Its farewell, under way until it leaves.
+    /// Its farewell, until it has left.
     farewell: Option<Transfer>,
-    /// What its farewell said, and when it came.
+    /// Content and time of its farewell.
     left: Option<(Farewell, Instant)>,
 }
 
-/// A call under way.
+/// An open call.
 struct InFlight {
     number: u64,
     own: Header,
     payload: Arc<Vec<u8>>,
-    /// One with each peer, in the order of peers.
+    /// One exchange with each peer, in the order of peers.
     exchanges: Vec<Exchange>,
-    /// Whether nobody waits for it any more.
+    /// Whether nobody waits for it now.
     abandoned: bool,
 }
 
@@ -97,7 +97,7 @@ impl Exchange {
         Ok(())
     }
 
-    /// Whether nothing of it is left to do.
+    /// Whether it is complete.
     fn done(&self) -> bool {
         self.header.is_none() && self.payload.is_none() && self.sent
     }
@@ -141,7 +141,7 @@ impl Group {
         Ok(machines)
     }
 
-    /// Of the calls that were waited for.
+    /// Traffic of the completed calls.
     pub(super) fn traffic(&self) -> Traffic {
         self.traffic
     }
@@ -152,13 +152,12 @@ impl Group {
         self.complete(number)
     }
 
-    /// Makes a call, whose messages are then under way. They move whenever a call starts or is
-    /// waited for.
+    /// Starts a call. Its messages move whenever a call starts or is waited for.
     pub(super) fn begin(&mut self, call: Call, payload: Vec<u8>) -> Result<u64, CommError> {
         self.or_fail(|group| group.try_begin(call, payload))
     }
 
-    /// What each worker sent in a call, by index: nothing from those that had nothing to send.
+    /// The bytes that each worker sent in a call, by index; empty for those without a payload.
     pub(super) fn complete(&mut self, number: u64) -> Result<Vec<Vec<u8>>, CommError> {
         self.or_fail(|group| group.try_complete(number))
     }
@@ -260,7 +259,7 @@ impl Group {
         compare(&calls)?;
         let sent: Vec<_> = headers.iter().map(|header| header.bytes).collect();
         self.traffic.count(self.world.index, &sent);
-        // Every send is complete, so that nothing shares the buffer.
+        // Every send is complete, so nothing shares the buffer.
         let mut own = Arc::unwrap_or_clone(call.payload);
         let part = part(call.own.call, own.len(), self.world.index, self.world.size);
         own.truncate(part.end);
@@ -269,10 +268,10 @@ impl Group {
         Ok(payloads)
     }
 
-    /// Moves the messages of the calls under way.
+    /// Moves the messages of the open calls.
     fn poll_calls(&mut self) -> Result<(), CommError> {
-        // A peer's payload must be asked for before its next header is read: MPI gives messages
-        // with the same tag to the first that asks.
+        // Ask for a peer's payload before reading its next header: MPI gives messages with the same
+        // tag to the first request.
         let mut blocked = vec![false; self.peers.len()];
         for call in &mut self.calls {
             for (exchange, blocked) in call.exchanges.iter_mut().zip(&mut blocked) {
@@ -286,7 +285,7 @@ impl Group {
         Ok(())
     }
 
-    /// Learns which workers left, and fails if one of them did because of a failure.
+    /// Reads which workers left, and fails if one of them left because of a failure.
     fn poll_farewells(&mut self) -> Result<(), CommError> {
         for peer in &mut self.peers {
             let Some(mut message) = peer.farewell.take() else {
@@ -305,7 +304,7 @@ impl Group {
         Ok(())
     }
 
-    /// Fails if a worker that left before this call is the one that is missing.
+    /// Fails if the missing worker left before this call.
     fn refuse_departed(&self, exchanges: &[Exchange]) -> Result<(), CommError> {
         let departed = self.peers.iter().zip(exchanges).find(|(peer, exchange)| {
             let left = peer.left.as_ref();
@@ -317,8 +316,8 @@ impl Group {
         }
     }
 
-    /// Names the workers that did not call; if all did, those whose data did not come; if it all
-    /// came, those that did not take ours.
+    /// Names the workers that did not call; if all called, those whose data did not arrive; if all
+    /// data arrived, those that did not take ours.
     fn timed_out(&self, exchanges: &[Exchange]) -> CommError {
         let find = |late: fn(&Exchange) -> bool| -> Vec<usize> {
             let late = exchanges.iter().filter(|exchange| late(exchange));
@@ -336,7 +335,7 @@ impl Group {
         }
     }
 
-    /// Says farewell to everyone; returns when the messages have left, or soon after.
+    /// Sends a farewell to every worker; returns when the messages have left, or soon after.
     fn part(&mut self, farewell: &Farewell) {
         let message = Arc::new(farewell.encode(self.world.size));
         let send = |peer: &Peer| {
@@ -359,8 +358,8 @@ impl Group {
         }
     }
 
-    /// Shuts MPI down if every worker got here; otherwise leaves it to the end of the process,
-    /// because MPI's own shutdown would wait for the missing ones.
+    /// Shuts MPI down if every worker got here. Otherwise leaves it to the end of the process,
+    /// because MPI's own shutdown would wait for the missing workers.
     pub(super) fn leave(mut self) {
         if self.failure.is_some() {
             return;

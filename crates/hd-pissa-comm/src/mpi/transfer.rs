@@ -19,7 +19,7 @@ use crate::CommError;
 const PIECE: usize = 1 << 30;
 const SUCCESS: c_int = ffi::MPI_SUCCESS as c_int;
 
-/// What a message is about, as MPI's tag.
+/// The kind of a message, as MPI's tag.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Tag {
     Header = 1,
@@ -29,8 +29,8 @@ pub(super) enum Tag {
 
 /// The processes that the launcher started.
 ///
-/// Dropping it leaves MPI as it is: shutting it down waits for every other process, which
-/// [`finalize`](Self::finalize) does.
+/// Dropping it leaves MPI as it is. [`finalize`](Self::finalize) shuts MPI down, which waits for
+/// every other process.
 pub(super) struct World {
     main: MainThread,
     comm: ffi::MPI_Comm,
@@ -48,7 +48,7 @@ impl World {
         let unavailable = |reason: &str| CommError::Unavailable {
             reason: reason.into(),
         };
-        // MPI allows one call of its initialization, and no two at a time.
+        // MPI allows only one initialization.
         static INITIALIZED: AtomicBool = AtomicBool::new(false);
         let mut before: c_int = 0;
         // SAFETY: may be called at any time, with a valid place for the result.
@@ -61,7 +61,7 @@ impl World {
         // SAFETY: MPI is initialized, and the results have valid places.
         let comm = unsafe {
             let comm = ffi::RSMPI_COMM_WORLD;
-            // A failed transfer is for us to report; by default it would end the process.
+            // By default MPI ends the process on a failed transfer. We report an error instead.
             ffi::MPI_Comm_set_errhandler(comm, ffi::RSMPI_ERRORS_RETURN);
             ffi::MPI_Comm_rank(comm, &mut index);
             ffi::MPI_Comm_size(comm, &mut size);
@@ -144,11 +144,11 @@ impl World {
     }
 }
 
-/// MPI's main thread: the one that initialized it, which is the only one that may shut it down.
+/// MPI's main thread. It initializes MPI, and only this thread may shut it down.
 ///
-/// A communicator can be dropped on another thread than the one that made it, which may have
-/// ended. So this thread exists for the two calls alone, and sleeps between them. Dropped without
-/// [`finalize`](Self::finalize), it ends and leaves MPI as it is.
+/// A communicator may be dropped on another thread than the one that made it, and that thread may
+/// have ended. This thread therefore exists only for the two calls, and sleeps between them. If it
+/// is dropped without [`finalize`](Self::finalize), it ends and leaves MPI as it is.
 struct MainThread {
     thread: JoinHandle<()>,
     /// Tells it to shut MPI down.
@@ -156,7 +156,7 @@ struct MainThread {
 }
 
 impl MainThread {
-    /// Initializes MPI, which must not be initialized; the reason if that fails.
+    /// Initializes MPI, which must not be initialized yet. Returns the reason if that fails.
     fn start() -> Result<Self, String> {
         let (report, initialized) = mpsc::channel();
         let (finalize, shut_down) = mpsc::channel();
@@ -181,13 +181,13 @@ impl MainThread {
 
     /// Shuts MPI down, and returns when that is done.
     fn finalize(self) {
-        // It cannot have ended: it waits for this.
+        // It cannot have ended, because it waits for this.
         let _ = self.finalize.send(());
         let _ = self.thread.join();
     }
 }
 
-/// Initializes MPI for calls from any thread, one at a time; the reason if that fails.
+/// Initializes MPI for calls from any thread, one at a time. Returns the reason if that fails.
 fn initialize() -> Result<(), String> {
     let mut threading: c_int = 0;
     // SAFETY: MPI is not initialized; it takes null for the arguments of the program.
@@ -214,17 +214,18 @@ fn null_request() -> ffi::MPI_Request {
     unsafe { ffi::RSMPI_REQUEST_NULL }
 }
 
-/// Offset and length of each piece of a message of `len` bytes; one empty piece of an empty one.
+/// Offset and length of each piece of a message of `len` bytes. An empty message has one empty
+/// piece.
 fn pieces(len: usize) -> impl Iterator<Item = (usize, c_int)> {
     (0..len.max(1))
         .step_by(PIECE)
         .map(move |offset| (offset, (len - offset).min(PIECE) as c_int))
 }
 
-/// A message under way.
+/// A message on its way.
 ///
-/// Dropped before it is complete, it leaves its buffer to MPI, which may still use it: cancelling
-/// a transfer whose other end is gone may never return.
+/// If it is dropped before it is complete, it leaves its buffer to MPI, which may still use it:
+/// cancelling a transfer whose other end is gone may never return.
 pub(super) struct Transfer {
     /// This worker and the other one.
     ends: [usize; 2],
@@ -260,7 +261,7 @@ impl Transfer {
         }
     }
 
-    /// Whether the message is complete. Gives MPI the time to move it.
+    /// Whether the message is complete. The call lets MPI move it.
     pub(super) fn poll(&mut self) -> Result<bool, CommError> {
         while self.failed.is_none() && !self.pending.is_empty() {
             let mut done: c_int = 0;
@@ -310,7 +311,7 @@ fn describe(code: c_int) -> String {
     String::from_utf8_lossy(&text).into_owned()
 }
 
-/// What MPI writes into a place for `longest` characters.
+/// The text that MPI writes into a buffer of `longest` characters.
 fn text(longest: u32, write: impl FnOnce(*mut c_char, &mut c_int)) -> Vec<u8> {
     let mut bytes = vec![0u8; longest as usize];
     let mut len: c_int = 0;

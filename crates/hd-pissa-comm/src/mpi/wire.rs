@@ -1,4 +1,4 @@
-//! What workers send besides payloads: a header before each, and one farewell.
+//! Messages besides payloads: a header before each payload, and one farewell.
 
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ const DTYPES: [DType; 5] = [
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Header {
     pub(super) call: Call,
-    /// Length of the payload that follows it, in bytes; none follows if 0.
+    /// Length in bytes of the payload that follows; no payload follows if it is 0.
     pub(super) bytes: usize,
 }
 
@@ -45,7 +45,7 @@ impl Header {
         encode_words(&[kind, dtype, root, self.bytes as u64])
     }
 
-    /// `None` if the bytes are no header.
+    /// `None` if the bytes are not a header.
     pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
         let words = decode_words(bytes);
         let &[kind, dtype, root, bytes] = &words[..] else {
@@ -66,12 +66,12 @@ impl Header {
     }
 }
 
-/// The last message of a worker to each of the others.
+/// The last message of a worker to each other worker.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Farewell {
     /// It dropped its communicator after its last call.
     Done,
-    /// It panicked, or found that the workers' calls differ, as all others find too.
+    /// It panicked, or found that the workers' calls differ. All others find the same.
     Gone,
     /// A call failed.
     Failed(CommError),
@@ -110,7 +110,7 @@ impl Farewell {
         bytes
     }
 
-    /// A farewell that cannot be read counts as [`Gone`](Self::Gone).
+    /// An unreadable farewell counts as [`Gone`](Self::Gone).
     pub(super) fn decode(bytes: &[u8]) -> Self {
         let (head, text) = bytes.split_at(bytes.len().saturating_sub(TEXT));
         let words = decode_words(head);

@@ -1,4 +1,4 @@
-//! What one worker of a group does; every worker runs the same function.
+//! The jobs of one worker of a group; every worker runs the same function.
 
 #[cfg(feature = "mpi")]
 pub mod mpirun;
@@ -11,11 +11,11 @@ use hd_pissa_comm::{
     gather_integers,
 };
 
-/// Generous: nobody fails.
+/// Long, because nobody fails.
 pub const CONTRACT_TIMEOUT: Duration = Duration::from_secs(60);
 /// What Burn reads the default device's name from; no device has this one.
 pub const NO_DEFAULT_DEVICE: (&str, &str) = ("BURN_DEVICE", "none");
-/// What the tests of faults wait.
+/// The time limit of the tests of faults.
 pub const SHORT_TIMEOUT: Duration = Duration::from_secs(2);
 
 fn bytes(tensor: Tensor<1>) -> Vec<u8> {
@@ -27,8 +27,8 @@ fn tensor(bytes: &[u8], dtype: DType) -> Tensor<1> {
     Tensor::from_data(data, (&Device::flex(), dtype))
 }
 
-/// Bytes that depend on everything a transport could mix up; as floats they hold NaN of many
-/// kinds, infinities, subnormals and negative zeros.
+/// Bytes that depend on everything a transport could mix up. As floats they include many kinds of
+/// NaN, infinities, subnormals and negative zeros.
 fn noise(len: usize, worker: usize, round: usize) -> Vec<u8> {
     let mut state = (worker as u64) << 32 | round as u64 | 1 << 63;
     let mut bytes: Vec<u8> = (0..len)
@@ -47,15 +47,15 @@ fn noise(len: usize, worker: usize, round: usize) -> Vec<u8> {
     bytes
 }
 
-/// What holds of every transport without faults.
+/// Checks every transport must pass without faults.
 pub fn contract(communicator: &impl Communicator) {
     let (worker, workers) = (communicator.worker_index(), communicator.num_workers());
     assert!(worker < workers);
     let mut expected = Traffic::default();
-    // More rounds than one, so that a fast worker meets a slow one in the round before.
+    // Several rounds, so a fast worker meets a slow one in the round before.
     for round in 0..50 {
         let dtype = [DType::F32, DType::BF16, DType::F16][round % 3];
-        // Nothing, less than a page, and now and then what needs more than one message.
+        // Nothing, less than a page, and sometimes more than one message.
         let len = match round {
             17 => 1_000_003,
             18 => 700_001,
@@ -73,7 +73,7 @@ pub fn contract(communicator: &impl Communicator) {
         expected.received += others * len as u64;
 
         let root = round % workers;
-        // The others need not know how much comes.
+        // The others do not need to know the length.
         let own = if worker == root { len } else { 0 };
         let received = communicator
             .broadcast(tensor(&noise(own, worker, round), dtype), root)
@@ -108,7 +108,7 @@ pub fn contract(communicator: &impl Communicator) {
     }
 }
 
-/// Finite values of very different sizes, whose sum depends on the order.
+/// Finite values of very different sizes: their sum depends on the order.
 pub fn mixed(len: usize, worker: usize, round: usize) -> Vec<f32> {
     let bytes = noise(4 * len, worker, round);
     let (bits, _) = bytes.as_chunks();
@@ -130,8 +130,8 @@ fn le_bytes(values: &[f32]) -> Vec<u8> {
         .collect()
 }
 
-/// What a reduce_scatter promises, from the top: the terms before the largest power of two, and the
-/// rest.
+/// The order that a reduce_scatter promises, from the top: the terms before the largest power of
+/// two, and the rest.
 pub fn tree_sum(terms: &[Vec<f32>]) -> Vec<f32> {
     let [first, _, ..] = terms else {
         return terms[0].clone();
@@ -142,7 +142,7 @@ pub fn tree_sum(terms: &[Vec<f32>]) -> Vec<f32> {
     left.iter().zip(right).map(|(x, y)| x + y).collect()
 }
 
-/// Byte strings of other lengths on each worker.
+/// Byte strings with a different length on each worker.
 fn byte_strings(communicator: &impl Communicator, round: usize, len: usize) {
     let (worker, workers) = (communicator.worker_index(), communicator.num_workers());
     let before = communicator.traffic();
@@ -166,7 +166,7 @@ fn byte_strings(communicator: &impl Communicator, round: usize, len: usize) {
     assert_eq!(after.received - before.received, received as u64);
 }
 
-/// What holds of the functions on top of byte strings, on every transport.
+/// Checks of the functions on top of byte strings, on every transport.
 pub fn control(communicator: &impl Communicator) {
     let (worker, workers) = (communicator.worker_index(), communicator.num_workers());
     let last = workers - 1;
@@ -193,7 +193,7 @@ pub fn control(communicator: &impl Communicator) {
         assert_eq!(all_or_none(communicator, own), Err(expected));
     }
 
-    // Descriptions alike, and those of which the last worker's differs from all others.
+    // Equal descriptions, and descriptions of which only the last worker's differs.
     for (text, other, line, theirs) in [
         ("", "", None, None),
         ("one\ntwo ü\nthree", "one\ntwo ü\nthree", None, None),
@@ -225,7 +225,7 @@ pub fn control(communicator: &impl Communicator) {
         };
         assert_eq!(result, Err(expected));
     }
-    // Every worker has its own: all name worker 0, which names the first of them.
+    // All descriptions differ: all workers name worker 0, which names the first of them.
     let result = agree(communicator, &format!("same\n{worker}"));
     if workers > 1 {
         let other = usize::from(worker == 0);
@@ -257,7 +257,7 @@ pub fn control(communicator: &impl Communicator) {
     };
     assert_eq!(error, expected);
 
-    // Functions that differ, which for the transport are the same call.
+    // Different functions, which are the same call of the transport.
     let mismatch = |call: &str| CommError::CallMismatch {
         worker: last,
         call: call.into(),
@@ -284,8 +284,8 @@ pub fn control(communicator: &impl Communicator) {
     }
 }
 
-/// Several gathers under way, with another call between them, waited for in another order than
-/// that in which they started, or not at all.
+/// Several open gathers, with another call between them. The worker waits for them in another order
+/// than it started them, or not at all.
 fn started_gathers(communicator: &impl Communicator, round: usize, len: usize) {
     let (worker, workers) = (communicator.worker_index(), communicator.num_workers());
     let before = communicator.traffic();
@@ -344,7 +344,7 @@ const FAULTS: [Fault; 7] = [
     Fault::Call,
 ];
 
-/// In which call it fails: large ones, whose buffers take more than one message.
+/// The call in which it fails. Large calls have buffers of more than one message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verb {
     Gather,
@@ -370,7 +370,7 @@ impl Verb {
             }
             (Self::Bytes, _) => communicator.all_gather_bytes(&vec![0; len]).unwrap_err(),
             (_, None) => communicator.all_gather(zeros(len)).unwrap_err(),
-            // Whether the first still succeeds depends on how far it has come.
+            // The first may still succeed, depending on its progress.
             (_, Some(first)) => match (communicator.start_all_gather(zeros(len)), first.wait()) {
                 (Ok(second), Ok(_)) => second.wait().unwrap_err(),
                 (_, Err(error)) | (Err(error), _) => error,
@@ -378,7 +378,7 @@ impl Verb {
         }
     }
 
-    /// As errors name it.
+    /// Its name in errors.
     fn name(self) -> &'static str {
         match self {
             Self::Gather | Self::GatherBesideAnother => "all_gather of F32 values",
@@ -418,8 +418,8 @@ fn fails<C: Communicator>(
     (error, elapsed)
 }
 
-/// Three calls that succeed, then one in which the last worker fails in the way given: the error
-/// that this worker gets, and the time it took.
+/// Makes three calls that succeed, then one in which the last worker fails in the given way.
+/// Returns the error that this worker gets, and the time it took.
 pub fn fault<C: Communicator>(communicator: &C, fault: Fault, verb: Verb) -> (CommError, Duration) {
     const LEN: usize = 100_003;
     for _ in 0..3 {
@@ -453,7 +453,7 @@ pub fn fault<C: Communicator>(communicator: &C, fault: Fault, verb: Verb) -> (Co
     let start = Instant::now();
     let error = match fault {
         Fault::Leave => {
-            // As far as the others can tell; this worker's own error is made up.
+            // The others see this fault; this worker's own error is made up.
             let worker = communicator.worker_index();
             CommError::WorkerGone { worker }
         }
@@ -463,12 +463,12 @@ pub fn fault<C: Communicator>(communicator: &C, fault: Fault, verb: Verb) -> (Co
 }
 
 impl Fault {
-    /// Whether it takes the whole process.
+    /// Whether it ends the whole process.
     pub fn ends_process(self) -> bool {
         matches!(self, Fault::Exit | Fault::Kill)
     }
 
-    /// How many workers live to report it.
+    /// The number of workers that survive to report it.
     #[cfg(feature = "mpi")]
     pub fn reporters(self, workers: usize) -> usize {
         workers - usize::from(self.ends_process() || self == Fault::Panic)

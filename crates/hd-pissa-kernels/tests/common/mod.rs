@@ -11,8 +11,8 @@ use half::f16;
 use hd_pissa_bits::splitmix;
 use hd_pissa_kernels::{FloatType, Matrix, reference::Shard};
 
-/// The client of the most capable device of the build's runtimes. `None`, with a message, where
-/// there is none. A runtime that the environment requires must be the one found.
+/// The client of the most capable device of the build's runtimes. `None`, with a message, if there
+/// is no device. A runtime that the environment requires must be the one found.
 pub fn client() -> Option<Client> {
     static CLIENT: OnceLock<Option<Client>> = OnceLock::new();
     let client = CLIENT.get_or_init(find).clone();
@@ -118,7 +118,7 @@ pub fn download_words(client: &Client, handle: &Handle) -> Vec<u32> {
         .collect()
 }
 
-/// Values as the device holds them.
+/// Values after rounding to the device's type.
 pub fn rounded(values: &[f32], dtype: FloatType) -> Vec<f32> {
     match dtype {
         FloatType::F32 => values.to_vec(),
@@ -130,7 +130,7 @@ pub fn rounded(values: &[f32], dtype: FloatType) -> Vec<f32> {
     }
 }
 
-/// How a matrix lies in its buffer.
+/// The layout of a matrix in its buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Layout {
     RowMajor,
@@ -166,7 +166,8 @@ fn span(shape: [usize; 2], strides: [usize; 2]) -> usize {
     (shape[0] - 1) * strides[0] + (shape[1] - 1) * strides[1] + 1
 }
 
-/// Puts a row-major matrix on the device; unused elements are NaN, so that reading one shows.
+/// Puts a row-major matrix on the device. Unused elements are NaN, so a test notices if one is
+/// read.
 pub fn matrix(
     client: &Client,
     values: &[f32],

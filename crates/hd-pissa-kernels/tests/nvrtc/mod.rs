@@ -23,7 +23,7 @@ pub enum NvrtcError {
     Compile(String),
 }
 
-/// What the assembler reports of one kernel.
+/// The assembler's report of one kernel.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Usage {
     pub registers: u64,
@@ -33,7 +33,7 @@ pub struct Usage {
     pub cubin_bytes: usize,
 }
 
-/// Whether the environment names the folder to look in.
+/// Whether the environment names the folder of NVRTC.
 pub fn is_named() -> bool {
     std::env::var_os("HD_PISSA_NVRTC").is_some()
 }
@@ -145,7 +145,8 @@ fn c_string(text: String) -> CString {
     CString::new(text).expect("neither options nor sources hold a zero byte")
 }
 
-/// Reads `--ptxas-options=-v`. A log without the figures is an error: a spill must not hide in it.
+/// Reads the output of `--ptxas-options=-v`. A log without the figures is an error, because it
+/// could hide a spill.
 fn usage(log: &str) -> Result<Usage, NvrtcError> {
     let before = |unit: &str| {
         let end = log.find(unit)?;
@@ -159,7 +160,7 @@ fn usage(log: &str) -> Result<Usage, NvrtcError> {
             registers: before(" registers")?,
             spill_bytes: before(" bytes spill stores")? + before(" bytes spill loads")?,
             stack_bytes: before(" bytes stack frame")?,
-            // Absent where a kernel has none.
+            // Absent if a kernel has none.
             shared_bytes: before(" bytes smem").unwrap_or(0),
             cubin_bytes: 0,
         })

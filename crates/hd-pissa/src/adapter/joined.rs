@@ -1,4 +1,4 @@
-//! The frames of several shards side by side, joined once and kept.
+//! The frames of several shards side by side. They are joined once and kept.
 
 use std::fmt::{self, Debug, Formatter};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,16 +12,16 @@ use crate::ops::{Origin, part_of};
 pub(crate) struct JoinedFrames(Arc<Mutex<Option<Joined>>>);
 
 struct Joined {
-    /// What was joined.
+    /// The parts that were joined.
     parts: Vec<[Origin; 2]>,
     /// `[d_input, n · rank]` and `[n · rank, d_output]`, without autodiff.
     whole: [Tensor<2>; 2],
 }
 
 impl JoinedFrames {
-    /// The pairs `a: [d_input, rank]`, `b: [rank, d_output]` side by side: `[d_input, n · rank]` and
-    /// `[n · rank, d_output]`, whose gradients go to the pairs. Values are copied only where they are
-    /// others than the last time.
+    /// The pairs `a: [d_input, rank]`, `b: [rank, d_output]` side by side: `[d_input, n · rank]`
+    /// and `[n · rank, d_output]`, whose gradients go to the pairs. Copies only values that differ
+    /// from the last time.
     pub(super) fn of(&self, pairs: Vec<[Tensor<2>; 2]>) -> [Tensor<2>; 2] {
         let whole = self.values(&pairs);
         let (a, b): (Vec<_>, Vec<_>) = pairs.into_iter().map(|[a, b]| (a, b)).unzip();
@@ -55,7 +55,7 @@ impl JoinedFrames {
     }
 }
 
-/// Says nothing of values: they are those of the shards.
+/// Without values: they are those of the shards.
 impl Debug for JoinedFrames {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         f.write_str("JoinedFrames")
@@ -111,13 +111,13 @@ mod tests {
         let pairs = draw();
         let first = check(&pairs);
         assert!(check(&pairs).is(&first));
-        // The same memory with nodes of its own, as the copy of another thread has.
+        // The same memory with its own nodes, as in the copy of another thread.
         let copies = pairs.iter().map(|pair| {
             let copy = |tensor: &Tensor<2>| Tensor::from_inner(tensor.clone().inner());
             pair.each_ref().map(copy)
         });
         assert!(check(&copies.collect::<Vec<_>>()).is(&first));
-        // Equal values elsewhere, in another order, fewer, and others.
+        // Equal values in other memory, in another order, fewer, and different values.
         let mut others = pairs.clone();
         others[1][0] = others[1][0].clone() * 1.0;
         assert!(!check(&others).is(&first));

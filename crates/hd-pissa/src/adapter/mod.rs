@@ -1,4 +1,4 @@
-//! The adapter: its module, and how it is attached to a model.
+//! The adapter: its module, and its attachment to a model.
 
 mod apply;
 mod joined;

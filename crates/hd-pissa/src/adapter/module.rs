@@ -13,11 +13,11 @@ use crate::path::{ADAPTER, RESIDUAL, ShardName, stochastic_name};
 use crate::windows::FrameChoice;
 use crate::{FrameScale, Windows};
 
-/// One shard of an adapter: a window of principal components of the weight, or of what
-/// [`Windows`] says.
+/// One shard of an adapter: a window of principal components of the weight, or of other directions
+/// that [`Windows`] chooses.
 ///
-/// The factors are fixed frames. They take gradients, but an optimizer step moves the weight and
-/// leaves them as they are.
+/// The factors are fixed frames. They take gradients, but an optimizer step moves the weight, not
+/// the factors.
 #[derive(Debug, Module)]
 pub struct HdPissaShard {
     /// Left factor, `U_k · √Σ_k` unless [`FrameScale`] says otherwise, `[d_input, rank]`, `f32`.
@@ -26,20 +26,21 @@ pub struct HdPissaShard {
     pub b: Param<Tensor<2>>,
     /// Whether gradients of the next forward pass go to this shard.
     pub selected: Param<Flag>,
-    /// Index `k` of the shard, which says which window is its own; see [`Windows`].
+    /// Index `k` of the shard, which determines its window; see [`Windows`].
     pub index: usize,
 }
 
-/// The adapter of one weight: the factors of the shards that this worker hosts, or of all shards
-/// where they share gradients.
+/// The adapter of one weight: the factors of the shards that this worker hosts, or of all shards if
+/// they share gradients.
 ///
 /// Attached to a `Param<Tensor<2>>` as a [`Reparameterization`]. The value of the parameter is the
-/// base weight, unchanged; the shard that [`select_shard`](crate::HdPissaModule::select_shard)
-/// chose receives the gradients, or all shards do.
+/// unchanged base weight. The gradients go to the shard that
+/// [`select_shard`](crate::HdPissaModule::select_shard) chose, or to all shards.
 ///
 /// Parameter paths are `{weight}.hd_pissa.shard_{k}_of_{K}.a` and `.b`, and
-/// `{weight}.hd_pissa.companion`. What is not as published is part of the shard's name, such as
-/// `shard_{k}_of_{K}_random_7_unit_shared`: records of one choice do not load into another.
+/// `{weight}.hd_pissa.companion`. Settings that differ from the published ones are part of the
+/// shard's name, as in `shard_{k}_of_{K}_random_7_unit_shared`: records of one choice do not load
+/// into another.
 #[derive(Clone, Debug)]
 pub struct HdPissaAdapter {
     /// The shards, by ascending index.
@@ -50,7 +51,7 @@ pub struct HdPissaAdapter {
     pub gradients: GradientMode,
     /// Which directions of the weight the shards hold.
     pub windows: Windows,
-    /// How long the vectors of the frames are.
+    /// The length of the vectors of the frames.
     pub frame_scale: FrameScale,
     /// Gradient scale `s = alpha / rank`.
     pub scale: f64,
@@ -119,7 +120,7 @@ impl Reparameterization for HdPissaAdapter {
     fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
         match self.frames() {
             Some((a, b)) => {
-                // Attached to rank-2 parameters only; this restates the type.
+                // Adapters are attached only to rank-2 parameters; this restates the type.
                 let base = Tensor::<2>::from_dispatch(base.into_dispatch());
                 let weight = adapter_weight(base, a, b, self.scale);
                 Tensor::from_dispatch(weight.into_dispatch())
@@ -132,8 +133,8 @@ impl Reparameterization for HdPissaAdapter {
 /// Container type that traversals of the adapter announce.
 const CONTAINER: &str = "Struct:HdPissaAdapter";
 
-/// Written out because the name of a shard carries its index, which a derived traversal of a `Vec`
-/// replaces by the position.
+/// Written by hand: the name of a shard carries its index, and a derived traversal of a `Vec` would
+/// replace it by the position.
 impl Module for HdPissaAdapter {
     fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
         for shard in &self.shards {

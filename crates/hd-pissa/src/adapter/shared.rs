@@ -1,4 +1,4 @@
-//! Principal components that each worker computes only a share of.
+//! Principal components, with the decompositions distributed over workers.
 
 use std::collections::HashMap;
 
@@ -12,24 +12,24 @@ use crate::plan::Target;
 use crate::{HdPissaConfig, HdPissaError};
 
 impl HdPissa {
-    /// As [`prepare`](Self::prepare), with the decompositions dealt out to the workers that
-    /// `communicator` connects: each weight is decomposed by one of them, which sends its factors to
-    /// the others. Every worker calls it with the same model and configuration, and its own hosted
-    /// shards. The factors are those of `prepare`, bit for bit (of the processor that computed
-    /// them, where processors of several types take part).
+    /// Works as [`prepare`](Self::prepare), but distributes the decompositions over the workers
+    /// that `communicator` connects: one worker decomposes each weight and sends its factors to the
+    /// others. Every worker calls it with the same model and configuration, and its own hosted
+    /// shards. The factors are those of `prepare`, bit for bit. If processors of several types take
+    /// part, they are those of the processor that computed them.
     ///
-    /// Weights are taken by falling cost, one for each worker at a time, and exchanged before the
-    /// next ones are taken. A worker thus waits for no longer than one decomposition takes,
-    /// which is what the communicator's time limit must allow. `progress` is called after each
-    /// weight that this worker decomposes.
+    /// Workers take the most expensive weights first, one for each worker at a time, and exchange
+    /// them before they take the next. A worker thus waits no longer than one decomposition takes,
+    /// and the communicator's time limit must allow that. `progress` is called after each weight
+    /// that this worker decomposes.
     ///
-    /// Values of weights are not compared here; the first optimizer step does that.
+    /// This function does not compare values of weights; the first optimizer step does.
     ///
     /// # Errors
     ///
-    /// Those of `prepare`. What one worker finds reaches the others as
-    /// [`HdPissaError::OtherWorker`]; workers that disagree on what to prepare get
-    /// [`HdPissaError::WorkerMismatch`], and a failed exchange is [`HdPissaError::Comm`].
+    /// Those of `prepare`. An error of one worker reaches the others as
+    /// [`HdPissaError::OtherWorker`]. Workers with different adapters get
+    /// [`HdPissaError::WorkerMismatch`]. A failed exchange is [`HdPissaError::Comm`].
     pub fn prepare_shared<M: Module>(
         model: &M,
         config: &HdPissaConfig,
@@ -80,7 +80,7 @@ impl HdPissa {
     }
 }
 
-/// Positions of the targets, those whose decomposition takes longest first.
+/// Positions of the targets, the longest decompositions first.
 fn by_falling_cost(targets: &[Target]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..targets.len()).collect();
     order.sort_by_key(|&index| {
@@ -101,7 +101,7 @@ fn flatten(frames: &WeightFrames, shards: usize) -> Vec<f32> {
         .collect()
 }
 
-/// The values of worker `root`, which lie on the host on either side.
+/// The values of worker `root`, which are on the host on both sides.
 fn broadcast(
     communicator: &dyn Communicator,
     own: &[f32],
@@ -113,7 +113,7 @@ fn broadcast(
     Ok(values.iter().copied().map(f32::from_le_bytes).collect())
 }
 
-/// What a worker is about to prepare, line by line.
+/// The adapters that a worker prepares, line by line.
 fn description(config: &HdPissaConfig, targets: &[Target]) -> String {
     let version = env!("CARGO_PKG_VERSION");
     let (shards, alpha, svd, precision) =

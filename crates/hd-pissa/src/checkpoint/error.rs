@@ -1,4 +1,4 @@
-//! Why a checkpoint cannot be written or used.
+//! Errors of writing and using checkpoints.
 
 use std::error::Error;
 use std::fmt::{self, Debug, Display, Formatter};
@@ -19,7 +19,7 @@ pub enum CheckpointError {
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: Cause,
     },
     /// A file is missing, cut off or changed, or holds something else.
@@ -29,7 +29,7 @@ pub enum CheckpointError {
         path: PathBuf,
         /// What is wrong with it.
         reason: String,
-        /// The error that says so, if it is one of the system's or Burn's.
+        /// The error of the system or of Burn behind it, if any.
         #[source]
         source: Option<Cause>,
     },
@@ -74,12 +74,12 @@ pub enum CheckpointError {
         /// Its value now.
         given: String,
     },
-    /// The optimizer's state given to be saved is no record of Burn's.
+    /// The given optimizer state is not one of Burn's records.
     #[error("the state of the optimizer cannot be saved: {reason}")]
     InvalidState {
         /// What is wrong with it.
         reason: String,
-        /// The error that says so.
+        /// The error behind it.
         source: Cause,
     },
     /// Another worker could not write its files.
@@ -87,7 +87,7 @@ pub enum CheckpointError {
     OtherWorker {
         /// Index of the worker.
         worker: usize,
-        /// Its error, as it prints.
+        /// The text of its error.
         reason: String,
     },
     /// Adapters cannot be attached to the model.
@@ -114,7 +114,7 @@ impl CheckpointError {
         }
     }
 
-    /// Damaged, as another error says.
+    /// Damaged, with another error as the reason.
     pub(super) fn damaged_by(path: impl AsRef<Path>, error: impl Into<Cause>) -> Self {
         let source = error.into();
         Self::Damaged {
@@ -127,10 +127,10 @@ impl CheckpointError {
 
 /// Why a model could not be restored, and the model.
 pub struct RestoreError<M> {
-    /// The model as it was. `None` if its parameters were already being replaced, which takes files
-    /// that change while they are read.
+    /// The unchanged model. `None` if some parameters were already replaced, which happens only if
+    /// files change while they are read.
     pub model: Option<M>,
-    /// Why.
+    /// The cause.
     pub cause: CheckpointError,
 }
 

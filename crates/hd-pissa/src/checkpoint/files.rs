@@ -1,4 +1,4 @@
-//! Files that are on disk when a call returns, and their digests.
+//! Writing files that are on disk when a call returns, and their digests.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -24,7 +24,7 @@ pub(super) fn sync(path: &Path) -> Result<(), CheckpointError> {
     sync().map_err(|error| CheckpointError::io(path, error))
 }
 
-/// Waits until the entries of a folder are on disk, where the system offers that.
+/// Waits until the entries of a folder are on disk, if the system supports that.
 pub(super) fn sync_folder(path: &Path) -> Result<(), CheckpointError> {
     if cfg!(unix) {
         let sync = || File::open(path)?.sync_all();

@@ -19,10 +19,10 @@ use super::{CheckpointError, files};
 const PREFIX: &str = "step-";
 /// Ending of the hidden name of a checkpoint that is being replaced.
 const REPLACED: &str = "old";
-/// The same for one that is being written; a number follows.
+/// Ending of the hidden name of a checkpoint that is being written; a number follows.
 const PARTIAL: &str = "partial";
 
-/// What goes into a checkpoint.
+/// The content of a checkpoint.
 #[derive(Clone, Debug)]
 pub struct Snapshot<'a, M> {
     /// Number of steps taken.
@@ -33,12 +33,13 @@ pub struct Snapshot<'a, M> {
     /// [`HdPissaOptimizerRecord::into_bytes`](crate::HdPissaOptimizerRecord::into_bytes) or
     /// [`ModuleOptimizer::into_bytes`](burn::optim::ModuleOptimizer::into_bytes).
     pub optimizer: Bytes,
-    /// What must be the same in a run that resumes; see [`Checkpoint::check_settings`]. Text, so
-    /// that it compares exactly.
+    /// The settings that a resumed run must share; see [`Checkpoint::check_settings`]. They are
+    /// text, so they compare exactly.
     pub settings: BTreeMap<String, String>,
-    /// What else a run wants to find again: its place in the data, seeds, times. Saved by worker 0.
+    /// Other data that the run needs to continue: its place in the data, seeds, times. Worker 0
+    /// saves it.
     pub progress: Value,
-    /// Further files by name, as they are. Saved by worker 0.
+    /// Further files by name. Worker 0 saves them unchanged.
     pub attachments: BTreeMap<String, Vec<u8>>,
 }
 
@@ -66,16 +67,16 @@ pub struct Checkpoints {
 /// The newest checkpoint that can be used.
 #[derive(Clone, Debug)]
 pub struct Found {
-    /// `None` if there is none.
+    /// `None` if no checkpoint can be used.
     pub checkpoint: Option<Checkpoint>,
-    /// Why newer ones cannot be used, the newest first.
+    /// Why newer checkpoints cannot be used, the newest first.
     pub damaged: Vec<CheckpointError>,
     /// Their folders.
     damaged_folders: Vec<PathBuf>,
 }
 
 impl Checkpoints {
-    /// Checkpoints in `folder`, which need not exist yet. Nothing is read or written.
+    /// Checkpoints in `folder`, which may not exist yet. This reads and writes nothing.
     pub fn new(folder: impl Into<PathBuf>) -> Self {
         Self {
             folder: folder.into(),
@@ -99,7 +100,7 @@ impl Checkpoints {
         &self.folder
     }
 
-    /// Steps of the checkpoints there are, ascending; none where the folder does not exist.
+    /// Steps of the existing checkpoints, ascending; empty if the folder does not exist.
     ///
     /// # Errors
     ///
@@ -109,7 +110,7 @@ impl Checkpoints {
         let step = |name: &String| {
             let own = || name.strip_prefix(PREFIX)?.parse().ok();
             let step = replaced_step(name).or_else(own)?;
-            // A folder that somebody else called `step-1` is none of ours.
+            // A folder that somebody else called `step-1` is not ours.
             let names = [self.path(step), self.hidden(step, REPLACED)];
             let is_ours = names.contains(&self.folder.join(name));
             (is_ours && self.folder.join(name).is_dir()).then_some(step)
@@ -138,13 +139,13 @@ impl Checkpoints {
         self.folder.join(format!("{PREFIX}{step:09}"))
     }
 
-    /// A hidden folder beside the checkpoint.
+    /// A hidden folder next to the checkpoint.
     fn hidden(&self, step: u64, what: &str) -> PathBuf {
         self.folder.join(format!(".{PREFIX}{step:09}.{what}"))
     }
 
-    /// Where the checkpoint of `step` is: a program that ends while it replaces one leaves the old one
-    /// under a hidden name, complete.
+    /// The place of the checkpoint of `step`. A program that ends while it replaces a checkpoint
+    /// leaves the old one complete, under a hidden name.
     fn located(&self, step: u64) -> PathBuf {
         let (path, old) = (self.path(step), self.hidden(step, REPLACED));
         match !path.exists() && old.exists() {
@@ -153,12 +154,12 @@ impl Checkpoints {
         }
     }
 
-    /// Deletes what programs that ended early have left, and gives back the names of checkpoints
-    /// that they were about to replace.
+    /// Deletes what interrupted programs have left, and restores the names of checkpoints that they
+    /// were replacing.
     ///
     /// # Errors
     ///
-    /// The first of those that it meets; it goes on with the others.
+    /// The first error; it continues with the other folders.
     fn tidy(&self) -> Result<(), CheckpointError> {
         let is_hidden = |name: &String| name.starts_with(&format!(".{PREFIX}"));
         let tidy = |name: String| {
@@ -172,11 +173,11 @@ impl Checkpoints {
         hidden.map(tidy).fold(Ok(()), Result::and)
     }
 
-    /// The newest checkpoint whose files are all as they were written.
+    /// The newest checkpoint whose files are all unchanged.
     ///
     /// # Errors
     ///
-    /// [`CheckpointError::Io`] if the folder cannot be read. Damaged checkpoints are no errors
+    /// [`CheckpointError::Io`] if the folder cannot be read. Damaged checkpoints are not errors
     /// here: see [`Found::damaged`].
     pub fn latest(&self) -> Result<Found, CheckpointError> {
         let mut found = Found {
@@ -199,8 +200,8 @@ impl Checkpoints {
         Ok(found)
     }
 
-    /// Renames the damaged checkpoints of `found`, so that a run that goes on from an earlier one
-    /// does not count them among the newest. Their new names begin with `damaged-`.
+    /// Renames the damaged checkpoints of `found` to names that start with `damaged-`. A run that
+    /// continues from an earlier checkpoint then does not count them among the newest.
     ///
     /// # Errors
     ///
@@ -223,12 +224,13 @@ impl Checkpoints {
     /// # Errors
     ///
     /// [`CheckpointError::Io`] with the file or folder, on the worker where it failed, and
-    /// [`CheckpointError::OtherWorker`] on the others; the checkpoints there were are then as
-    /// before. [`CheckpointError::InvalidState`] if [`Snapshot::optimizer`] is no record.
+    /// [`CheckpointError::OtherWorker`] on the others; the earlier checkpoints are then unchanged.
+    /// [`CheckpointError::InvalidState`] if [`Snapshot::optimizer`] is not a record.
     ///
     /// # Panics
     ///
-    /// If the name of an attachment is not that of a file, or that of one of the checkpoint's own.
+    /// If the name of an attachment is not a file name, or is the name of one of the checkpoint's
+    /// own files.
     pub fn save<M: Module>(
         &self,
         snapshot: &Snapshot<'_, M>,
@@ -236,7 +238,7 @@ impl Checkpoints {
     ) -> Result<PathBuf, CheckpointError> {
         let together = |own| all_or_none(communicator, own).map_err(CheckpointError::from);
         let is_first = communicator.worker_index() == 0;
-        // No other run writes into it.
+        // No other run writes into this folder.
         let number = number_of_first(communicator)?;
         let draft = self.hidden(snapshot.step, &format!("{PARTIAL}-{number:06x}"));
         let path = self.path(snapshot.step);
@@ -248,7 +250,7 @@ impl Checkpoints {
             .and_then(|()| together(write_parts(snapshot, communicator, &draft)))
             .and_then(|()| together(first(&|| self.finish(snapshot, &draft, &path))));
         if written.is_err() && is_first {
-            // What failed is worth more than a failure to clean up after it.
+            // Report the first failure, not a failure to clean up after it.
             let _ = std::fs::remove_dir_all(&draft);
         }
         written.map(|()| path)
@@ -257,7 +259,7 @@ impl Checkpoints {
     fn begin(&self, draft: &Path) -> Result<(), CheckpointError> {
         std::fs::create_dir_all(&self.folder)
             .map_err(|error| CheckpointError::io(&self.folder, error))?;
-        // A left-over that stays is no reason to end a run.
+        // A left-over folder does not end the run.
         if let Err(error) = self.tidy() {
             log::warn!("a left-over is not removed: {error}");
         }
@@ -276,8 +278,8 @@ impl Checkpoints {
         Manifest::new(snapshot.step, &adapters, settings, progress).write(draft)?;
         files::sync_folder(draft)?;
         if path.exists() {
-            // One of the same step, which a resumed run takes again. Whenever the program ends, one of
-            // both can be found.
+            // A resumed run saves the same step again. If the program ends at any moment, one of
+            // the two can be found.
             let old = self.hidden(snapshot.step, REPLACED);
             rename(path, &old)?;
             if let Err(error) = rename(draft, path) {
@@ -292,15 +294,15 @@ impl Checkpoints {
             rename(draft, path)?;
             files::sync_folder(&self.folder)?;
         }
-        // The new one is there: one too many is no reason to end a run.
+        // The new checkpoint is complete. An old one that stays does not end the run.
         if let Err(error) = self.prune(snapshot.step) {
             log::warn!("an old checkpoint is not removed: {error}");
         }
         Ok(())
     }
 
-    /// Removes all but the newest, of those that are not newer than `step`: a run that resumed from
-    /// an earlier checkpoint must not lose what it has just written.
+    /// Removes all but the newest of the checkpoints up to `step`. A run that resumed from an
+    /// earlier checkpoint must not lose the one it has just written.
     fn prune(&self, step: u64) -> Result<(), CheckpointError> {
         let steps = self.steps()?;
         let old = steps.into_iter().filter(|&other| other <= step).rev();
@@ -326,7 +328,7 @@ impl Checkpoints {
             self.discard(step)?;
         }
         self.tidy()?;
-        // Fails where other files are left, which are not ours.
+        // Fails if the folder has other files, which are not ours.
         let _ = std::fs::remove_dir(&self.folder);
         Ok(())
     }
@@ -369,7 +371,7 @@ fn write_parts<M: Module>(
 
 /// A number of 24 bits that worker 0 draws.
 fn number_of_first(communicator: &dyn Communicator) -> Result<u32, CommError> {
-    // The hash of nothing with random keys.
+    // An empty hash with random keys.
     let drawn = (RandomState::new().hash_one(()) >> 40) as u32;
     let received = communicator.broadcast_bytes(&drawn.to_le_bytes(), 0)?;
     let number = received.first_chunk().expect("worker 0 sends four bytes");

@@ -1,4 +1,4 @@
-//! What a checkpoint says about itself, and how it is verified.
+//! The manifest of a checkpoint, and its verification.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -23,15 +23,15 @@ pub(super) struct Manifest {
     pub(super) step: u64,
     /// Number of shards, 0 for a model without HD-PiSSA adapters.
     pub(super) shards: usize,
-    /// Which frames the shards have; the published ones where nothing is said.
+    /// The frames of the shards; if absent, the published ones.
     #[serde(default = "FrameChoice::published")]
     pub(super) frames: FrameChoice,
-    /// Which gradients the shards learn from; their own where nothing is said.
+    /// The gradients that the shards learn from; if absent, their own.
     #[serde(default = "per_shard")]
     pub(super) gradients: GradientMode,
     pub(super) settings: BTreeMap<String, String>,
     pub(super) progress: Value,
-    /// Size of every other file but the digests, in bytes.
+    /// Size in bytes of every other file except the digests.
     files: BTreeMap<String, u64>,
 }
 
@@ -39,7 +39,7 @@ fn per_shard() -> GradientMode {
     GradientMode::PerShard
 }
 
-/// Read first, so that a manifest of another version is told from a damaged one.
+/// Read first, to distinguish a manifest of another version from a damaged one.
 #[derive(Deserialize)]
 struct Header {
     format_version: u64,

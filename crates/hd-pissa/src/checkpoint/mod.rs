@@ -7,26 +7,26 @@
 //! run.checkpoints/
 //!   step-000000040/
 //!     manifest.json            version, step, settings, progress, names and sizes of the files
-//!     model.bpk                every parameter outside the shards, a record of Burn's
+//!     model.bpk                every parameter outside the shards, a Burn record
 //!     optimizer.bpk            the optimizer's state of those parameters
-//!     frames-0-of-8.bpk        the factors of shard 0, a record of Burn's
+//!     frames-0-of-8.bpk        the factors of shard 0, a Burn record
 //!     moments-0-of-8.bpk       the optimizer's state of shard 0
 //!     ...
-//!     SHA256SUMS               of every file above; `sha256sum -c SHA256SUMS` checks it too
+//!     SHA256SUMS               digests of the files above; `sha256sum -c SHA256SUMS` checks them too
 //! ```
 //!
-//! A checkpoint is written into a hidden folder beside, synchronized to disk and renamed: at
-//! whatever moment the program ends, a folder of that name is complete. What happens to it
-//! afterwards is noticed: [`Checkpoints::latest`] hashes every file of the newest checkpoint and
-//! goes back to the one before it where something is missing or changed.
+//! A checkpoint is written into a hidden folder next to it, synchronized to disk and renamed.
+//! Whenever the program ends, a folder with the final name is complete. [`Checkpoints::latest`]
+//! notices later damage: it hashes every file of the newest checkpoint, and takes the one before if
+//! a file is missing or changed.
 //!
 //! Every parameter that a traversal of the model shows is saved by its path, in its own dtype, bit
-//! for bit. What belongs to a shard is in files of that shard, each written by the worker that
-//! hosts it, so that a checkpoint resumes on any number of workers. Workers write to the same
-//! folder: on several machines it must be on a file system that all of them see.
+//! for bit. Each shard has files of its own, written by the worker that hosts it. A checkpoint
+//! therefore resumes on any number of workers. Workers write to the same folder: on several
+//! machines it must be on a file system that all of them see.
 //!
-//! Burn offers no way to read a device's random state. A run that draws random numbers while it
-//! trains resumes bit for bit only if it seeds its device from the step.
+//! Burn cannot read a device's random state. A run that draws random numbers while it trains
+//! resumes bit for bit only if it seeds its device from the step.
 //!
 //! ```
 //! use burn::nn::LinearConfig;

@@ -1,4 +1,4 @@
-//! The parameters of a model, as files hold them.
+//! The parameters of a model in files.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -33,7 +33,7 @@ pub(super) struct Parameters {
 }
 
 impl Parameters {
-    /// Reads no values; a device is read from when an entry's bytes are asked for.
+    /// Reads no values. The device is read when the bytes of an entry are requested.
     pub(super) fn of<M: Module>(model: &M) -> Self {
         let mut collector = Collector {
             path: PathTracker::default(),
@@ -56,7 +56,7 @@ impl Parameters {
         known
     }
 
-    /// Those that the worker of `communicator` hosts.
+    /// The shards that the worker of `communicator` hosts.
     pub(super) fn hosted(&self, communicator: &dyn Communicator) -> Vec<usize> {
         hosted_shards(&self.known(), self.shards, communicator)
     }
@@ -66,7 +66,7 @@ impl Parameters {
         self.all.iter().filter_map(shard).collect()
     }
 
-    /// Writes those of `shard`, or those of none, one after the other.
+    /// Writes the parameters of `shard`, or those outside all shards, one after the other.
     pub(super) fn write(&self, shard: Option<usize>, path: &Path) -> Result<(), CheckpointError> {
         let own = self.all.iter().filter(|p| p.shard == shard);
         let entries: Vec<_> = own.map(|p| p.entry.clone()).collect();
@@ -171,8 +171,8 @@ impl ModuleVisitor for Collector {
     }
 }
 
-/// Writes a pack of `tensors` to a new file, waits for the disk, and compares what the file holds
-/// with what was to be written: digests are then those of the right bytes.
+/// Writes a pack of `tensors` to a new file, waits for the disk, and compares the file with the
+/// data in memory. Digests are then those of the right bytes.
 pub(super) fn write(
     writer: Writer,
     tensors: &[burn_pack::Tensor],
@@ -206,8 +206,8 @@ pub(super) fn write(
 
 /// Opens a pack, reading no values.
 ///
-/// Burn's reader trusts some of a header: what it allocates before it looks at the file's size, and
-/// that tensors do not overlap, is checked here.
+/// Burn's reader trusts parts of a header. This function checks the sizes that it allocates before
+/// it looks at the file's size, and that tensors do not overlap.
 pub(super) fn open(path: &Path) -> Result<Reader, CheckpointError> {
     let damaged = |reason: String| CheckpointError::damaged(path, reason);
     let io = |error: std::io::Error| CheckpointError::damaged_by(path, error);
@@ -226,7 +226,7 @@ pub(super) fn open(path: &Path) -> Result<Reader, CheckpointError> {
     Reader::from_file_exact(path).map_err(|error| CheckpointError::damaged_by(path, error))
 }
 
-/// The tensors of a pack, whose values are read when asked for.
+/// The tensors of a pack. Their values are read on request.
 pub(super) fn read(path: &Path) -> Result<Vec<burn_pack::Tensor>, CheckpointError> {
     let damaged = |reason: String| CheckpointError::damaged(path, reason);
     let reader = open(path)?;

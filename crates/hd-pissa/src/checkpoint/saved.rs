@@ -1,4 +1,4 @@
-//! A checkpoint that has been written.
+//! A complete checkpoint.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -65,12 +65,12 @@ impl Checkpoint {
         &self.manifest.settings
     }
 
-    /// What the run noted beside; see [`Snapshot::progress`](super::Snapshot::progress).
+    /// The run's own data; see [`Snapshot::progress`](super::Snapshot::progress).
     pub fn progress(&self) -> &Value {
         &self.manifest.progress
     }
 
-    /// Compares the settings of a run that wants to resume with those saved.
+    /// Compares the settings of a resuming run with the saved ones.
     ///
     /// # Errors
     ///
@@ -112,8 +112,8 @@ impl Checkpoint {
 
     /// Gives `model` the saved values and ids of all its parameters.
     ///
-    /// The model has the adapters of the shards that this worker hosts, which may be others than
-    /// those of the worker that saved them. Parameters keep their device and whether they train.
+    /// The model has the adapters of the shards that this worker hosts. They may differ from those
+    /// of the worker that saved them. Parameters keep their device, and whether they train.
     ///
     /// # Errors
     ///
@@ -139,7 +139,7 @@ impl Checkpoint {
             })
     }
 
-    /// The records of the parameters of `model`, each compared with them.
+    /// The records of the parameters of `model`, each checked against the model.
     fn records<M: Module>(
         &self,
         model: &M,
@@ -155,8 +155,8 @@ impl Checkpoint {
         records.collect()
     }
 
-    /// Attaches adapters as [`apply_hd_pissa`](crate::HdPissaModule::apply_hd_pissa) does, with the
-    /// saved values and ids of all parameters as [`restore`](Self::restore) gives them. Nothing is
+    /// Attaches adapters as [`apply_hd_pissa`](crate::HdPissaModule::apply_hd_pissa) does, and
+    /// gives all parameters the saved values and ids as [`restore`](Self::restore) does. Nothing is
     /// decomposed: the frames are those of the checkpoint.
     ///
     /// `model` has no adapters yet, and `config` is that of the checkpointed run. The first hosted shard
@@ -179,8 +179,8 @@ impl Checkpoint {
 
     /// The optimizer's state for the shards that the worker of `communicator` hosts, for
     /// [`HdPissaOptimizerRecord::from_bytes`](crate::HdPissaOptimizerRecord::from_bytes) or
-    /// [`ModuleOptimizer::from_bytes`](burn::optim::ModuleOptimizer::from_bytes), whichever was
-    /// saved. `model` is what [`restore`](Self::restore) returned.
+    /// [`ModuleOptimizer::from_bytes`](burn::optim::ModuleOptimizer::from_bytes), depending on
+    /// which was saved. `model` is the one that [`restore`](Self::restore) returned.
     ///
     /// # Errors
     ///

@@ -1,8 +1,8 @@
-//! The optimizer's state, divided by shard and put together again.
+//! The optimizer's state, divided by shard and merged again.
 //!
 //! Burn's record holds tensors with a parameter's id, scalars named `{id}.{field}`, and the path of
-//! a parameter under its id. The ids of factors are the same in every process, so that the records
-//! of several workers can be merged; other parameters get theirs back with the model.
+//! a parameter under its id. The ids of factors are the same in every process, so the records of
+//! several workers can be merged. Other parameters get their ids back with the model.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -13,7 +13,7 @@ use super::CheckpointError;
 use super::parameters::{self, Parameters};
 use crate::optimizer_state::OptimizerState;
 
-/// State by shard; that of other parameters, and what belongs to none, under `None`.
+/// State by shard; the state of other parameters, and of none, under `None`.
 pub(super) struct States(BTreeMap<Option<usize>, OptimizerState>);
 
 impl States {

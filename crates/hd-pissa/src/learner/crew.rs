@@ -16,16 +16,16 @@ use crate::{
     ShardGradients, SharedGradients, StepGradients, side_by_side,
 };
 
-/// What one thread holds.
+/// The state of one thread.
 pub(super) struct Worker<M> {
     index: usize,
-    /// Taken out for the time of a step, so that the weights can be written in place.
+    /// Taken out during a step, so the weights can be written in place.
     model: Option<M>,
     optimizer: HdPissaOptimizer,
     mode: GradientMode,
-    /// Those of the next step.
+    /// The gradients of the next step.
     gradients: Option<StepGradients>,
-    /// The model in validation mode, for the time of a validation.
+    /// The model in validation mode, during a validation.
     valid: Option<M>,
 }
 
@@ -53,7 +53,7 @@ impl<M: LearnerModel> Worker<M> {
     /// Forward and backward passes of micro-batches, each with the position of its part of the data:
     /// the shard that it trains, unless shards share gradients.
     ///
-    /// Outputs leave the autodiff graph here: it holds on to the weights.
+    /// Outputs leave the autodiff graph here, because the graph holds the weights.
     pub(super) fn train(
         &mut self,
         batches: Vec<(usize, <M as TrainStep>::Input)>,
@@ -141,7 +141,7 @@ impl<M: LearnerModel> Worker<M> {
     }
 }
 
-/// The gradients of a step, as far as there are any.
+/// The gradients of a step so far.
 enum Collected {
     PerShard(ShardGradients),
     Shared(SharedGradients),
@@ -171,7 +171,7 @@ impl Collected {
     }
 }
 
-/// What `work` returns, or the message that it panicked with.
+/// The result of `work`, or the message of its panic.
 fn catch<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     catch_unwind(AssertUnwindSafe(work)).map_err(|payload| {
         let text = payload.downcast_ref::<&str>().map(|text| text.to_string());
@@ -182,7 +182,7 @@ fn catch<T>(work: impl FnOnce() -> T) -> Result<T, String> {
 
 type Job<M> = Box<dyn FnOnce(&mut Worker<M>) + Send>;
 
-/// Where a worker takes its jobs, and what it leaves at its end.
+/// The queue of a worker's jobs, and its state at the end.
 type Thread<'scope, M> = (mpsc::Sender<Job<M>>, ScopedJoinHandle<'scope, Worker<M>>);
 
 /// All workers at work.
@@ -219,7 +219,7 @@ impl<'scope, M: LearnerModel> Crew<'scope, M> {
         let pending: Vec<_> = inputs
             .map(|((jobs, _), input)| {
                 let (sender, result) = mpsc::channel();
-                // Where a thread is gone, nobody sends.
+                // An ended thread sends no result.
                 let _ = jobs.send(Box::new(move |worker| {
                     let _ = sender.send(job(worker, input));
                 }));
@@ -248,7 +248,7 @@ impl<'scope, M: LearnerModel> Crew<'scope, M> {
         input: T,
         job: fn(&mut Worker<M>, T) -> Result<R, LearnerError>,
     ) -> Result<R, LearnerError> {
-        // `each` pairs inputs with threads, as far as both go.
+        // `each` pairs inputs with threads and stops at the shorter of the two.
         let mut results = self.each(vec![input], job)?;
         Ok(results.remove(0))
     }

@@ -23,7 +23,7 @@ use super::state;
 type TrainInput<M> = <M as TrainStep>::Input;
 type ValidInput<M> = <M as InferenceStep>::Input;
 
-/// A training under way.
+/// A running training.
 pub(super) struct Run<'a, M: LearnerModel> {
     /// Without state, for checkpoints.
     pub(super) optimizer: ModuleOptimizer,
@@ -111,7 +111,7 @@ impl<M: LearnerModel> Run<'_, M> {
             let stepped = self
                 .crew
                 .each(vec![lr.clone(); self.crew.len()], Worker::step);
-            // Those of a refused step too: they may show why.
+            // Includes the micro-batches of a refused step: they may show the reason.
             for output in outputs.into_iter().flatten() {
                 iteration += 1;
                 let progress = pass.progress();
@@ -183,7 +183,7 @@ impl<M: LearnerModel> Run<'_, M> {
             .each(vec![(); self.crew.len()], |worker, ()| worker.state())?;
         let refused = |cause| LearnerError::Optimizer { worker: 0, cause };
         let record = state::join(states).map_err(refused)?;
-        // Lives no longer than the call: the weights are written in place.
+        // Lives only during the call, because steps write the weights in place.
         let model = self
             .crew
             .first((), |worker, ()| Ok(worker.model().clone()))?;

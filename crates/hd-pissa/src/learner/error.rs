@@ -1,4 +1,4 @@
-//! Why a training in Burn's loop ends early.
+//! Errors that end a training in Burn's loop.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -7,11 +7,11 @@ use burn::train::{Interrupter, TrainingError};
 
 use crate::OptimizerError;
 
-/// What ended a training; see [`HdPissaStrategy::error`](super::HdPissaStrategy::error).
+/// The error that ended a training; see [`HdPissaStrategy::error`](super::HdPissaStrategy::error).
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum LearnerError {
-    /// The learner has an optimizer and a scheduler of its own, which the strategy cannot see.
+    /// The learner has its own optimizer and scheduler, which the strategy cannot see.
     #[error(
         "the learner was made by Learner::new, whose optimizer and scheduler this strategy cannot \
          use; make it with HdPissaStrategy::learner"
@@ -22,7 +22,7 @@ pub enum LearnerError {
     Optimizer {
         /// Index of the worker.
         worker: usize,
-        /// Why.
+        /// The cause.
         #[source]
         cause: OptimizerError,
     },
@@ -52,7 +52,7 @@ pub enum LearnerError {
         /// Number of workers.
         workers: usize,
     },
-    /// The data cannot be divided as a step needs it.
+    /// The data cannot be divided into the parts that a step needs.
     #[error(
         "the training data has {items} items, and every step needs a micro-batch from each of \
          {parts} parts"
@@ -66,7 +66,7 @@ pub enum LearnerError {
 }
 
 impl LearnerError {
-    /// The worker that met it.
+    /// The worker where it happened.
     fn worker(&self) -> Option<usize> {
         match self {
             Self::Optimizer { worker, .. }
@@ -83,7 +83,7 @@ impl LearnerError {
     }
 }
 
-/// Keeps the first error of a training, which Burn's own type holds as text alone.
+/// Keeps the first error of a training. Burn's own type holds only its text.
 #[derive(Debug, Default)]
 pub(super) struct FirstError(Mutex<Option<LearnerError>>);
 

@@ -1,4 +1,4 @@
-//! Who trains what: the shards and micro-batches of each worker.
+//! The shards and micro-batches of each worker.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -11,7 +11,7 @@ use crate::hosting::share;
 use crate::optim::Factors;
 use crate::{GradientMode, OptimizerError};
 
-/// What a step needs, and how workers share it out.
+/// The micro-batches of a step, and their distribution over workers.
 pub(super) struct Layout {
     pub(super) mode: GradientMode,
     pub(super) workers: usize,
@@ -66,15 +66,15 @@ impl Layout {
         share(self.parts, worker, self.workers)
     }
 
-    /// Whether a worker keeps the optimizer's state of a parameter: everyone those outside the shards,
-    /// and those of the shards that it hosts.
+    /// Whether a worker keeps the optimizer's state of a parameter. Every worker keeps the states
+    /// of parameters outside the shards, and of the shards that it hosts.
     pub(super) fn keeps(&self, worker: usize, parameter: u64) -> bool {
         let hosted = share(self.shards, worker, self.workers);
         let shard = self.shard_of.get(&parameter);
         shard.is_none_or(|shard| hosted.contains(shard))
     }
 
-    /// Deals what each part gives to a step out to workers, with the position of the part.
+    /// Distributes the micro-batches of a step over workers, with the position of their part.
     pub(super) fn deal<I>(&self, batches: Vec<Vec<I>>) -> Vec<Vec<(usize, I)>> {
         let mut parts = batches.into_iter().enumerate();
         let of_worker = |worker| {

@@ -6,7 +6,7 @@ use burn::data::dataloader::{DataLoader, DataLoaderIterator, Progress};
 use burn::data::dataset::DatasetError;
 use burn::tensor::Device;
 
-/// Loaders of neighbouring parts of the data, of the same size but for one item.
+/// Loaders of neighbouring parts of the data. Their sizes differ by one item at most.
 pub(super) struct Parts<I> {
     loaders: Vec<Arc<dyn DataLoader<I>>>,
     /// Micro-batches that a step takes from each.
@@ -26,7 +26,7 @@ impl<I> Parts<I> {
         Self { loaders, per_step }
     }
 
-    /// Brings shuffled loaders to where they are after `epochs` passes: each new pass draws an order.
+    /// Advances shuffled loaders by `epochs` passes: each pass draws an order.
     pub(super) fn skip(&self, epochs: usize) {
         for loader in &self.loaders {
             (0..epochs).for_each(|_| drop(loader.iter()));
@@ -61,7 +61,7 @@ impl<I> Pass<'_, I> {
         step.collect()
     }
 
-    /// How far all parts together are.
+    /// The progress of all parts together.
     pub(super) fn progress(&self) -> Progress {
         let parts = self.iterators.iter().map(|iterator| iterator.progress());
         let sum = |sum: Progress, part: Progress| {

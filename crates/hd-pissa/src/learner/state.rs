@@ -1,4 +1,5 @@
-//! What Burn's checkpoints hold of a training: reading it from a learner, and dividing it among workers.
+//! The state of a training in Burn's checkpoints: reading it from a learner, and dividing it among
+//! workers.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,10 +18,10 @@ use burn::train::{Learner, LearnerModel, LearningCheckpointer};
 use crate::optimizer_state::OptimizerState;
 use crate::{HdPissaOptimizerRecord, OptimizerError};
 
-/// Counts optimizer steps, in the record of a learning rate scheduler: stochastic rounding draws from
+/// Counts optimizer steps in the record of a learning rate scheduler. Stochastic rounding needs
 /// their number, and Burn's record of an optimizer has no place for it.
 ///
-/// The rate it returns is the negative count, for a parameter that no model has.
+/// It returns the negative count as the rate of a parameter that no model has.
 #[derive(Clone, Default)]
 struct StepCount(u64);
 
@@ -46,12 +47,12 @@ impl LrScheduler for StepCount {
     }
 }
 
-/// `scheduler`, which then counts steps too.
+/// `scheduler`, extended to count steps.
 pub(super) fn counting(scheduler: ModuleLrScheduler) -> ModuleLrScheduler {
     scheduler.with_group(ParamGroup::from_ids(vec![counted()]), StepCount::default())
 }
 
-/// Steps that `learner` has behind it; `None` for one whose scheduler does not count.
+/// The steps that `learner` has taken; `None` if its scheduler does not count.
 pub(super) fn steps_taken<M: LearnerModel>(learner: &Learner<M>) -> Option<u64> {
     let mut probe = learner.clone();
     probe.lr_step();
@@ -66,7 +67,7 @@ pub(super) struct LearnerState {
 }
 
 impl LearnerState {
-    /// A learner shows them to a checkpointer alone.
+    /// A learner shows them only to a checkpointer.
     pub(super) fn of<M: LearnerModel>(learner: &Learner<M>, store: &EventStoreClient) -> Self {
         let (optimizer, scheduler) = (Keep::default(), Keep::default());
         let mut checkpointer = LearningCheckpointer::new(
@@ -131,7 +132,7 @@ impl<R: Checkpoint> Checkpointer<R> for Keep<R> {
     }
 }
 
-/// One record of those of all workers. What several of them have is the same in each.
+/// Merges the records of all workers into one. Parts that several workers have are equal.
 pub(super) fn join(
     records: Vec<HdPissaOptimizerRecord>,
 ) -> Result<OptimizerRecord, OptimizerError> {
@@ -147,7 +148,7 @@ pub(super) fn join(
     Ok(OptimizerRecord::from_bytes(all.into_bytes()?)?)
 }
 
-/// The part of a state that concerns the parameters `of`.
+/// The part of a state that belongs to the parameters `of`.
 pub(super) fn part(state: &OptimizerState, of: impl Fn(u64) -> bool) -> OptimizerState {
     let is_of = |id: &str| id.parse().is_ok_and(&of);
     let scalars = state.scalars.iter();

@@ -1,4 +1,4 @@
-//! The strategy that a user hands to Burn's training loop, and its settings.
+//! The strategy for Burn's training loop, and its settings.
 
 use std::fmt::{self, Debug, Formatter};
 use std::time::Duration;
@@ -29,51 +29,54 @@ use crate::{HdPissaOptimizer, HdPissaOptimizerConfig, HdPissaOptimizerRecord, Op
 ///
 /// The model has the adapters of all shards (`apply_hd_pissa(&config, 0..shards)`) and implements
 /// Burn's `TrainStep` and `InferenceStep` as for any other training. [`learner`](Self::learner)
-/// makes the `Learner`. `examples/learner` is a complete program, and the book has a chapter.
+/// makes the `Learner`. `examples/learner` is a complete program, and the book has a chapter about
+/// it.
 ///
 /// # Micro-batches
 ///
-/// A batch of the training loader is one micro-batch, one item to the metrics, and one iteration in the
-/// logs. The data is cut into neighbouring parts, whose sizes differ by one item at most, and each part
-/// is a loader of its own (`DataLoader::slice`):
+/// A batch of the training loader is one micro-batch, one item to the metrics, and one iteration in
+/// the logs. The data is cut into neighbouring parts, whose sizes differ by one item at most. Each
+/// part has its own loader (`DataLoader::slice`):
 ///
 /// | gradients | parts | micro-batches of a step |
 /// |---|---|---|
 /// | [`PerShard`](crate::GradientMode::PerShard) | one for each shard: its own data | `grads_accumulation` (1 by default) from each part |
 /// | [`Shared`](crate::GradientMode::Shared) | `grads_accumulation` (by default the number of devices) | one from each part |
 ///
-/// A step takes the mean over its micro-batches, of each shard or of all; Burn's own strategies take
-/// their sum. The scheduler advances once per step. An epoch ends when one part has no batch left: at
-/// most a step's worth of batches is left out. So a part may give its last step fewer micro-batches
-/// than the others.
+/// A step takes the mean over its micro-batches, of each shard or of all; Burn's own strategies
+/// take their sum. The scheduler advances once per step. An epoch ends when one part has no batch
+/// left, and leaves out at most a step's worth of batches. A part may give the last step fewer
+/// micro-batches than the others.
 ///
 /// # Workers
 ///
-/// Each [device](Self::with_devices) has a worker, a thread with a copy of the model and an even share
-/// of the shards. The weights do not depend on the number of workers (per shard), or not as long as it
-/// is a power of two (shared): bit for bit on Flex. On a CPU a worker computes the micro-batches of a
-/// step side by side, as [`side_by_side`](crate::side_by_side) does: a model that draws random numbers
-/// while it trains, as dropout does, then draws them in no fixed order. Worker 0 validates.
+/// Each [device](Self::with_devices) has a worker, a thread with a copy of the model and an even
+/// share of the shards. With gradients per shard, the weights are the same on any number of
+/// workers; with shared gradients, on any power of two. On Flex they are the same bit for bit. On a
+/// CPU a worker computes the micro-batches of a step in parallel, as
+/// [`side_by_side`](crate::side_by_side) does. A model that draws random numbers while it trains,
+/// for example with dropout, then draws them in no fixed order. Worker 0 validates.
 ///
 /// # Checkpoints
 ///
-/// Burn's checkpoints hold everything that training depends on: the weights with the residual bits of
-/// half precision, all frames, the moments of all shards, the scheduler, and the number of steps.
-/// A run that resumes after epoch `n`
-/// (`SupervisedTraining::checkpoint(n)`), on any number of devices that divides the shards, ends with
-/// the weights of an uninterrupted one, bit for bit on Flex. Shuffled loaders go on with the order of
-/// epoch `n + 1`, if they are built anew with the same seed and without threads of their own, which
-/// hand out batches in no fixed order. Burn panics on a
-/// checkpoint that it cannot read, or of other shards or frames, before the strategy sees it.
+/// Burn's checkpoints hold everything that training depends on: the weights with the residual bits
+/// of half precision, all frames, the moments of all shards, the scheduler, and the number of
+/// steps. A run that resumes after epoch `n` (`SupervisedTraining::checkpoint(n)`), on any number
+/// of devices that divides the shards, ends with the weights of an uninterrupted one, bit for bit
+/// on Flex. Shuffled loaders continue with the order of epoch `n + 1` if you build them again with
+/// the same seed. They must have no threads of their own, which hand out batches in no fixed order.
+/// Burn panics on a checkpoint that it cannot read, or of other shards or frames, before the
+/// strategy sees it.
 ///
 /// # Errors
 ///
-/// They end the training: `LearningResult::error` is then
-/// [`TrainingError::Workers`](burn::train::TrainingError::Workers) (or `Dataset`, `Checkpoint`, ..., as Burn has them), and
-/// [`error`](Self::error) the cause by its type. The model has the weights of the last step.
+/// Errors end the training. `LearningResult::error` is then
+/// [`TrainingError::Workers`](burn::train::TrainingError::Workers) (or another of Burn's variants,
+/// such as `Dataset` or `Checkpoint`), and [`error`](Self::error) returns the typed cause. The
+/// model has the weights of the last step.
 ///
-/// `SupervisedTraining::gradient_checkpointing` reaches Burn's own strategies only; put the model on a
-/// device with `autodiff_checkpointed`.
+/// `SupervisedTraining::gradient_checkpointing` affects only Burn's own strategies. Put the model
+/// on a device with `autodiff_checkpointed` instead.
 pub struct HdPissaStrategy {
     optimizer: ModuleOptimizer,
     scheduler: ModuleLrScheduler,
@@ -84,8 +87,8 @@ pub struct HdPissaStrategy {
 }
 
 impl HdPissaStrategy {
-    /// With an optimizer as [`HdPissaOptimizerConfig::init`] takes it, and a scheduler or a constant
-    /// learning rate; one worker, on the device of the model.
+    /// Takes an optimizer that [`HdPissaOptimizerConfig::init`] accepts, and a scheduler or a
+    /// constant learning rate. There is one worker, on the device of the model.
     pub fn new(optimizer: ModuleOptimizer, scheduler: impl Into<ModuleLrScheduler>) -> Self {
         Self {
             optimizer,
@@ -103,22 +106,22 @@ impl HdPissaStrategy {
         self
     }
 
-    /// One worker on each of `devices`; a device may occur several times. Their number divides that of
-    /// the shards. None: the device of the model.
+    /// One worker on each of `devices`; a device may occur several times. The number of devices
+    /// must divide the number of shards. Without devices, one worker uses the device of the model.
     pub fn with_devices(mut self, devices: Vec<Device>) -> Self {
         self.devices = devices;
         self
     }
 
-    /// How long workers wait for each other in a step; 10 minutes by default.
+    /// How long workers wait for each other in a step. The default is 10 minutes.
     pub fn with_time_limit(mut self, time_limit: Duration) -> Self {
         self.time_limit = time_limit;
         self
     }
 
     /// A learner of `model` with the strategy's optimizer and scheduler, for
-    /// `SupervisedTraining::launch`. The strategy refuses any other, whose optimizer it could not
-    /// see.
+    /// `SupervisedTraining::launch`. The strategy refuses any other learner, because it cannot see
+    /// its optimizer.
     pub fn learner<M: LearnerModel>(&self, model: M) -> Learner<M> {
         Learner::new(
             model,
@@ -127,7 +130,7 @@ impl HdPissaStrategy {
         )
     }
 
-    /// What ended the last training, if an error did that Burn has no type for.
+    /// The error that ended the last training, if Burn has no type for it.
     pub fn error(&self) -> Option<LearnerError> {
         self.error.get()
     }
@@ -196,7 +199,7 @@ impl Debug for HdPissaStrategy {
     }
 }
 
-/// What a training starts from, beside the model.
+/// The inputs of a training, besides the model.
 struct Prepared {
     /// One for each worker.
     optimizers: Vec<HdPissaOptimizer>,
@@ -220,7 +223,7 @@ impl<M: LearnerModel> SupervisedLearningStrategy<M> for HdPissaStrategy {
             &components.event_store,
         );
         let model = learner.model();
-        // It would hold on to the weights, which are written in place.
+        // It would hold the weights, which steps write in place.
         drop(learner);
         let Prepared {
             optimizers,
@@ -275,7 +278,7 @@ impl<M: LearnerModel> SupervisedLearningStrategy<M> for HdPissaStrategy {
     }
 }
 
-/// The model on each device. The first is the model itself where it is on that device already.
+/// The model on each device. The first is the model itself if it is already on that device.
 fn copies<M: LearnerModel>(model: M, devices: &[Device]) -> Vec<M> {
     let home = model.devices();
     let is_home = |device: &Device| home.iter().all(|other| other == device);

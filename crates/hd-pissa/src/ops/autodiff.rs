@@ -19,8 +19,8 @@ use super::{HdPissaOps, ProductKernels, Rounding};
 #[derive(Debug)]
 struct AdapterLinear;
 
-/// What the backward pass keeps of the forward pass. Each field is there only if one of the
-/// requested gradients needs it.
+/// The values that the backward pass keeps from the forward pass. Each field is present only if a
+/// requested gradient needs it.
 #[derive(Clone, Debug)]
 struct LinearState<B: Backend> {
     /// The node of `x`, `[.., d_input]`, for the gradient of `a`.
@@ -233,8 +233,8 @@ impl<B: HdPissaOps, C: CheckpointStrategy> HdPissaOps for Autodiff<B, C> {
         (Self::from_inner(y), Self::from_inner(p))
     }
 
-    // A step happens outside the graph, on tensors without autodiff; a tensor that has it
-    // nevertheless is a constant here.
+    // A step happens outside the graph, on tensors without autodiff. A tensor with autodiff counts
+    // as a constant here.
     fn hd_pissa_merge(
         w: FloatTensor<Self>,
         frames: FloatTensor<Self>,

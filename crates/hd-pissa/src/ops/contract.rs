@@ -1,4 +1,5 @@
-//! What the adapter and the optimizer ask of a backend, and the defaults made of Burn's operations.
+//! The operations that the adapter and the optimizer need from a backend, with defaults made of
+//! Burn's operations.
 
 #[cfg(feature = "fusion")]
 use burn::backend::fusion::custom::TensorSpec;
@@ -10,11 +11,11 @@ use burn::tensor::{DType, Shape, Slice};
 
 use super::Rounding;
 
-/// What the adapter and the optimizer need from a backend beyond Burn's own operations.
+/// The operations that the adapter and the optimizer need from a backend beyond Burn's own.
 ///
-/// Methods with a body are made of Burn's operations there, correct on every backend; a backend
-/// overrides one where it can save memory or time. The factors `a: [d_input, rank]` and
-/// `b: [rank, d_output]` are `f32`, whatever the dtype of the weight `w: [d_input, d_output]`.
+/// A method with a body uses Burn's operations and is correct on every backend. A backend overrides
+/// it to save memory or time. The factors `a: [d_input, rank]` and `b: [rank, d_output]` are `f32`
+/// for every dtype of the weight `w: [d_input, d_output]`.
 #[backend_extension(
     Autodiff,
     Flex: cfg(feature = "flex"),
@@ -42,17 +43,18 @@ pub trait HdPissaOps: Backend + ProductKernels {
     /// columns: the projections `x·a` and `G·bᵀ` and, of transposed operands, the gradients of the
     /// factors.
     ///
-    /// Called where [`ProductKernels::has_factor_product`] says so.
+    /// Called if [`ProductKernels::has_factor_product`] is true.
     #[fusion(meta = |x, f| TensorSpec::new(Shape::new([x.shape[0], f.shape[1]]), f.dtype))]
     fn hd_pissa_factor_product(x: FloatTensor<Self>, f: FloatTensor<Self>) -> FloatTensor<Self> {
         product::<Self>(cast::<Self>(x, DType::F32), f)
     }
 
     /// `x · w` in the dtype of `x`, and `x · f` in `f32`, for `x: [m, n]` of any float dtype,
-    /// `w: [n, columns]` of the same, and an `f32` matrix `f: [n, rank]` of few columns: what the
-    /// forward pass and, of transposed operands, the backward pass of the adapter need of `x` and `G`.
+    /// `w: [n, columns]` of the same, and an `f32` matrix `f: [n, rank]` of few columns. The
+    /// forward pass of the adapter needs both products of `x`; the backward pass needs them of `G`,
+    /// with transposed operands.
     ///
-    /// Called where [`ProductKernels::has_low_rank_product`] says so.
+    /// Called if [`ProductKernels::has_low_rank_product`] is true.
     #[fusion(meta = |x, w, f| (
         TensorSpec::new(Shape::new([x.shape[0], w.shape[1]]), x.dtype),
         TensorSpec::new(Shape::new([x.shape[0], f.shape[1]]), f.dtype),
@@ -92,13 +94,13 @@ pub trait HdPissaOps: Backend + ProductKernels {
     }
 
     /// `w + Σ_k ((a_k + Δa_k)·Δb_k + Δa_k·b_k)`, rounded once to the dtype of `w`, and the sum of
-    /// the squares of what was added.
+    /// the squares of the update.
     ///
     /// `frames` and `deltas` are `f32` of shape `[shards, rank · (d_input + d_output)]`: row `k`
     /// holds `a_k`, row by row, followed by `b_k`, row by row, or their deltas. `gate` is an `f32`
-    /// of shape `[1]`: unless it is zero, `w` comes back as it is. The second output has shape
-    /// `[1]`; a backend may leave it at zero if `measure` is false. The first reuses the memory of
-    /// `w` where no other handle to it exists.
+    /// of shape `[1]`: unless it is zero, `w` comes back unchanged. The second output has shape
+    /// `[1]`; a backend may leave it at zero if `measure` is false. The first output reuses the
+    /// memory of `w` if no other handle to it exists.
     #[fusion(meta = |w, frames, _deltas, _gate, _rank, _rounding, _measure| (
         w.clone(),
         scalar(frames),
@@ -131,23 +133,23 @@ pub trait HdPissaOps: Backend + ProductKernels {
         measure: bool,
     ) -> (FloatTensor<Self>, IntTensor<Self>, FloatTensor<Self>);
 
-    /// What a step must know of each row of `x`, an `f32` matrix `[rows, n]`, before it merges: an
-    /// `f32` matrix `[rows, 4]` whose columns are
+    /// The statistics that a step needs of each row of `x`, an `f32` matrix `[rows, n]`, before it
+    /// merges: an `f32` matrix `[rows, 4]` whose columns are
     ///
     /// 0. the number of NaN and infinite elements,
     /// 1. the sum of squares of the columns `0..split`,
     /// 2. the sum of squares of the columns `split..n`,
     /// 3. the sum of squares of all columns, each element times `2^-80` before it is squared.
     ///
-    /// Elements that are NaN or infinite add nothing to the sums. Column 3 is finite where columns
-    /// 1 and 2 have left the range of `f32`.
+    /// The sums leave out NaN and infinite elements. Column 3 is finite even if columns 1 and 2
+    /// exceed the range of `f32`.
     #[fusion(meta = |x, _split| TensorSpec::new(Shape::new([x.shape[0], 4]), x.dtype))]
     fn hd_pissa_row_statistics(x: FloatTensor<Self>, split: usize) -> FloatTensor<Self>;
 
     /// `target: [n]` with the elements of the first `count` of eight matrices from its element `start` on:
     /// row by row, one matrix after the other. All are `f32`.
     ///
-    /// Eight, because an operation of ours takes no list of tensors.
+    /// Eight, because a backend extension cannot take a list of tensors.
     #[allow(clippy::too_many_arguments)]
     #[fusion(meta = |target, _start, _count, _p0, _p1, _p2, _p3, _p4, _p5, _p6, _p7| target.clone())]
     fn hd_pissa_join(
@@ -194,14 +196,14 @@ pub trait HdPissaOps: Backend + ProductKernels {
     fn hd_pissa_fingerprint_int(x: IntTensor<Self>) -> IntTensor<Self>;
 }
 
-/// What Fusion knows of an `f32` tensor of shape `[1]`.
+/// The description of an `f32` tensor of shape `[1]` for Fusion.
 #[cfg(feature = "fusion")]
 fn scalar(like: &TensorSpec) -> TensorSpec {
     TensorSpec::new(Shape::new([1]), like.dtype)
 }
 
-/// Which products a backend has of its own. Apart from [`HdPissaOps`], because the answer is needed
-/// before anything is queued.
+/// The products that a backend has itself. This is separate from [`HdPissaOps`], because the answer
+/// is needed before anything is queued.
 pub trait ProductKernels: Backend {
     /// Whether [`HdPissaOps::hd_pissa_factor_product`] of an `x` of `dtype` is better than Burn's
     /// product: because Burn would need a copy of `x` in `f32`, or because it is faster.
@@ -218,7 +220,7 @@ pub trait ProductKernels: Backend {
     }
 }
 
-/// Only backends compute.
+/// `Dispatch` forwards to backends and has no products of its own.
 impl ProductKernels for Dispatch {}
 
 #[cfg(feature = "fusion")]
@@ -236,14 +238,14 @@ impl<B: burn::backend::fusion::FusionBackend + ProductKernels> ProductKernels
 
 /// `x · w` for `x: [.., d_input]`, as one product of two matrices.
 ///
-/// Burn's own `linear` gives the weight as many dimensions as `x` where `x` has a batch of one. A
-/// transposed weight is copied for that, and the batched product of Flex runs on one thread.
+/// If `x` has a batch of one, Burn's own `linear` gives the weight as many dimensions as `x`. That
+/// copies a transposed weight, and the batched product of Flex runs on one thread.
 pub(super) fn dense_linear<B: Backend>(x: FloatTensor<B>, w: FloatTensor<B>) -> FloatTensor<B> {
     let shape = with_last(x.shape(), w.shape()[1]);
     B::float_reshape(product::<B>(flatten::<B>(x), w), shape)
 }
 
-/// `x · w` for `x: [.., d]`, and `x · f` of shape `[tokens, rank]` in `f32`, whichever is asked for.
+/// `x · w` for `x: [.., d]`, and `x · f` of shape `[tokens, rank]` in `f32`, each if requested.
 pub(super) fn products<B: HdPissaOps>(
     x: FloatTensor<B>,
     w: Option<FloatTensor<B>>,
@@ -255,7 +257,7 @@ pub(super) fn products<B: HdPissaOps>(
             let (y, p) = B::hd_pissa_low_rank_product(flatten::<B>(x), w, f);
             (Some(B::float_reshape(y, shape)), Some(p))
         }
-        // What the next layer waits for first.
+        // The dense product comes first, because the next layer waits for it.
         (w, f) => (
             w.map(|w| dense_linear::<B>(x.clone(), w)),
             f.map(|f| factor_product::<B>(readable::<B>(flatten::<B>(x)), f)),
@@ -286,7 +288,8 @@ fn product<B: Backend>(lhs: FloatTensor<B>, rhs: FloatTensor<B>) -> FloatTensor<
     B::float_matmul(lhs, rhs)
 }
 
-/// `x` as [`factor_product`] takes it: unchanged where the backend reads its dtype, else in `f32`.
+/// `x` in a dtype that [`factor_product`] takes: unchanged if the backend reads its dtype, else in
+/// `f32`.
 pub(super) fn readable<B: HdPissaOps>(x: FloatTensor<B>) -> FloatTensor<B> {
     match B::has_factor_product(&x.device(), x.dtype()) {
         true => x,

@@ -219,7 +219,7 @@ fn is_open(gate: FlexTensor) -> bool {
     readable(gate).storage::<f32>()[0] == 0.0
 }
 
-/// How a matrix fills the whole of its storage.
+/// The order in which a matrix fills its storage.
 #[derive(Clone, Copy, PartialEq)]
 enum Order {
     RowMajor,
@@ -242,7 +242,7 @@ fn order(tensor: &FlexTensor) -> Option<Order> {
     }
 }
 
-/// Whether the storage holds nothing but the tensor's elements.
+/// Whether the storage holds only the tensor's elements.
 fn is_whole(tensor: &FlexTensor) -> bool {
     let layout = tensor.layout();
     let bytes = layout.num_elements() * tensor.dtype().size();
@@ -258,8 +258,8 @@ fn readable(tensor: FlexTensor) -> FlexTensor {
     }
 }
 
-/// Rows and columns of the tiles that a weight is merged in: half-precision tiles are widened to
-/// `f32` one at a time, and the same tiles for every dtype give every dtype the same sums.
+/// Rows and columns of the tiles of a merge. Half-precision tiles are widened to `f32` one at a
+/// time. All dtypes use the same tiles, so they have the same sums.
 const TILE: usize = 1024;
 
 /// The update of a merge as one product: `left = [a + Δa | Δa]` and `right = [Δb ; b]` over all
@@ -323,7 +323,7 @@ impl Stacked {
     /// The squared Frobenius norm of the update: the inner product of the Gram matrices of both
     /// sides, which are as small as the product's inner size.
     ///
-    /// In `f64`, because the terms cancel where the update is far smaller than its parts.
+    /// In `f64`, because the terms cancel if the update is far smaller than its parts.
     fn squared_norm(&self) -> f32 {
         let gram = |lhs: MatRef<'_, f64>, rhs: MatRef<'_, f64>| {
             let mut gram = Mat::<f64>::zeros(self.inner, self.inner);
@@ -410,7 +410,7 @@ impl Stacked {
         w
     }
 
-    /// The sum with a half-precision weight and its residual bits, shared among both.
+    /// The sum with a half-precision weight and its residual bits, divided between both.
     fn compensate<H: Storage>(
         &self,
         w: FlexTensor,

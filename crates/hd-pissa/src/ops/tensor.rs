@@ -16,17 +16,17 @@ use super::{HdPissaOps, Rounding};
 /// - b: `[rank, d_output]`, `f32`
 /// - output: `[.., d_output]`
 ///
-/// The value is that of `input · weight`: the factors never enter it. Where the backend computes
-/// `input · a` in the same launch, the sums may be ordered otherwise than in Burn's own product. The
-/// gradients are those of `input · (weight + scale · (a·b − stop_gradient(a·b)))`, with `G` the gradient of
-/// the output and leading dimensions flattened to tokens:
+/// The value is that of `input · weight`, without the factors. If the backend computes `input · a`
+/// in the same launch, the order of the sums may differ from that of Burn's own product. The
+/// gradients are those of `input · (weight + scale · (a·b − stop_gradient(a·b)))`, with `G` the
+/// gradient of the output and leading dimensions flattened to tokens:
 ///
 /// - input: `G · weightᵀ`
 /// - a: `scale · inputᵀ · (G · bᵀ)`
 /// - b: `scale · (input · a)ᵀ · G`
 ///
-/// No gradient reaches `weight`, and no tensor of its size is made, forward or backward. With
-/// neither factor tracked by autodiff this is a product with a constant weight.
+/// No gradient reaches `weight`, and no tensor of its size is made, forward or backward. If
+/// autodiff tracks neither factor, this is a product with a constant weight.
 ///
 /// # Panics
 ///
@@ -86,14 +86,14 @@ pub(crate) fn part_of(whole: Tensor<2>, part: Tensor<2>, dim: usize, start: usiz
     ))
 }
 
-/// `weight + Σ_k ((a_k + Δa_k)·Δb_k + Δa_k·b_k)`: what a weight takes in one step.
+/// `weight + Σ_k ((a_k + Δa_k)·Δb_k + Δa_k·b_k)`: the weight after one step.
 ///
 /// # Shapes
 ///
 /// - weight: `[d_input, d_output]`, f32, f16 or bf16
 /// - frames, deltas: `[shards, rank · (d_input + d_output)]`, `f32`; row `k` holds `a_k` row by row,
 ///   then `b_k` row by row, or their deltas
-/// - output: as weight, in its memory where nothing else holds it
+/// - output: as weight, in its memory if nothing else holds it
 ///
 /// The sum is accumulated in `f32` and rounded once to the weight's dtype.
 ///
@@ -112,18 +112,18 @@ pub fn merge(weight: Tensor<2>, frames: Tensor<2>, deltas: Tensor<2>, rank: usiz
     merge_rounded(weight, inputs, Rounding::Nearest).0
 }
 
-/// What a merge takes besides the weight, `[d_input, d_output]`.
+/// The inputs of a merge, besides the weight, `[d_input, d_output]`.
 pub(crate) struct MergeInputs {
     /// The frames of all shards, `[shards, rank · (d_input + d_output)]`, `f32`. Row `k` holds `a_k`,
     /// `[d_input, rank]` row by row, then `b_k`, `[rank, d_output]` row by row.
     pub(crate) frames: Tensor<2>,
     /// The deltas of all shards, as `frames`.
     pub(crate) deltas: Tensor<2>,
-    /// `[1]`, `f32`: the weight stays as it is unless this is zero.
+    /// `[1]`, `f32`: the weight changes only if this is zero.
     pub(crate) gate: Tensor<1>,
     /// Rank of a shard's factors.
     pub(crate) rank: usize,
-    /// Whether the sum of the squares of the update is wanted.
+    /// Whether to compute the sum of the squares of the update.
     pub(crate) measure: bool,
 }
 
@@ -188,7 +188,7 @@ pub(crate) fn merge_compensated(
     )
 }
 
-/// What a step must know of each row of `x: [rows, n]`, `f32`: `[rows, 4]`, see
+/// The statistics that a step needs of each row of `x: [rows, n]`, `f32`: `[rows, 4]`, see
 /// [`HdPissaOps::hd_pissa_row_statistics`].
 pub(crate) fn row_statistics(x: Tensor<2>, split: usize) -> Tensor<2> {
     Tensor::from_dispatch(Dispatch::hd_pissa_row_statistics(x.into_dispatch(), split))
@@ -237,8 +237,8 @@ pub(crate) fn fingerprint_int(x: Tensor<2, Int>) -> Tensor<1, Int> {
     Tensor::from_dispatch(Dispatch::hd_pissa_fingerprint_int(x.into_dispatch()))
 }
 
-/// What a tensor and its clones have in common, and no other tensor: the id of its node in the
-/// autodiff graph. `None` without autodiff.
+/// The identity of a tensor and its clones: the id of its node in the autodiff graph. `None`
+/// without autodiff.
 pub(crate) fn identity(tensor: &Tensor<2>) -> Option<NodeId> {
     let DispatchTensorKind::Autodiff(kind) = tensor.clone().into_dispatch().kind else {
         return None;
@@ -253,10 +253,10 @@ pub(crate) fn identity(tensor: &Tensor<2>) -> Option<NodeId> {
     }
 }
 
-/// Where the values of a tensor come from.
+/// The origin of a tensor's values.
 pub(crate) enum Origin {
-    /// Memory that the tensor shares with its clones, also with those that have a node of their own in the
-    /// autodiff graph. It is held: nobody writes to it, and no other tensor gets it.
+    /// Memory that the tensor shares with its clones, including those with their own node in the
+    /// autodiff graph. While it is held, nobody writes to it, and no other tensor gets it.
     #[cfg(feature = "flex")]
     Memory(burn_flex::FlexTensor),
     /// A node, see [`identity`].

@@ -1,18 +1,18 @@
 //! Products of a large matrix and a factor of few columns, on the CPU.
 //!
-//! A general product copies both operands into blocks first. For a factor of 16 columns that takes as
-//! long as the arithmetic; here the large matrix is read once, where it is.
+//! A general product first copies both operands into blocks. For a factor of 16 columns, that takes
+//! as long as the arithmetic. This product reads the large matrix once, in place.
 
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-/// Columns of the factor that are multiplied together: as many as the sums of some rows leave room for
-/// in registers, or half of them for what is left. A factor is padded to these.
+/// Columns of the factor that are multiplied together: as many as fit in registers with the sums of
+/// some rows, or half as many for the rest. A factor is padded to these.
 const WIDE: usize = 32;
 const NARROW: usize = 16;
 /// Rows of the output that one task computes.
 const ROWS: usize = 64;
-/// Terms of a sum that are added up before the next rows' turn.
+/// Terms of a sum that are added before the next rows.
 const TERMS: usize = 128;
 
 /// A large matrix `[rows, cols]` whose rows or columns are contiguous.
@@ -29,8 +29,8 @@ pub(super) struct Large<'a, E> {
 
 /// `large · factor`, `[rows, rank]` row by row, for `factor: [cols, rank]`, row by row.
 ///
-/// Each sum is over the columns in order, in `f32`, in groups of [`TERMS`]: the number of threads
-/// does not change it.
+/// Each sum runs over the columns in order, in `f32`, in groups of [`TERMS`]. It does not depend on
+/// the number of threads.
 ///
 /// # Panics
 ///
@@ -118,7 +118,7 @@ impl<E: Copy, F: Fn(E) -> f32 + Copy> WithSimd for Block<'_, E, F> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        // So many rows at a time that their sums stay in registers.
+        // As many rows at a time as keep their sums in registers.
         match (S::F32_LANES, self.panel.width) {
             (16, WIDE) => self.run::<S, 8, 2>(simd),
             (16, _) => self.run::<S, 8, 1>(simd),

@@ -1,4 +1,4 @@
-//! What must hold before a step is merged, found out on the device and read back once.
+//! The conditions of a merge, computed on the device and read back once.
 
 use burn::tensor::Tensor;
 
@@ -12,15 +12,15 @@ use crate::ops::join;
 
 /// Numbers that are all zero if a step may be merged.
 pub(super) struct Checks {
-    /// In the order in which findings are reported, those of one subject after the other. A matrix
-    /// holds one number for each weight and shard.
+    /// The numbers of each subject, in the order in which findings are reported. A matrix holds one
+    /// number for each weight and shard.
     numbers: Vec<Tensor<2>>,
     subjects: Vec<Subject>,
-    /// Those after the frames were found to be stale say nothing.
+    /// Numbers from here on mean nothing if the frames are stale.
     range_start: usize,
 }
 
-/// What a tensor of numbers is about.
+/// The subject of a tensor of numbers.
 enum Subject {
     /// Bad values in the gradients, weight by weight and shard by shard.
     Gradients,
@@ -30,13 +30,13 @@ enum Subject {
     Updates,
     /// Bad values in a dense parameter after the step.
     DenseUpdate(String),
-    /// Frames that workers know with other values.
+    /// Frames that other workers know with different values.
     Frames,
     /// For each weight 1 if it may leave the range of its dtype.
     Ranges,
 }
 
-/// What the numbers say, and the sum of the squares of all updates.
+/// The result of the checks, and the sum of the squares of all updates.
 pub(super) enum Verdict {
     Merged {
         squared_norm: f64,
@@ -99,7 +99,7 @@ impl Checks {
     }
 
     /// The step's one read-back. `squares` are those of each weight's update, `[1]`, and
-    /// `squared_gradients` those of each shard's gradients, if wanted.
+    /// `squared_gradients` those of each shard's gradients, if requested.
     pub(super) fn read(
         self,
         factors: &Factors,

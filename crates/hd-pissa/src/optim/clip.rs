@@ -12,11 +12,11 @@ use crate::GradientMode;
 const SCALE: f64 = (1u128 << 80) as f64;
 
 /// Scales the factor gradients of each hosted shard to a norm of at most `max_norm` over all
-/// weights; over all weights and shards where these share gradients. Every worker then calls it at
-/// the same time.
+/// weights. With shared gradients the norm is over all weights and shards, and every worker calls
+/// this at the same time.
 ///
-/// `statistics` are those of the packed `gradients`, `[hosted shards, row_len]` for each weight. NaN
-/// and infinite values do not count, so that they stay where they are.
+/// `statistics` are those of the packed `gradients`, `[hosted shards, row_len]` for each weight.
+/// NaN and infinite values do not count in the norm and stay in the gradients.
 pub(super) fn clip(
     gradients: Vec<Tensor<2>>,
     statistics: &Statistics,
@@ -31,8 +31,8 @@ pub(super) fn clip(
         GradientMode::Shared => sum_over_shards(sums, layout, communicator)?,
     };
     let scaled_norm = scaled_squares.sqrt();
-    // Where the sum of squares is above the range of f32, gradients are divided by 2^80 first. That
-    // loses nothing that the norm leaves visible.
+    // If the sum of squares exceeds the range of f32, gradients are divided by 2^80 first. This
+    // loses only values that are negligible next to the norm.
     let is_huge = squares.clone().is_inf();
     let first = squares.ones_like().mask_fill(is_huge.clone(), 1.0 / SCALE);
     // The small term is that of PyTorch's clip_grad_norm_.
@@ -47,8 +47,8 @@ pub(super) fn clip(
     Ok(clipped.collect())
 }
 
-/// The sums over the shards of all workers, repeated for each of the hosted shards: `[hosted]` before
-/// and after. They are taken in the order of shards, whatever the workers.
+/// The sums over the shards of all workers, repeated for each of the hosted shards: `[hosted]`
+/// before and after. The order of shards determines the sums, for any layout of workers.
 fn sum_over_shards(
     own: [Tensor<1>; 2],
     layout: &ShardLayout,

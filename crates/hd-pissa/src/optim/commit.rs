@@ -13,8 +13,8 @@ use crate::settings::Settings;
 /// The residual bits of half-precision weights, by the weight's path.
 pub(super) type Residuals = HashMap<String, Tensor<2, Int>>;
 
-/// Takes the residual bits out of a model: a traversal comes to a weight before its residual bits, and the
-/// merge writes both in place.
+/// Takes the residual bits out of a model. A traversal visits a weight before its residual bits,
+/// and the merge writes both in place.
 pub(super) fn take_residuals<M: Module>(model: M) -> (M, Residuals) {
     #[derive(Default)]
     struct Take {
@@ -32,7 +32,7 @@ pub(super) fn take_residuals<M: Module>(model: M) -> (M, Residuals) {
             match self.path.place() {
                 Place::Residual { weight } => {
                     let (id, value, mapper) = param.consume();
-                    // In its place something that holds no memory of the weight's size.
+                    // A placeholder without memory of the weight's size.
                     let placeholder = Tensor::zeros([1; D], (&value.device(), value.dtype()));
                     let value = Tensor::from_dispatch(value.into_dispatch());
                     self.residuals.insert(weight, value);
@@ -63,8 +63,8 @@ impl<'a, F: Fn(usize) -> MergeInputs> Commit<'a, F> {
     /// The model after optimizer step `step`, and for each weight the sum of the squares of its
     /// update, `[1]`.
     ///
-    /// `inputs` is called with the position of each weight when its turn comes, so that the
-    /// buffers of one weight at a time are live.
+    /// `inputs` is called with the position of each weight just before its merge, so only the
+    /// buffers of one weight are live.
     pub(super) fn apply<M: Module>(
         model: M,
         factors: &'a Factors,
@@ -96,7 +96,7 @@ impl<F: Fn(usize) -> MergeInputs> ModuleMapper for Commit<'_, F> {
             Place::Other(path) => match self.weights.get(path.as_str()) {
                 Some(&(position, weight)) => {
                     let (id, value, mapper) = param.consume();
-                    // A handle of the storage would make the merge copy: keep only the settings.
+                    // Keep only the settings: a handle of the storage would make the merge copy.
                     let settings = Settings::of(id, &value);
                     let value = Tensor::<2>::from_dispatch(value.inner().into_dispatch());
                     let inputs = (self.inputs)(position);
@@ -104,7 +104,7 @@ impl<F: Fn(usize) -> MergeInputs> ModuleMapper for Commit<'_, F> {
                         Some(residual) => {
                             let (merged, residual, squares) =
                                 ops::merge_compensated(value, residual, inputs);
-                            // A traversal comes to the residual bits after the weight.
+                            // A traversal visits the residual bits after the weight.
                             self.residuals.insert(path, residual);
                             (merged, squares)
                         }

@@ -7,14 +7,14 @@ use serde::{Deserialize, Serialize};
 
 use super::OptimizerError;
 
-/// In what precision deltas travel between workers.
+/// The precision in which deltas travel between workers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CommunicationDtype {
-    /// As the inner optimizer computes them.
+    /// Unrounded, as the inner optimizer computes them.
     #[default]
     F32,
-    /// Rounded to `bf16`, the nearest one, before anything is merged: half the bytes, and relative
-    /// errors of up to 2⁻⁸ in every delta.
+    /// Rounded to the nearest `bf16` before the merge: half the bytes, and relative errors of up to
+    /// 2⁻⁸ in every delta.
     Bf16,
 }
 
@@ -36,12 +36,12 @@ impl CommunicationDtype {
         }
     }
 
-    /// What arrives of a delta, in `f32`.
+    /// A delta after its travel, in `f32`.
     pub(super) fn round<const D: usize>(self, delta: Tensor<D>) -> Tensor<D> {
         delta.cast(self.dtype()).cast(DType::F32)
     }
 
-    /// Number of values that a count travels as.
+    /// Number of values that encode a count.
     pub(super) fn count_len(self) -> usize {
         match self {
             Self::F32 => 1,
@@ -51,8 +51,9 @@ impl CommunicationDtype {
 
     /// Rounded deltas `[n]` and counts `[m]` as one buffer `[n + m · count_len]`.
     ///
-    /// `bf16` holds integers up to 256 exactly, so that a count travels as three digits of base
-    /// 256, the highest first; one too large for that is rounded in the highest, never to zero.
+    /// `bf16` holds integers up to 256 exactly. A count therefore travels as three digits of base
+    /// 256, the highest first. If a count is too large, its highest digit is rounded, never to
+    /// zero.
     pub(super) fn encode(self, deltas: Tensor<1>, counts: Tensor<1>) -> Tensor<1> {
         match self {
             Self::F32 => Tensor::cat(vec![deltas, counts], 0),
@@ -110,7 +111,7 @@ mod tests {
             let sent = dtype.encode(deltas.clone(), Tensor::from_floats(counts, &device));
             assert_eq!(sent.dims(), [3 + counts.len() * dtype.count_len()]);
             assert_eq!(sent.dtype(), dtype.dtype());
-            // As two workers would send it.
+            // The buffers of two workers.
             let sent = Tensor::stack::<2>(vec![sent.clone(), sent], 0);
             let (received, decoded) = dtype.decode(sent, counts.len());
             for worker in 0..2 {
@@ -122,7 +123,7 @@ mod tests {
                 assert_eq!(decoded.as_slice::<f32>().unwrap(), counts);
             }
         }
-        // What does not fit stays a count.
+        // A count that is too large does not become zero.
         let sent = CommunicationDtype::Bf16.encode(
             Tensor::zeros([1], &device),
             Tensor::<1>::from_floats([3e10], &device),

@@ -20,9 +20,9 @@ pub(super) struct MeanGradients {
     pub(super) non_finite: Vec<(String, Tensor<1>)>,
 }
 
-/// Takes the gradients of dense parameters out of each of `sets`, one after the other: a row `[n]` in
-/// `f32` for each set, none for a model without dense parameters. A parameter without a gradient in a
-/// set counts as zero there.
+/// Takes the gradients of dense parameters out of each of `sets`, one after the other. Gives a row
+/// `[n]` in `f32` for each set, or no row for a model without dense parameters. A parameter without
+/// a gradient in a set counts as zero there.
 pub(super) fn take_rows<M: Module>(model: &M, sets: &mut [GradientsParams]) -> Vec<Tensor<1>> {
     let mut flatten = Flatten {
         path: PathTracker::default(),
@@ -35,7 +35,7 @@ pub(super) fn take_rows<M: Module>(model: &M, sets: &mut [GradientsParams]) -> V
 }
 
 impl MeanGradients {
-    /// Those of all dense parameters, given as one row.
+    /// The gradients of all dense parameters, from one row.
     pub(super) fn of_row<M: Module>(model: &M, mean: Tensor<1>) -> Self {
         let mut unflatten = Unflatten {
             path: PathTracker::default(),
@@ -76,8 +76,8 @@ pub(super) fn mean_gradients<M: Module>(
     Ok(MeanGradients::of_row(model, mean))
 }
 
-/// The path of a dense parameter. An adapted weight is none: it requires no gradient, or the step is
-/// refused before.
+/// The path of a dense parameter. An adapted weight is not dense: it requires no gradient, or the
+/// step is refused earlier.
 fn dense_path<const D: usize>(path: &PathTracker, param: &Param<Tensor<D>>) -> Option<String> {
     match path.place() {
         Place::Other(path) if param.is_require_grad() => Some(path),
@@ -167,8 +167,7 @@ pub(super) fn non_finite_values<M: Module>(model: &M) -> Vec<(String, Tensor<1>)
     count.counts
 }
 
-/// The dense parameters as they are before a step, which a refusal puts
-/// back.
+/// The dense parameters before a step. A refusal restores them.
 #[derive(Default)]
 pub(super) struct DenseBefore {
     path: PathTracker,

@@ -1,4 +1,4 @@
-//! Why a step, a record or an optimizer is refused.
+//! Errors of a refused step, record or optimizer.
 
 use std::fmt::{self, Debug, Display, Formatter};
 use std::path::{Path, PathBuf};
@@ -23,7 +23,7 @@ pub enum OptimizerError {
         path.as_ref().map(|path| format!(" (`{path}`)")).unwrap_or_default()
     )]
     ReadsParameter {
-        /// The parameter for which it does, if only a parameter group is concerned.
+        /// The parameter, if the problem is in one parameter group.
         path: Option<String>,
     },
     /// The inner optimizer clips gradients tensor by tensor.
@@ -82,7 +82,7 @@ pub enum OptimizerError {
         /// The shard whose factors have gradients.
         found: usize,
     },
-    /// Gradients were collected as the model's adapters do not take them.
+    /// Gradients were collected in a form that the model's adapters do not take.
     #[error(
         "the model's adapters were made with GradientMode::{model:?}: collect the gradients of a \
          step with {}",
@@ -139,7 +139,7 @@ pub enum OptimizerError {
         /// Path of the first factor without a gradient.
         path: String,
     },
-    /// Gradients were pushed of parameters that the collection does not know.
+    /// Gradients were pushed for parameters that the collection does not know.
     #[error(
         "the gradients pushed{} hold {count} tensors of parameters that the model given to \
          `new` does not have",
@@ -148,10 +148,10 @@ pub enum OptimizerError {
     UnknownGradients {
         /// Index of the shard, if they were pushed for one.
         shard: Option<usize>,
-        /// How many tensors.
+        /// Number of tensors.
         count: usize,
     },
-    /// A gradient is NaN or infinite. Every worker refuses the step alike.
+    /// A gradient is NaN or infinite. Every worker refuses the step.
     #[error("`{path}`: the gradient holds {count} NaN or infinite values")]
     NonFiniteGradient {
         /// Path of a dense parameter, or of a shard of a weight.
@@ -159,8 +159,7 @@ pub enum OptimizerError {
         /// How many values.
         count: usize,
     },
-    /// Finite gradients lead to an update that is NaN or infinite. Every worker refuses the step
-    /// alike.
+    /// Finite gradients lead to an update that is NaN or infinite. Every worker refuses the step.
     #[error(
         "`{path}`: the gradient is finite, but the optimizer's update holds {count} NaN or infinite \
          values; lower the learning rate"
@@ -183,14 +182,14 @@ pub enum OptimizerError {
         /// Its dtype.
         dtype: DType,
     },
-    /// The device cannot hold deltas as they are to travel.
+    /// The device does not support the dtype in which deltas travel.
     #[error(
         "{device} has no {dtype:?}, in which deltas are to travel; use CommunicationDtype::F32"
     )]
     UnsupportedCommunicationDtype {
-        /// The precision asked for.
+        /// The requested precision.
         dtype: DType,
-        /// The device, as Burn prints it.
+        /// The device, in Burn's words.
         device: String,
     },
     /// The workers together do not host every shard exactly once.
@@ -201,7 +200,7 @@ pub enum OptimizerError {
         /// Number of shards of the adapters.
         shards: usize,
     },
-    /// The loaded record is that of adapters with other shards, frames or gradients.
+    /// The loaded record belongs to adapters with other shards, frames or gradients.
     #[error(
         "the optimizer's record was made for `{recorded}`, the model has `{given}`: attach adapters \
          with the number of shards, windows, frame_scale and gradients of the record"
@@ -217,12 +216,12 @@ pub enum OptimizerError {
     WorkerMismatch {
         /// Index of the other worker.
         worker: usize,
-        /// The first thing that differs, as this worker has it.
+        /// The first difference, on this worker.
         ours: String,
-        /// The same as the other worker has it.
+        /// The same on the other worker.
         theirs: String,
     },
-    /// The copies of a parameter on two workers have come to differ.
+    /// The copies of a parameter on two workers differ.
     #[error(
         "`{path}` differs between workers: its fingerprint is {theirs:016x} on worker {worker} and \
          {ours:016x} on this worker; stop, and resume from a checkpoint"
@@ -251,7 +250,7 @@ pub enum OptimizerError {
     InvalidRecord {
         /// What is wrong with it.
         reason: String,
-        /// The error that says so, if it is one of Burn's.
+        /// Burn's error behind it, if any.
         #[source]
         source: Option<Cause>,
     },
@@ -270,7 +269,7 @@ pub enum OptimizerError {
     Io {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: Cause,
     },
 }
@@ -309,7 +308,7 @@ impl From<burn_pack::Error> for OptimizerError {
     }
 }
 
-/// A refused step, which gives the model back as it was.
+/// A refused step, which returns the unchanged model.
 pub struct StepError<M> {
     /// The model: weights and frames are those from before the step.
     pub model: M,

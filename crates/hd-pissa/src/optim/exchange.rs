@@ -1,4 +1,5 @@
-//! The gather of deltas: each worker sends those of its shards, group by group of weights.
+//! The gather of deltas: each worker sends those of its shards, one group of weights after the
+//! other.
 
 use std::ops::Range;
 
@@ -10,9 +11,9 @@ use super::layout::ShardLayout;
 use super::{CommunicationDtype, OptimizerError};
 use crate::ops::join;
 
-/// What a worker says of some weights in a step.
+/// One worker's message about some weights in a step.
 pub(super) struct OwnDeltas {
-    /// `[hosted shards, row_len]` for each weight, rounded as they travel.
+    /// `[hosted shards, row_len]` for each weight, rounded to the precision in which they travel.
     pub(super) packed: Vec<Tensor<2>>,
     /// The number of NaN and infinite values in the gradients, `[weights, hosted shards]`.
     pub(super) bad_gradients: Tensor<2>,
@@ -20,7 +21,7 @@ pub(super) struct OwnDeltas {
     pub(super) stale: Tensor<1>,
 }
 
-/// What all workers say of all weights in a step.
+/// The messages of all workers about all weights in a step.
 #[derive(Default)]
 pub(super) struct Deltas {
     /// `[shards, row_len]` for each weight.
@@ -33,7 +34,7 @@ pub(super) struct Deltas {
 
 /// The deltas of some weights, on their way to every worker.
 pub(super) enum PendingDeltas<'a> {
-    /// A single worker has them all.
+    /// A single worker already has all of them.
     Here(Box<OwnDeltas>),
     UnderWay {
         gather: Box<dyn PendingGather + 'a>,
@@ -67,7 +68,7 @@ impl<'a> PendingDeltas<'a> {
 }
 
 impl Deltas {
-    /// Waits for groups of weights that together are all of them, in order.
+    /// Waits for groups of weights, in order, which together are all weights.
     pub(super) fn finish(
         groups: Vec<PendingDeltas>,
         factors: &Factors,
@@ -91,7 +92,7 @@ impl Deltas {
         Ok(all)
     }
 
-    /// Every worker has the frames of all others again.
+    /// Call this once every worker has the current frames of all others.
     pub(super) fn stale_is_settled(&mut self) {
         self.stale.clear();
     }

@@ -1,4 +1,4 @@
-//! The factors of a model, as a traversal finds them.
+//! The factors of a model, collected by a traversal.
 
 use std::ops::Range;
 
@@ -13,7 +13,7 @@ use crate::hosting::hosted_shards;
 use crate::ops::{Rounding, StochasticKey, identity};
 use crate::path::{PathTracker, Place, ShardName, Side, hash};
 
-/// A factor as a traversal finds it.
+/// A factor of the model.
 #[derive(Clone, Debug)]
 pub(super) struct Factor {
     pub(super) id: ParamId,
@@ -41,9 +41,9 @@ pub(super) struct WeightFactors {
     pub(super) path: String,
     /// The dtype of the weight itself.
     pub(super) dtype: DType,
-    /// Those that this worker hosts.
+    /// The shards that this worker hosts.
     pub(super) shards: Vec<ShardFactors>,
-    /// Those whose factors the model has: those that this worker hosts, or all of them.
+    /// The shards whose factors the model has: those that this worker hosts, or all.
     pub(super) known: Vec<ShardFactors>,
     /// Seed of stochastic rounding, if the adapter asks for it.
     pub(super) rounding_seed: Option<u64>,
@@ -77,7 +77,8 @@ impl WeightFactors {
         format!("{}.{}", shard.path(&self.path), side.name())
     }
 
-    /// How optimizer step `step` is rounded to the weight, where no residual bits take the rest.
+    /// How the update of optimizer step `step` is rounded to the weight, if no residual bits take
+    /// the rest.
     pub(super) fn rounding(&self, step: u64) -> Rounding {
         match self.rounding_seed {
             None => Rounding::Nearest,
@@ -111,7 +112,7 @@ pub(crate) struct Factors {
 }
 
 impl Factors {
-    /// Those of `model`, on the worker of `communicator`.
+    /// The factors of `model`, on the worker of `communicator`.
     pub(crate) fn of<M: Module>(
         model: &M,
         communicator: &dyn Communicator,
@@ -170,7 +171,7 @@ impl Factors {
         })
     }
 
-    /// What is adapted and how, in lines. The same on every worker of a run.
+    /// The adapted weights and their settings, in lines. The same on every worker of a run.
     pub(super) fn structure(&self) -> String {
         let weights = self.weights.iter().map(|weight| {
             let (path, dtype, rank) = (&weight.path, weight.dtype, weight.rank());
@@ -188,7 +189,8 @@ impl Factors {
             true => "all shards",
             false => "the hosted shards alone",
         };
-        // Last: another setting is the reason where workers know different factors because of it.
+        // Last, because workers may know different factors because of another setting. That setting
+        // is then the first difference.
         format!("{}factors of {known}\n", weights.collect::<String>())
     }
 
@@ -202,7 +204,7 @@ impl Factors {
         name.path(&weight.path)
     }
 
-    /// What tells the tensors of the known factors from others, if anything does.
+    /// The identities of the known factors' tensors, if they have any.
     pub(super) fn identity(&self) -> Option<Vec<NodeId>> {
         let factors = self.known();
         factors
@@ -210,12 +212,12 @@ impl Factors {
             .collect()
     }
 
-    /// Whether the model has the factors of every shard, as it does where they share gradients.
+    /// Whether the model has the factors of every shard, as with shared gradients.
     pub(crate) fn knows_all(&self) -> bool {
         self.weights[0].known.len() == self.num_shards
     }
 
-    /// By the id of its parameter the shard of each factor that the model has.
+    /// The shard of each factor that the model has, by the id of its parameter.
     #[cfg(feature = "learner")]
     pub(crate) fn shard_of(&self) -> std::collections::HashMap<u64, usize> {
         let known = self.known();
@@ -246,7 +248,7 @@ impl Factors {
         groups
     }
 
-    /// Every factor of the hosted shards, with the weight, the shard and the side it belongs to.
+    /// Every factor of the hosted shards, with its weight, shard and side.
     pub(super) fn iter(&self) -> impl Iterator<Item = (&WeightFactors, ShardName, Side, &Factor)> {
         self.factors(|weight| &weight.shards)
     }

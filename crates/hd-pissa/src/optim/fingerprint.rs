@@ -1,4 +1,4 @@
-//! Fingerprints of parameters, by which workers see that their copies agree.
+//! Fingerprints of parameters, by which workers compare their copies.
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{DType, Int, Tensor};
@@ -18,13 +18,13 @@ pub(super) struct Fingerprints {
 }
 
 impl Fingerprints {
-    /// Of every float parameter outside the factors, and of all residual bits.
+    /// Fingerprints of every float parameter outside the factors, and of all residual bits.
     pub(super) fn of_all<M: Module>(model: &M) -> Self {
         collect(model, |_, _| true)
     }
 
-    /// Of every parameter that a step moves, and of the packed frames of each weight that it is made
-    /// with.
+    /// Fingerprints of every parameter that a step moves, and of the packed frames of each weight
+    /// that the step uses.
     pub(super) fn of_step<M: Module>(model: &M, factors: &Factors, frames: &[Tensor<2>]) -> Self {
         let mut found = collect(model, |path, trained| {
             trained || factors.weights.iter().any(|weight| weight.path == path)
@@ -33,7 +33,7 @@ impl Fingerprints {
         found
     }
 
-    /// Of the packed frames of each weight.
+    /// Fingerprints of the packed frames of each weight.
     pub(super) fn of_frames(factors: &Factors, frames: &[Tensor<2>]) -> Self {
         let mut found = Self::default();
         found.push_frames(factors, frames);
@@ -47,7 +47,7 @@ impl Fingerprints {
         }
     }
 
-    /// All of them, `[2 · n]`.
+    /// The words of all fingerprints, `[2 · n]`.
     pub(super) fn words(&self) -> Tensor<1, Int> {
         Tensor::cat(self.words.clone(), 0)
     }
@@ -124,7 +124,7 @@ impl<F: Fn(&str, bool) -> bool> ModuleVisitor for Collector<F> {
         {
             let value = param.base().inner();
             let value = match value.dtype() {
-                // Frozen, if it is quantized: what its values are read as.
+                // A quantized parameter is frozen. It counts with its dequantized values.
                 DType::QFloat(_) => value.dequantize(),
                 _ => value,
             };
@@ -141,7 +141,7 @@ impl<F: Fn(&str, bool) -> bool> ModuleVisitor for Collector<F> {
     }
 }
 
-/// A tensor of any number of dimensions as one of two: a matrix without a copy.
+/// A tensor of any number of dimensions as one of two dimensions. A matrix is not copied.
 fn matrix<const D: usize>(value: Tensor<D>) -> Tensor<2> {
     match D {
         2 => Tensor::from_dispatch(value.into_dispatch()),

@@ -12,21 +12,21 @@ use super::packed::pack_values;
 use super::statistics::Statistics;
 use crate::ops::join;
 
-/// The frames of every weight, as its merges read them.
+/// The frames of every weight, in the form that merges read.
 pub(super) struct Frames {
     /// `[shards, row_len]` for each weight, rows by the index of the shard.
     packed: Vec<Tensor<2>>,
     /// [`Statistics::norms`]
     norms: (Tensor<1>, Tensor<1>),
-    /// The tensors of the model's factors that they were made from.
+    /// The tensors of the model's factors from which the frames were packed.
     source: Option<Vec<NodeId>>,
     /// With several workers: fingerprints of this worker's frames, `[2 · weights]`.
     own: Option<Tensor<1, Int>>,
 }
 
 impl Frames {
-    /// Learns the frames of all shards from all workers; where each worker has them, compares them.
-    /// Every worker calls it at the same time.
+    /// Gathers the frames of all shards from all workers, or compares them if each worker has all
+    /// of them. Every worker calls it at the same time.
     ///
     /// # Errors
     ///
@@ -59,13 +59,13 @@ impl Frames {
         })
     }
 
-    /// Whether they were made from these very tensors.
+    /// Whether the frames were packed from exactly these tensors.
     pub(super) fn are_of(&self, factors: &Factors) -> bool {
         self.source.is_some() && self.source == factors.identity()
     }
 
-    /// Zero if this worker's factors have the values that the other workers know, `[1]`. For several
-    /// workers.
+    /// Zero if the other workers know the current values of this worker's factors, `[1]`. For
+    /// several workers.
     pub(super) fn are_stale(&self, factors: &Factors) -> Tensor<1> {
         match &self.own {
             Some(own) if !self.are_of(factors) => {
@@ -77,7 +77,7 @@ impl Frames {
         }
     }
 
-    /// Takes note of tensors whose values turned out to be the same.
+    /// Records new tensors that have the same values.
     pub(super) fn adopt(&mut self, factors: &Factors) {
         self.source = factors.identity();
     }
@@ -87,7 +87,7 @@ impl Frames {
         self.packed[weight].clone()
     }
 
-    /// Of each weight the norms of all `a` and of all `b`, `[weights]` each.
+    /// For each weight the norms of all `a` and of all `b`, `[weights]` each.
     pub(super) fn norms(&self) -> (Tensor<1>, Tensor<1>) {
         self.norms.clone()
     }

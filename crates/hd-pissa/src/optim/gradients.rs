@@ -125,7 +125,7 @@ impl Debug for ShardGradients {
 pub struct StepGradients(Source);
 
 enum Source {
-    /// Of one micro-batch. It is of one shard, which the gradients show, or of all.
+    /// Gradients of one micro-batch, for one shard, which the gradients show, or for all shards.
     One(GradientsParams),
     PerShard(ShardGradients),
     Shared(SharedGradients),
@@ -145,10 +145,10 @@ impl Debug for StepGradients {
 
 /// Gradients that fit a model.
 pub(super) enum Resolved {
-    /// Of each hosted shard, in the order of [`Factors::hosted`]: every factor of that shard has
-    /// one, and no factor of another.
+    /// For each hosted shard, in the order of [`Factors::hosted`]: gradients of every factor of
+    /// that shard and of no other.
     PerShard(Vec<GradientsParams>),
-    /// The sum over so many micro-batches: every factor that the model has has one.
+    /// The sum over this many micro-batches, with a gradient for every factor of the model.
     Shared(GradientsParams, u64),
 }
 
@@ -207,7 +207,7 @@ impl Source {
     }
 }
 
-/// `sum`, if no gradient of a factor is missing.
+/// `sum`, if no factor lacks a gradient.
 fn shared(
     sum: GradientsParams,
     micro_batches: u64,

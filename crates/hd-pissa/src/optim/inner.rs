@@ -1,5 +1,5 @@
-//! The inner optimizer, and what it sees of factors: the packed rows of a weight as one parameter,
-//! where it gives the same numbers that way; else one parameter for each factor.
+//! The inner optimizer, and its view of factors: the packed rows of a weight as one parameter if
+//! that gives the same numbers, else one parameter for each factor.
 
 use std::sync::Arc;
 
@@ -19,17 +19,17 @@ use crate::optimizer_state::OptimizerState;
 
 /// A [`ModuleOptimizer`] that steps packed gradients.
 ///
-/// Its record has the states of single factors, whatever it sees of them.
+/// Its record always has the states of single factors.
 #[derive(Clone)]
 pub(super) struct InnerOptimizer {
     optimizer: ModuleOptimizer,
     /// Whether packed rows may be parameters.
     packs: bool,
-    /// Of the model that it was last used for, weight by weight.
+    /// The views of the model that it was last used for, weight by weight.
     weights: Arc<Vec<Arranged>>,
 }
 
-/// What the optimizer sees of a weight's factors.
+/// The optimizer's view of a weight's factors.
 #[derive(Clone)]
 struct Arranged {
     /// Path of the weight.
@@ -65,7 +65,7 @@ impl InnerOptimizer {
                 .zip(&factors.weights)
                 .all(|(of, weight)| of.rows.are_of(weight))
         {
-            // Rates may have come to differ.
+            // Rates may differ now.
             let fits = |weight: &Arranged| !weight.is_packed || weight.rows.have_one(lr);
             if self.weights.iter().all(fits) {
                 return Ok(());
@@ -141,7 +141,8 @@ impl InnerOptimizer {
                 }
             }
         });
-        // An update does not read the parameter. Of zeros it leaves exactly the delta.
+        // An update does not read the parameter. From a parameter of zeros, the result is exactly
+        // the delta.
         let params = ParamList::zeros(device, params);
         let mut of_params = GradientsParams::new();
         for ((arranged, weight), gradient) in arranged.iter().zip(weights).zip(gradients) {
@@ -168,7 +169,7 @@ impl InnerOptimizer {
         deltas.collect()
     }
 
-    /// Burn's own step, of parameters outside the adapters.
+    /// Burn's own step, for parameters outside the adapters.
     pub(super) fn step_dense<M: Module>(
         &mut self,
         lr: ModuleLearningRate,

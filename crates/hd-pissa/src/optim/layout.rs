@@ -1,4 +1,4 @@
-//! Who hosts which shard, agreed on by all workers.
+//! The hosts of all shards, on which all workers agree.
 
 use burn::tensor::{DType, Int, Tensor};
 use hd_pissa_comm::{Communicator, Disagreement, agree, gather_integers};
@@ -11,18 +11,18 @@ use super::{CommunicationDtype, OptimizerError};
 pub(super) struct ShardLayout {
     /// The hosted shards of all workers, worker by worker.
     order: Vec<usize>,
-    /// What it holds for: [`Factors::structure`] and the shards of this worker.
+    /// The adapters of this layout: [`Factors::structure`] and the shards of this worker.
     structure: (String, Vec<usize>),
 }
 
-/// What workers must have in common besides their adapters.
+/// Settings that workers must share, besides their adapters.
 pub(super) struct RunSettings {
     pub(super) communication_dtype: CommunicationDtype,
     pub(super) buckets: usize,
 }
 
 impl ShardLayout {
-    /// Compares what the workers are about to do, and learns who hosts which shard.
+    /// Compares the runs of all workers, and gathers which worker hosts which shard.
     pub(super) fn agree(
         factors: &Factors,
         settings: RunSettings,
@@ -66,7 +66,7 @@ impl ShardLayout {
         })
     }
 
-    /// The hosted shards of each worker, by the worker's index; as many of each.
+    /// The hosted shards of each worker, by the worker's index. All workers host the same number.
     pub(super) fn by_worker(&self, workers: usize) -> impl Iterator<Item = &[usize]> {
         self.order.chunks(self.order.len() / workers)
     }
@@ -99,7 +99,7 @@ impl ShardLayout {
             .collect()
     }
 
-    /// Rows that come worker by worker, by the index of the shard.
+    /// Rows in the order of workers, sorted by the index of the shard.
     pub(super) fn sorted(&self, rows: Tensor<2>) -> Tensor<2> {
         if self.order.is_sorted() {
             return rows;

@@ -1,4 +1,4 @@
-//! The optimizer, and what it tells of itself.
+//! The optimizer and its public state.
 
 use std::collections::HashMap;
 use std::fmt::{self, Debug, Formatter};
@@ -20,12 +20,12 @@ use super::{HdPissaOptimizerConfig, OptimizerError};
 ///
 /// `W += Σ_k (a_k·Δb_k + Δa_k·b_k + Δa_k·Δb_k)`
 ///
-/// as one product. The factors stay as they are. Trainable parameters outside the adapters take
-/// the mean of the shards' gradients.
+/// as one product. The factors do not change. Trainable parameters outside the adapters take the
+/// mean of the shards' gradients.
 ///
-/// The inner optimizer's moments, parameter groups and records are Burn's own: the factors of each
-/// shard are parameters with ids of their own. It may be any [`ModuleOptimizer`] whose update does
-/// not depend on the parameter's value. Built by [`HdPissaOptimizerConfig::init`].
+/// The inner optimizer's moments, parameter groups and records are Burn's own: each factor is a
+/// parameter with its own id. Any [`ModuleOptimizer`] works if its update does not depend on the
+/// parameter's value. [`HdPissaOptimizerConfig::init`] builds it.
 ///
 /// ```
 /// use burn::nn::LinearConfig;
@@ -50,21 +50,23 @@ pub struct HdPissaOptimizer {
     pub(super) config: HdPissaOptimizerConfig,
     pub(super) inner: InnerOptimizer,
     pub(super) communicator: Box<dyn Communicator>,
-    /// What the workers have agreed on, and the frames of all shards.
+    /// The layout that the workers agreed on, and the frames of all shards.
     pub(super) shared: Option<Box<(ShardLayout, Frames)>>,
-    /// What was measured of the last step.
+    /// The norm of the last step's update, if measured.
     pub(super) update_norm: Option<f64>,
     pub(super) gradient_norms: Vec<f64>,
-    /// By id the paths of the parameters of a loaded record, until a step has compared them.
+    /// The paths of the parameters of a loaded record, by id, until a step has compared them.
     pub(super) recorded: HashMap<u64, String>,
-    /// Steps taken, which stochastic rounding draws from.
+    /// Number of steps taken, which is part of the key of stochastic rounding.
     pub(super) steps: u64,
 }
 
 impl HdPissaOptimizerConfig {
     /// Wraps `inner` for the worker of `communicator`.
     ///
-    /// `inner` may be any [`ModuleOptimizer`] whose update does not depend on the parameter's value.
+    /// `inner` may be any [`ModuleOptimizer`] whose update does not depend on the parameter's
+    /// value. Give Adam the epsilon 1e-8 of the published script: Burn's default of 1e-5 is large
+    /// next to the gradients of factors.
     ///
     /// # Errors
     ///
@@ -88,7 +90,7 @@ impl HdPissaOptimizerConfig {
             return Err(OptimizerError::ClipsPerTensor);
         }
         let anywhere = [(String::from("weight"), ParamId::new())];
-        // Where there is a choice, not a GPU, which may be missing.
+        // Flex if possible, because a GPU may be missing.
         #[cfg(feature = "flex")]
         let device = Device::flex();
         #[cfg(not(feature = "flex"))]
@@ -115,8 +117,8 @@ impl HdPissaOptimizer {
         &self.config
     }
 
-    /// Other [`buckets`](HdPissaOptimizerConfig::buckets) from the next step on. Every worker alike:
-    /// workers compare the number at the first step alone.
+    /// Sets [`buckets`](HdPissaOptimizerConfig::buckets) from the next step on. Call it on every
+    /// worker: workers compare the number only at the first step.
     pub fn set_buckets(&mut self, buckets: NonZeroUsize) {
         self.config.buckets = buckets;
     }
@@ -126,8 +128,8 @@ impl HdPissaOptimizer {
         self.communicator.traffic()
     }
 
-    /// Frobenius norm of what the last step added to all adapted weights together, before rounding
-    /// to their dtype. `None` before the first step, and without
+    /// Frobenius norm of the last step's update of all adapted weights together, before rounding to
+    /// their dtype. `None` before the first step, and without
     /// [`measure_norms`](HdPissaOptimizerConfig::measure_norms).
     pub fn update_norm(&self) -> Option<f64> {
         self.update_norm
@@ -145,7 +147,7 @@ impl HdPissaOptimizer {
         self.steps
     }
 
-    /// The transport, for what workers agree on besides steps, such as a checkpoint.
+    /// The transport, for other exchanges between workers, such as a checkpoint.
     pub fn communicator(&self) -> &dyn Communicator {
         &*self.communicator
     }

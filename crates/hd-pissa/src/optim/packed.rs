@@ -1,5 +1,5 @@
-//! The packed form of factors, their gradients and their deltas: what an optimizer steps, what
-//! travels, is checked and merges.
+//! The packed form of factors, their gradients and their deltas, in which they are stepped, sent,
+//! checked and merged.
 //!
 //! One `f32` matrix `[shards, rank · (d_input + d_output)]` for each weight. Row `k` holds `a_k` row by
 //! row, followed by `b_k` row by row.
@@ -44,7 +44,7 @@ pub(super) fn unpack(row: Tensor<2>, d_input: usize, rank: usize) -> (Tensor<2>,
 ///
 /// # Panics
 ///
-/// If one is missing.
+/// If a gradient is missing.
 pub(super) fn pack_gradients(
     weights: &[WeightFactors],
     sets: &mut [GradientsParams],

@@ -1,11 +1,11 @@
-//! A module that is nothing but matrices at given paths, for an optimizer to step.
+//! A module of matrices at given paths, for an optimizer to step.
 
 use std::collections::HashMap;
 
 use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::tensor::{DType, Device, Tensor};
 
-/// Parameters as parameter groups see them: each with its path and its id. Of `f32`.
+/// `f32` parameters for parameter groups: each has its path and its id.
 #[derive(Clone, Debug)]
 pub(super) struct ParamList(Vec<(String, Param<Tensor<2>>)>);
 
@@ -16,7 +16,7 @@ impl ParamList {
         params: impl IntoIterator<Item = (String, ParamId, [usize; 2])>,
     ) -> Self {
         let device = device.clone().inner();
-        // Those of one shape share their memory.
+        // Parameters of one shape share their memory.
         let mut zeros: HashMap<[usize; 2], Tensor<2>> = HashMap::new();
         let params = params.into_iter().map(|(path, id, shape)| {
             let zeros = zeros

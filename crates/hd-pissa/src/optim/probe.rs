@@ -1,4 +1,4 @@
-//! Finds out by trial what an optimizer's update depends on.
+//! Trials that show what an optimizer's update depends on.
 
 use burn::module::ParamId;
 use burn::optim::{GradientsParams, ModuleOptimizer, OptimizerRecord};
@@ -12,18 +12,18 @@ use super::rows::{Rows, divide};
 use crate::ops::join;
 use crate::optimizer_state::OptimizerState;
 
-/// Large enough for a decay of 1e-6 at learning rate 1 to show, and a power of two, so that adding
-/// an update of order 1 to it rounds by no more than 2⁻¹².
+/// Large enough to show a decay of 1e-6 at learning rate 1. It is a power of two: adding an update
+/// of order 1 rounds by no more than 2⁻¹².
 const VALUE: f64 = 4096.0;
 
-/// Two steps of gradients. Of different sizes and signs: an optimizer that normalizes gradients would
-/// hide a decay behind two equal ones. Some are small, so that they show an epsilon.
+/// Two steps of gradients, of different sizes and signs: with two equal ones, an optimizer that
+/// normalizes gradients would hide a decay. Small ones show an epsilon.
 const GRADIENTS: [[[f64; 3]; 2]; 2] = [
     [[1.0, -0.5, 1e-6], [0.75, 2.0, -1e-9]],
     [[-0.75, 0.25, 0.5], [1.0, -1.0, 1e-7]],
 ];
 
-/// Small parameters at given paths, with given ids, as parameter groups see them.
+/// Small parameters with given paths and ids, which parameter groups match.
 #[derive(Clone, Debug)]
 pub(super) struct Probe {
     params: ParamList,
@@ -54,7 +54,8 @@ impl Probe {
         }
     }
 
-    /// What two steps of a fresh copy of `optimizer` add to parameters of value `start`.
+    /// The update that two steps of a fresh copy of `optimizer` make to parameters of value
+    /// `start`.
     fn updates_at(&self, optimizer: &ModuleOptimizer, start: f64) -> Vec<Vec<f32>> {
         let mut optimizer = fresh(optimizer);
         let mut params = self.params.clone().filled(start);
@@ -79,8 +80,9 @@ fn fresh(optimizer: &ModuleOptimizer) -> ModuleOptimizer {
 /// For each weight whether `optimizer` gives the same numbers, bit for bit, when the factors of all
 /// hosted shards are one parameter as when each is a parameter of its own.
 ///
-/// That takes an optimizer that works element by element, the same for all factors of the weight.
-/// `updates` are those of a [`Probe`] of all factors: equal ones come from equal optimizers.
+/// This needs an optimizer that works element by element, in the same way for all factors of the
+/// weight. `updates` come from a [`Probe`] of all factors: equal updates come from equal
+/// optimizers.
 pub(super) fn are_elementwise(
     optimizer: &ModuleOptimizer,
     factors: &Factors,
@@ -100,7 +102,7 @@ pub(super) fn are_elementwise(
         let fits = match known {
             Some(&(_, _, fits)) => fits,
             None => {
-                // Two shards show what joins shards.
+                // Two shards show an optimizer that mixes shards.
                 let fits = is_elementwise(optimizer, &Rows::of(weight, 2), &factors.device())?;
                 tried.push((sizes, first, fits));
                 fits

@@ -14,17 +14,17 @@ const MAX_BF16: f32 = 255.0 * (1u128 << 120) as f32;
 /// Half of the distance between the two largest finite `f32` values.
 const HALF_STEP_F32: f32 = (1u128 << 103) as f32;
 
-/// What each weight can still take.
+/// The room that each weight has left.
 pub(super) struct Ranges {
     /// The largest magnitude in each half-precision weight, and zero for the others, `[weights]`.
     /// `None` without half-precision weights.
     largest: Option<Tensor<1>>,
-    /// What that and the update together must stay below, `[weights]`.
+    /// The limit for the sum of that and the update, `[weights]`.
     limits: Tensor<1>,
 }
 
 impl Ranges {
-    /// Of every adapted weight of `model`, in the order of `factors`.
+    /// The ranges of every adapted weight of `model`, in the order of `factors`.
     pub(super) fn of_weights<M: Module>(model: &M, factors: &Factors) -> Self {
         let mut finder = Finder {
             path: PathTracker::default(),
@@ -51,8 +51,8 @@ impl Ranges {
         }
     }
 
-    /// For each weight 1 if it may hold a value after the merge that its dtype cannot, else 0;
-    /// `[weights]`. Given the norms of its factors and the statistics of its deltas.
+    /// For each weight 1 if a value may leave the range of its dtype in the merge, else 0;
+    /// `[weights]`. Takes the norms of its factors and the statistics of its deltas.
     ///
     /// No element of the update `(a + Δa)·Δb + Δa·b`, and no partial sum of one, is larger than the
     /// product of the norms of its factors (the Cauchy-Schwarz inequality). An `f32` weight takes
@@ -69,7 +69,7 @@ impl Ranges {
             Some(largest) => update + largest.clone(),
             None => update,
         };
-        // NaN, of an infinite norm and a zero, is not below the limit either.
+        // NaN, the product of an infinite norm and zero, is not below the limit either.
         let stays = sum.lower(self.limits.clone());
         stays.bool_not().float().cast(DType::F32)
     }

@@ -16,10 +16,10 @@ const FORMAT_VERSION: u64 = 1;
 const FORMAT_KEY: &str = "hd_pissa.format_version";
 const STEPS_KEY: &str = "hd_pissa.steps";
 
-/// The state of a [`HdPissaOptimizer`]: what the inner optimizer keeps for the factors of the hosted
+/// The state of a [`HdPissaOptimizer`]: the inner optimizer's state for the factors of the hosted
 /// shards and for dense parameters, and the number of steps.
 ///
-/// Its bytes are in Burn's format, that of [`OptimizerRecord`], with a format version.
+/// Its bytes are in Burn's format for an [`OptimizerRecord`], with a format version.
 pub struct HdPissaOptimizerRecord {
     pub(crate) state: OptimizerState,
     pub(crate) steps: u64,
@@ -73,8 +73,8 @@ impl HdPissaOptimizerRecord {
         Ok(Self { state, steps })
     }
 
-    /// Writes the record to a file, beside it first and then renamed: the file is complete or as
-    /// before.
+    /// Writes the record to a new file next to the target, then renames it: the target is complete
+    /// or unchanged.
     ///
     /// # Errors
     ///
@@ -124,13 +124,13 @@ impl HdPissaOptimizer {
         })
     }
 
-    /// Takes the state of a record over.
+    /// Takes over the state of a record.
     ///
     /// The next step refuses a record of other shards or frames, [`OptimizerError::RecordOfOthers`].
     ///
     /// # Errors
     ///
-    /// [`OptimizerError::InvalidRecord`]; the optimizer is then as before.
+    /// [`OptimizerError::InvalidRecord`]; the optimizer is then unchanged.
     pub fn load_record(&mut self, record: HdPissaOptimizerRecord) -> Result<(), OptimizerError> {
         let HdPissaOptimizerRecord { state, steps } = record;
         let paths = state.metadata.clone().into_iter();
@@ -143,7 +143,7 @@ impl HdPissaOptimizer {
         Ok(())
     }
 
-    /// Moments belong to the directions that they were collected in.
+    /// Moments belong to the directions in which they were collected.
     pub(super) fn refuse_record_of_others(
         &mut self,
         factors: &Factors,
@@ -154,7 +154,7 @@ impl HdPissaOptimizer {
         for (_, shard, _, factor) in factors.iter() {
             let given = shard.to_string();
             let recorded = self.recorded.get(&factor.id.val());
-            // A model may be part of a larger one by now: only the shard's own name counts.
+            // The model may now be part of a larger one, so only the shard's own name counts.
             let recorded = recorded.and_then(|path| path.rsplit('.').nth(1));
             if let Some(recorded) = recorded.filter(|&recorded| recorded != given) {
                 let recorded = recorded.into();

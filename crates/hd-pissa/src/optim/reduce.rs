@@ -1,4 +1,5 @@
-//! The sum of shared gradients over workers. Each worker keeps the part of the shards that it hosts.
+//! The sum of shared gradients over workers. Each worker keeps the gradients of the shards that it
+//! hosts.
 
 use burn::module::Module;
 use burn::optim::GradientsParams;
@@ -12,10 +13,10 @@ use super::layout::ShardLayout;
 use super::packed::pack;
 use crate::ops::join;
 
-/// The mean gradients over the micro-batches of all workers: of the hosted shards, packed for each
-/// weight, `[hosted shards, row_len]`, and of dense parameters.
+/// The mean gradients over the micro-batches of all workers: those of the hosted shards, packed for
+/// each weight, `[hosted shards, row_len]`, and those of dense parameters.
 ///
-/// `sum` is that of this worker's `micro_batches`. Every worker calls it at the same time.
+/// `sum` is the sum over this worker's `micro_batches`. Every worker calls it at the same time.
 pub(super) fn reduce_shared<M: Module>(
     model: &M,
     mut sum: GradientsParams,

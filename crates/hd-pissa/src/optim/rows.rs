@@ -1,5 +1,5 @@
-//! Factors of a weight as one parameter: the packed row of each shard, below each other. The states
-//! that an optimizer keeps for it, divided among the factors and put together again.
+//! Factors of a weight as one parameter: the packed rows of its shards. The optimizer's states of
+//! this parameter are divided among the factors and merged again.
 
 use std::collections::BTreeMap;
 
@@ -33,7 +33,7 @@ impl RowFactor {
 }
 
 impl Rows {
-    /// Of the first `shards` hosted shards.
+    /// The rows of the first `shards` hosted shards.
     pub(super) fn of(weight: &WeightFactors, shards: usize) -> Self {
         let shards = &weight.shards[..shards.min(weight.shards.len())];
         let factors = shards.iter().flat_map(|shard| {
@@ -78,7 +78,7 @@ impl Rows {
     }
 }
 
-/// What an optimizer keeps for one parameter.
+/// An optimizer's state of one parameter.
 #[derive(Default)]
 struct ParamState {
     /// By the name of the field.
@@ -97,7 +97,7 @@ impl ParamState {
     }
 }
 
-/// A state by parameter, and what belongs to none.
+/// A state by parameter, and the rest, which belongs to no parameter.
 struct ByParam(BTreeMap<u64, ParamState>, OptimizerState);
 
 impl ByParam {
@@ -205,9 +205,8 @@ pub(super) fn divide<'a>(
     Ok(Some(by_param.into_state()))
 }
 
-/// The states of the factors of each of `rows` put together. Says for each of them whether that was
-/// possible: where the factors' states do not fit each other, or are not of their shape, they stay as
-/// they are.
+/// Merges the states of the factors of each of `rows`. Returns for each whether that was possible:
+/// if the factors' states do not fit each other, or have another shape, they stay unchanged.
 pub(super) fn unite<'a>(
     state: OptimizerState,
     rows: impl Iterator<Item = &'a Rows>,

@@ -12,9 +12,9 @@ use super::slots::Slots;
 /// the micro-batches of this worker. The step divides it by the number of micro-batches of all
 /// workers.
 ///
-/// Micro-batches are summed in halves of halves: of `2^j · m` with an odd `m`, runs of `m` are
-/// summed in order, and those sums in pairs. So `2^k` workers that divide the micro-batches among
-/// them in order get the bits that one worker gets. At most `j + 2` sets of gradients are kept.
+/// Of `2^j · m` micro-batches with an odd `m`, runs of `m` are summed in order, and then these sums
+/// in pairs. If `2^k` workers divide the micro-batches in order, they therefore get the same bits
+/// as one worker. At most `j + 2` sets of gradients are kept.
 ///
 /// ```
 /// # use burn::nn::{Linear, LinearConfig};
@@ -40,7 +40,7 @@ use super::slots::Slots;
 /// ```
 pub struct SharedGradients {
     slots: Slots,
-    /// Number of micro-batches that are to come.
+    /// Expected number of micro-batches.
     expected: u64,
     pushed: u64,
     /// Micro-batches in each run, the largest odd divisor of `expected`.
@@ -52,7 +52,7 @@ pub struct SharedGradients {
 }
 
 impl SharedGradients {
-    /// For the gradients of `micro_batches` micro-batches of `model`, those of this worker.
+    /// An empty set for the gradients of `micro_batches` micro-batches, those of this worker.
     ///
     /// # Panics
     ///
@@ -85,7 +85,7 @@ impl SharedGradients {
         }
     }
 
-    /// Adds up neighbours of equal level.
+    /// Adds neighbours of equal level.
     fn join(&mut self) {
         while let [.., (left, _), (right, _)] = self.sums[..]
             && left == right

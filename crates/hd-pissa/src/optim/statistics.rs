@@ -1,17 +1,17 @@
-//! What a step must know of packed matrices, on their device.
+//! Statistics of packed matrices for a step, on their device.
 
 use burn::tensor::Tensor;
 
 use super::factors::WeightFactors;
 use crate::ops::{join, row_statistics};
 
-/// Of the rows of all weights: `[weights, shards, 4]`, see
+/// Statistics of the rows of all weights, `[weights, shards, 4]`; see
 /// [`HdPissaOps::hd_pissa_row_statistics`](crate::ops::HdPissaOps::hd_pissa_row_statistics).
 #[derive(Clone, Debug)]
 pub(super) struct Statistics(Tensor<3>);
 
 impl Statistics {
-    /// Of the packed matrix of each of `weights`, `[shards, row_len]`.
+    /// Statistics of the packed matrix of each of `weights`, `[shards, row_len]`.
     pub(super) fn of(packed: &[Tensor<2>], weights: &[WeightFactors]) -> Self {
         let [shards, _] = packed[0].dims();
         let statistics = packed
@@ -48,7 +48,7 @@ impl Statistics {
     }
 }
 
-/// In the order of weights, however many shards there are.
+/// In the order of weights, for any number of shards.
 fn sum_over_weights(values: Tensor<2>) -> Tensor<1> {
     let [weights, _] = values.dims();
     let rows = (0..weights).map(|weight| values.clone().narrow(0, weight, 1));

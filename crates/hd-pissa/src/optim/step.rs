@@ -23,22 +23,23 @@ use super::{HdPissaOptimizer, OptimizerError, StepError};
 use crate::ops::MergeInputs;
 
 impl HdPissaOptimizer {
-    /// Takes one step: Burn's call, with the gradients of one micro-batch (`GradientsParams`), of
-    /// several shards ([`ShardGradients`](crate::ShardGradients)), or of several micro-batches for
-    /// all shards ([`SharedGradients`](crate::SharedGradients)).
+    /// Takes one step. The call is Burn's, with the gradients of one micro-batch
+    /// (`GradientsParams`), of several shards ([`ShardGradients`](crate::ShardGradients)), or of
+    /// several micro-batches for all shards ([`SharedGradients`](crate::SharedGradients)).
     ///
-    /// The gradients must cover every factor of every shard that this worker hosts; of all shards
-    /// where these share gradients. All workers step together. Where no one else holds a weight's
-    /// tensor it is updated in place; a clone of the model, a copy from `valid()` or a live graph
-    /// keeps its values, and the step copies. Reads back from the device once.
+    /// The gradients must cover every factor of every shard that this worker hosts, or of all
+    /// shards if they share gradients. All workers step together. If nothing else holds a weight's
+    /// tensor, it is updated in place. A clone of the model, a copy from `valid()` or a live graph
+    /// keeps its values, and the step copies. The step reads back from the device once; with
+    /// several workers, the exchange and the comparison of fingerprints add their own reads.
     ///
-    /// The optimizer may be given another model, or the same one with other frames, from one step to
-    /// the next: workers agree anew. Moments belong to parameters by their ids, and stay.
+    /// You may pass another model, or the same one with other frames, from one step to the next:
+    /// workers then agree again. Moments belong to parameters by their ids, and stay.
     ///
     /// # Errors
     ///
-    /// A refused step gives the model back. Weights, frames and moments are then as before, on
-    /// every worker; see [`OptimizerError`] for the causes.
+    /// A refused step returns the model. Weights, frames and moments are then unchanged on every
+    /// worker; see [`OptimizerError`] for the causes.
     pub fn step<M: Module>(
         &mut self,
         lr: impl Into<ModuleLearningRate>,
@@ -49,12 +50,12 @@ impl HdPissaOptimizer {
             Ok(prepared) => prepared,
             Err(cause) => return Err(StepError { model, cause }),
         };
-        // The last handle to the old weights, so that the merge can write in place.
+        // Drops the last handle to the old weights, so the merge can write in place.
         drop(model);
         self.commit(prepared)
     }
 
-    /// Merges what is prepared, unless the checks keep the weights as they are.
+    /// Merges a prepared step if the checks allow it.
     fn commit<M: Module>(&mut self, prepared: Prepared<M>) -> Result<M, StepError<M>> {
         let Prepared {
             mut stepped,
@@ -104,7 +105,7 @@ impl HdPissaOptimizer {
                     self.gradient_norms = squared_gradients.into_iter().map(f64::sqrt).collect();
                     return Ok(merged);
                 }
-                // Every worker comes to this, and the gate has kept the weights of all of them.
+                // Every worker gets here, and the gate has kept the weights of all.
                 Ok(Verdict::StaleFrames) => {
                     *frames = match Frames::gather(&factors, layout, &*self.communicator) {
                         Ok(frames) => frames,
@@ -188,7 +189,7 @@ impl HdPissaOptimizer {
                 communicator,
             )?);
         }
-        // All of them before the first merge: a step that fails has changed nothing.
+        // Wait for all before the first merge: a failed step then changes nothing.
         let deltas = Deltas::finish(gathers, &factors, layout, self.config.communication_dtype)?;
 
         Ok(Prepared {
@@ -204,13 +205,13 @@ impl HdPissaOptimizer {
         })
     }
 
-    /// Agrees with the other workers on the adapters and shares the frames, where that is not done or
-    /// was done for others.
+    /// Agrees with the other workers on the adapters and shares the frames, unless that is already
+    /// done for these adapters.
     fn share<M: Module>(&mut self, model: &M, factors: &Factors) -> Result<(), OptimizerError> {
         let communicator = &*self.communicator;
         let layout = match self.shared.take() {
             Some(shared) if shared.0.fits(factors) => {
-                // Several workers learn from each other whether one of them has new frames.
+                // Several workers tell each other in the step if one of them has new frames.
                 if communicator.num_workers() > 1 || shared.1.are_of(factors) {
                     self.shared = Some(shared);
                     return Ok(());
@@ -236,7 +237,7 @@ impl HdPissaOptimizer {
     }
 }
 
-/// A step that only remains to be committed.
+/// A step that is ready to be committed.
 struct Prepared<M> {
     /// The model with dense parameters updated, and without residual bits.
     stepped: M,
@@ -249,6 +250,6 @@ struct Prepared<M> {
     /// Bad values in the gradients of dense parameters, and in the stepped parameters themselves.
     dense_counts: [DenseCounts; 2],
     ranges: Ranges,
-    /// Of each hosted shard's gradients, `[hosted shards]`, if norms are wanted.
+    /// The squares of each hosted shard's gradients, `[hosted shards]`, if norms are measured.
     squared_gradients: Option<Tensor<1>>,
 }

@@ -1,7 +1,7 @@
-//! Trials in processes of their own, a few at a time, each with one compute thread.
+//! Trials in separate processes, a few at a time, each with one compute thread.
 //!
-//! A process of its own has a peak memory of its own. Each finished trial leaves a file, so that
-//! trials that were interrupted go on where they stopped.
+//! A separate process shows the peak memory of one trial. Each finished trial leaves a file, so an
+//! interrupted series continues where it stopped.
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -23,7 +23,7 @@ use crate::progress::Progress;
 pub struct Children {
     /// The folder of their results.
     pub folder: PathBuf,
-    /// How many at a time.
+    /// The number of trials at a time.
     pub processes: usize,
     /// Name of their device.
     pub device: Option<String>,
@@ -39,7 +39,7 @@ pub struct Children {
 ///
 /// # Errors
 ///
-/// Where the system does not say which file it is.
+/// If the system does not give the program's path.
 pub fn this_program(arguments: &[OsString]) -> std::io::Result<Command> {
     let mut command = Command::new(std::env::current_exe()?);
     command.args(arguments);
@@ -82,7 +82,7 @@ impl Children {
                     while let Some(index) = next() {
                         let result = self.child(&trials[index]);
                         let failed = result.is_err();
-                        // Nobody listens any more once another one has failed.
+                        // Nobody listens after another trial has failed.
                         if sender.send((index, result)).is_err() || failed {
                             break;
                         }
@@ -133,7 +133,7 @@ impl Children {
         }
         let mut command = (self.program)(&arguments).map_err(|error| failed(error.to_string()))?;
         command.env("RAYON_NUM_THREADS", "1");
-        // It ends when its input does, which is when this process ends, however it ends.
+        // The child ends when its input ends, and thus when this process ends in any way.
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
@@ -172,7 +172,7 @@ pub fn run_trial(
     trial.run(device, files)?.write(result)
 }
 
-/// Ends this process when its standard input does: with the process that started it.
+/// Ends this process when its standard input ends, together with the process that started it.
 pub(crate) fn end_with_parent() {
     std::thread::spawn(|| {
         let mut input = std::io::stdin();

@@ -1,14 +1,14 @@
-//! The learning rates that a sweep has found, as they are part of this example.
+//! The learning rates that a sweep has found, which are part of this example.
 
 use serde::{Deserialize, Serialize};
 
 use super::row::Row;
 use super::task::Task;
 
-/// Where they stand in the repository.
+/// Their file in the repository.
 pub const PATH: &str = "book/src/results/learning_rates.json";
 
-/// The output of a sweep that says which rates are the best.
+/// The best rates from the output of a sweep.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LearningRates {
     /// Seeds by which they were chosen.
@@ -33,11 +33,11 @@ pub struct Best {
 }
 
 impl LearningRates {
-    /// Those in the repository.
+    /// The rates in the repository.
     ///
     /// # Panics
     ///
-    /// Not with the file as committed.
+    /// Never with the committed file.
     pub fn recorded() -> Self {
         let json = include_str!("../../../../book/src/results/learning_rates.json");
         serde_json::from_str(json).expect("the file is a sweep's output")

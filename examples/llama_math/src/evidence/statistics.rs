@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// The mean of a few values, and how far the true one may be from it.
+/// The mean of a few values, and its uncertainty.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Estimate {
     /// The mean.
@@ -48,17 +48,17 @@ impl Estimate {
     ///
     /// # Panics
     ///
-    /// If there is no value, or not as many of one as of the other.
+    /// If there is no value, or if the numbers of values differ.
     pub fn of_differences(values: &[f64], others: &[f64]) -> Self {
         assert_eq!(values.len(), others.len(), "values come in pairs");
         let differences: Vec<f64> = values.iter().zip(others).map(|(a, b)| a - b).collect();
         Self::of(&differences)
     }
 
-    /// The difference of two shares, each of so many independent answers.
+    /// The difference of two shares, each of a number of independent answers.
     pub fn of_shares(share: f64, other: f64, answers: usize) -> Self {
-        // Two answers of either kind are added, so that a share of 0 or 1 has a width too
-        // (Agresti and Caffo 2000).
+        // Two answers, one of each kind, are added, so a share of 0 or 1 has a width too (Agresti
+        // and Caffo 2000).
         let count = answers as f64 + 2.0;
         let variance = |share: f64| {
             let share = (share * answers as f64 + 1.0) / count;

@@ -1,4 +1,4 @@
-//! The run itself: what the workers do one after the other.
+//! The run itself: the workers' tasks in order.
 
 use burn::module::Module;
 use burn::tensor::Device;
@@ -22,9 +22,9 @@ impl FineTuning {
     ///
     /// # Errors
     ///
-    /// Whatever is wrong with the files or the settings; nothing is written then but the
-    /// checkpoints that were asked for. After the training [`Error::NotMoved`], which says where the
-    /// model is, and what the evaluation finds once the model is written.
+    /// Errors of the files or the settings; only the requested checkpoints are written then. After
+    /// the training [`Error::NotMoved`], which says where the model is, and errors of the
+    /// evaluation, when the model is already written.
     pub fn run(&self, devices: &[Device]) -> Result<(), Error> {
         self.run_with(&devices[0], Solo, |training, model, solo| {
             match devices.len() {
@@ -39,8 +39,8 @@ impl FineTuning {
     ///
     /// # Errors
     ///
-    /// Those of [`run`](Self::run). What any worker finds before the first step ends all:
-    /// [`Error::OtherWorker`] on those that found nothing.
+    /// Those of [`run`](Self::run). An error on any worker before the first step ends all workers:
+    /// the others get [`Error::OtherWorker`].
     pub fn run_as_worker(
         &self,
         device: &Device,
@@ -75,7 +75,7 @@ impl FineTuning {
         device.seed(self.seed);
         let (inputs, model) = self.load(&team, inputs, &checkpoints, device)?;
         let stop = training.stop.clone();
-        // The communicator ends with the steps: what the first does afterwards keeps nobody.
+        // The communicator ends with the steps, so nobody waits for the first worker's later work.
         let outcome = train(&training, model, communicator);
         if outcome.is_ok() && is_first {
             stop.begin_writing();
@@ -105,15 +105,16 @@ impl FineTuning {
         }
     }
 
-    /// What all workers have read and agree on, and the first one's lock; `None` if the output is
-    /// there already.
+    /// The inputs that all workers have read and agree on, and the first worker's lock; `None` if
+    /// the output already exists.
     fn prepare(
         &self,
         team: &Team<'_>,
         checkpoints: &Checkpoints,
     ) -> Result<Option<(Inputs, Option<Lock>)>, Error> {
         let is_first = team.is_first();
-        // Only the first looks for output and checkpoints while others could still change them.
+        // Only the first worker looks for output and checkpoints, because they may change
+        // meanwhile.
         let (this, own) = (self.clone(), checkpoints.clone());
         let places = team.together(move || match is_first {
             true => this.check_places(&own),
@@ -142,7 +143,7 @@ impl FineTuning {
             say!("finished already: {}", self.output.display());
             remove_checkpoints(checkpoints);
         }
-        // The others need not know of the output.
+        // The others do not need the output.
         if !team
             .text_of_first(if finished { "yes" } else { "" })?
             .is_empty()
@@ -152,7 +153,7 @@ impl FineTuning {
         Ok(Some((inputs, lock)))
     }
 
-    /// The training that is to follow, labelled with the name of its method.
+    /// The training, labelled with the name of its method.
     fn training<'a>(
         &'a self,
         inputs: &Inputs,
@@ -183,7 +184,7 @@ impl FineTuning {
         let is_first = team.is_first();
         let discards = is_first && self.overwrite && inputs.saved.is_none();
         let (own, autodiff) = (checkpoints.clone(), device.clone().autodiff());
-        // While the first evaluates, the others wait here and in no step.
+        // While the first evaluates, the others wait here, not in a step.
         team.together(move || {
             if discards {
                 own.discard_all()?;

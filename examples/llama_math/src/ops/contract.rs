@@ -1,13 +1,13 @@
-//! What the model asks of a backend beyond Burn's own operations.
+//! The operations that the model needs from a backend beyond Burn's own.
 
 use burn::backend::{Backend, backend_extension, tensor::FloatTensor};
 
-/// Which keys a query may look at: those up to its own position, and no more than `window` of them.
+/// The keys that a query may see: those up to its own position, at most `window` of them.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Causal {
     /// Number of keys before the first query.
     pub start: usize,
-    /// Number of queries that follow each other; their rows repeat for every head.
+    /// Number of consecutive queries; their rows repeat for every head.
     pub positions: usize,
     /// Largest number of keys, the query's own position included.
     pub window: Option<usize>,
@@ -22,9 +22,9 @@ impl Causal {
     }
 }
 
-/// Operations that Burn composes of several, and their gradients. All tensors are `f32`.
+/// Fused forms of several of Burn's operations, and their gradients. All tensors are `f32`.
 ///
-/// Only the backends that gain by it have them; the functions on tensors ask the others for Burn's
+/// Only backends that gain from them implement them; on others, the functions on tensors use Burn's
 /// operations.
 #[backend_extension(Autodiff, Flex: cfg(feature = "flex"))]
 pub trait LlamaOps: Backend {

@@ -74,7 +74,7 @@ impl LlamaOps for Flex {
         let (gate, up, mut gradient) = (whole(gate), whole(up), whole(gradient));
         let [gates, ups] = [&gate, &up].map(|x| x.storage::<f32>());
         let len = last(&gate);
-        // First what `up` gets, then in place what `gate` gets.
+        // First the gradient of `up`, then in place the gradient of `gate`.
         let mut of_up = vec![0.0; gates.len()];
         let gradients = gradient.storage::<f32>();
         each_row(&mut of_up, len, |index, row| {

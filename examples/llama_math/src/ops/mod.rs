@@ -1,5 +1,5 @@
-//! The model's small operations, each in one pass over memory on the CPU: [`LlamaOps`] is the contract,
-//! and the functions re-exported here apply it to tensors where it pays.
+//! The model's small operations, each in one pass over memory on the CPU: [`LlamaOps`] is the
+//! contract, and the functions re-exported here apply it to tensors if it is faster.
 
 mod autodiff;
 mod contract;

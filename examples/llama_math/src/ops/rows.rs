@@ -4,17 +4,17 @@ use std::array::from_fn;
 
 use rayon::prelude::*;
 
-/// Numbers that a loop takes at once; sums have as many partial sums.
+/// Numbers that a loop processes at once; sums have the same number of partial sums.
 const LANES: usize = 16;
-/// Numbers that a task takes at least.
+/// The least numbers of a task.
 const TASK: usize = 1 << 14;
 
-/// `e^x`, to 2 units in the last place; below -87 what `e^-87` is, above 88 what `e^88` is. NaN stays NaN.
+/// `e^x`, to 2 units in the last place; `e^-87` below -87, and `e^88` above 88. NaN stays NaN.
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
     let x = if x < -87.0 { -87.0 } else { x };
     let x = if x > 88.0 { 88.0 } else { x };
-    // The nearest multiple of ln 2: adding 1.5 · 2²³ leaves no place for a fraction.
+    // The nearest multiple of ln 2: adding 1.5 · 2²³ leaves no bits for a fraction.
     const ROUND: f32 = 12_582_912.0;
     let shifted = x * std::f32::consts::LOG2_E + ROUND;
     let n = shifted - ROUND;
@@ -30,7 +30,7 @@ pub(super) fn exp(x: f32) -> f32 {
     fraction * f32::from_bits(power)
 }
 
-/// The sum of `term(i)` for `i` below `len`, as [`LANES`] sums that are added up last.
+/// The sum of `term(i)` for `i` below `len`, as [`LANES`] partial sums that are added at the end.
 #[inline(always)]
 pub(super) fn sum(len: usize, term: impl Fn(usize) -> f32) -> f32 {
     let mut sums = [0.0f32; LANES];
@@ -79,8 +79,8 @@ pub(super) fn exponentials(row: &mut [f32], largest: f32, scale: f32) -> f32 {
     sum
 }
 
-/// Calls `work` for the rows of `output`, of `len` numbers each, with their index. What a row becomes
-/// does not depend on the number of threads.
+/// Calls `work` for the rows of `output`, of `len` numbers each, with their index. The results do
+/// not depend on the number of threads.
 pub(super) fn each_row(output: &mut [f32], len: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
     if len == 0 || output.is_empty() {
         return;

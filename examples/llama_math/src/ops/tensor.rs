@@ -1,4 +1,4 @@
-//! The operations as functions of tensors, of Burn's own operations where those are better.
+//! The operations as functions of tensors, made of Burn's own operations if those are better.
 
 use burn::backend::{Dispatch, DispatchDevice};
 use burn::nn;
@@ -47,7 +47,8 @@ pub fn attention_weights(scores: Tensor<4>, scale: f64, causal: Causal) -> Tenso
     )
 }
 
-/// `true` where a query may not look, `[1, 1, rows, keys]`; `None` where every query may look everywhere.
+/// `true` for keys that a query may not see, `[1, 1, rows, keys]`; `None` if every query sees all
+/// keys.
 fn mask(causal: Causal, [_, _, rows, keys]: [usize; 4]) -> Option<TensorData> {
     if (0..causal.positions).all(|row| causal.keys_of(row, keys) == (0..keys)) {
         return None;
@@ -227,7 +228,7 @@ mod tests {
     fn losses() {
         let labels = vec![3, 0, 36, 3, 8];
         agrees([5, 37], |logits| target_loss(logits * 3.0, labels.clone()));
-        // What is not a number does not get lost.
+        // NaN does not get lost.
         let device = Device::flex();
         for bad in [f32::NAN, f32::INFINITY] {
             let logits = Tensor::<2>::from_floats([[0.0, bad, 1.0]], &device);
@@ -236,7 +237,7 @@ mod tests {
         }
     }
 
-    /// An operation may take the memory of what nothing else holds, and of that alone.
+    /// An operation may reuse only memory that nothing else holds.
     #[test]
     fn operands_that_others_hold_stay_as_they_are() {
         let device = Device::flex();

@@ -1,4 +1,4 @@
-//! What the file system does with files and folders.
+//! Operations of the file system on files and folders.
 
 use std::fs::{self, File};
 use std::io;
@@ -52,7 +52,7 @@ pub(super) fn is_mounted(_folder: &Path, _parent: &Path) -> bool {
     false
 }
 
-/// What is free on the file system of a folder, in bytes.
+/// Free space on the file system of a folder, in bytes.
 #[cfg(unix)]
 pub(super) fn room(folder: &Path) -> Option<u64> {
     let found = rustix::fs::statvfs(folder).ok()?;

@@ -1,4 +1,4 @@
-//! What programs that ended early have left of an output.
+//! Left-overs of interrupted programs.
 
 use std::fs;
 use std::io;
@@ -11,17 +11,17 @@ use crate::Error;
 use crate::console::{complain, say};
 
 impl Place {
-    /// Finishes what a program that ended early has begun, or takes it back.
+    /// Finishes or undoes the work of an interrupted program.
     pub(super) fn tidy(&self) -> Result<(), Error> {
         for folder in [&self.parent, &self.target] {
             let Ok(names) = entries(folder) else {
                 continue;
             };
-            // What is complete first: it decides about what it was to replace.
+            // Complete folders first, because they decide about the folders that they replace.
             for what in [RETIRING, PARTIAL, REPLACED] {
                 for name in &names {
                     match self.maker(name, what) {
-                        // At work right now.
+                        // Its program is running.
                         Some(process) if is_alive(process) => {}
                         Some(_) => self
                             .tidy_one(&folder.join(name), what)
@@ -70,7 +70,7 @@ impl Place {
     }
 }
 
-/// Whether a process is there, where the system tells, and is not this one.
+/// Whether another process with this number is running, if the system reports it.
 fn is_alive(process: u32) -> bool {
     process != std::process::id() && Path::new("/proc").join(process.to_string()).exists()
 }
@@ -82,7 +82,7 @@ mod tests {
     use super::super::staged::Staged;
     use super::*;
 
-    /// Above every process number.
+    /// Larger than every process number.
     const GONE: u32 = 4_200_000_000;
 
     #[test]
@@ -93,7 +93,8 @@ mod tests {
                 fs::write(folder.join(name), folder.to_str().unwrap()).unwrap();
             }
         };
-        // What a killed program has left beside the output, and whose file is in the output then.
+        // The left-overs of a killed program next to the output, and the program whose file is then
+        // in the output.
         for (left, expected) in [
             (&["partial"][..], None),
             (&["replaced"], Some("replaced")),
@@ -136,7 +137,7 @@ mod tests {
                     names.sort();
                     names
                 };
-                // Somebody else's, and one of a process that is there.
+                // A folder of somebody else, and one of a running process.
                 let others = [".other.partial-1", ".out.partial-1", ".out.partial-x"];
                 assert_eq!(hidden(root.path()), others, "{case}");
                 // The old output is back, and the new one has no place.

@@ -1,9 +1,9 @@
 //! Output folders that are complete or absent.
 //!
-//! A folder is written under a hidden name beside its place, brought to disk, and renamed. Where that
-//! cannot work, as with a mount point, it is written inside its place and its entries are moved one by
-//! one. [`RECORD`] is written last and moved last: a hidden folder that holds it is complete, and the
-//! next run finishes what a killed one has begun.
+//! A folder is written under a hidden name next to its place, synchronized to disk, and renamed. If
+//! that is impossible, as with a mount point, it is written inside its place and its entries are
+//! moved one by one. [`RECORD`] is written last and moved last. A hidden folder with this file is
+//! complete, and the next run finishes the work of a killed one.
 
 mod disk;
 mod leftovers;

@@ -1,4 +1,4 @@
-//! Paths as they compare.
+//! Paths in a form that compares.
 
 use std::path::{Component, Path, PathBuf};
 
@@ -8,7 +8,7 @@ pub fn normalized(path: &Path) -> PathBuf {
     parts.filter(|part| *part != Component::CurDir).collect()
 }
 
-/// `path` from the root, links followed as far as they exist.
+/// `path` from the root, with all existing links followed.
 pub(super) fn absolute(path: &Path) -> PathBuf {
     let path = std::path::absolute(path).unwrap_or_else(|_| path.into());
     let existing = path.ancestors().find_map(|ancestor| {

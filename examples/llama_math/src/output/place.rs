@@ -1,4 +1,4 @@
-//! The place of an output, and how a folder gets there.
+//! The place of an output, and the move of a folder to it.
 
 use std::fs;
 use std::io;
@@ -12,13 +12,14 @@ use crate::Error;
 /// Endings of the hidden names of a folder that is being written, and of one that is being replaced.
 pub(super) const PARTIAL: &str = "partial";
 pub(super) const REPLACED: &str = "replaced";
-/// The same of one that gets the entries of an output that stays where it is, until it has all.
+/// The ending for a folder that collects the entries of an output that cannot be renamed, until it
+/// has all.
 pub(super) const RETIRING: &str = "retiring";
 
-/// Where an output goes.
+/// The place of an output.
 #[derive(Clone, Debug)]
 pub(super) struct Place {
-    /// Without links and without needless parts.
+    /// The path without links and without redundant parts.
     pub(super) target: PathBuf,
     pub(super) parent: PathBuf,
     /// The last part of the target.
@@ -36,7 +37,7 @@ pub(super) fn invalid(reason: String) -> Error {
 impl Place {
     pub(super) fn of(target: &Path, overwrite: bool) -> Result<Self, Error> {
         let target = normalized(target);
-        // A link is followed: what it names is the output.
+        // A link is followed: its target is the output.
         let target = match target.symlink_metadata() {
             Ok(found) if found.is_symlink() => {
                 fs::canonicalize(&target).map_err(Error::io(&target))?
@@ -59,7 +60,7 @@ impl Place {
         })
     }
 
-    /// A hidden name that says whose it is and what it holds.
+    /// A hidden name with its output and its content.
     fn hidden(&self, what: &str) -> String {
         format!(".{}.{what}-{}", self.name, std::process::id())
     }
@@ -70,7 +71,7 @@ impl Place {
         process.parse().ok()
     }
 
-    /// Whether nothing is in the target but what this program hides there.
+    /// Whether the target holds only this program's hidden entries.
     pub(super) fn is_empty(&self) -> io::Result<bool> {
         Ok(entries(&self.target)?
             .iter()
@@ -82,7 +83,7 @@ impl Place {
         all.iter().any(|what| self.maker(name, what).is_some())
     }
 
-    /// Refuses what may not be replaced.
+    /// Refuses a target that may not be replaced.
     pub(super) fn check(&self) -> Result<(), Error> {
         let target = self.target.display();
         let Ok(found) = self.target.metadata() else {
@@ -106,8 +107,8 @@ impl Place {
         }
     }
 
-    /// A fresh folder to write into: beside the target, or inside where it could not be renamed from
-    /// there.
+    /// A new folder to write into: next to the target, or inside it if a folder next to it could
+    /// not be renamed to it.
     pub(super) fn stage(&self) -> Result<PathBuf, Error> {
         if !self.parent.exists() {
             fs::create_dir_all(&self.parent).map_err(Error::io(&self.parent))?;
@@ -128,7 +129,7 @@ impl Place {
         }
     }
 
-    /// Gives `staging` the place of the target.
+    /// Moves `staging` to the place of the target.
     pub(super) fn put(&self, staging: &Path) -> io::Result<()> {
         let target = &self.target;
         if !target.exists() {
@@ -136,7 +137,7 @@ impl Place {
             return sync(&self.parent);
         }
         if self.is_empty()? {
-            // Those of earlier programs that could not be removed.
+            // Left-overs of earlier programs that could not be removed.
             if staging.starts_with(target) || fs::remove_dir(target).is_err() {
                 return fill(staging, target);
             }
@@ -147,7 +148,7 @@ impl Place {
             return self.replace_inside(staging);
         }
         let replaced = self.parent.join(self.hidden(REPLACED));
-        // A mount point cannot be renamed, nor can what a lower layer of an overlay holds.
+        // A mount point cannot be renamed, and neither can an entry in a lower layer of an overlay.
         if fs::rename(target, &replaced).is_err() {
             return self.replace_inside(staging);
         }
@@ -155,12 +156,12 @@ impl Place {
             return Err(taken_back(error, &replaced, fs::rename(&replaced, target)));
         }
         sync(&self.parent)?;
-        // The new output is there: a left-over is no failure.
+        // The new output is complete. A left-over is not a failure.
         let _ = fs::remove_dir_all(&replaced);
         Ok(())
     }
 
-    /// Replaces the entries of the target, which stays where it is.
+    /// Replaces the entries of the target, which keeps its place.
     fn replace_inside(&self, staging: &Path) -> io::Result<()> {
         let target = &self.target;
         let [retiring, replaced] = [RETIRING, REPLACED].map(|what| target.join(self.hidden(what)));
@@ -184,7 +185,7 @@ impl Place {
     }
 }
 
-/// An error after which the old output is back, or lies where the message says.
+/// An error after which the old output is restored, or is at the place in the message.
 fn taken_back(error: io::Error, replaced: &Path, result: io::Result<()>) -> io::Error {
     match result {
         Ok(()) => error,
@@ -226,7 +227,7 @@ mod tests {
         names.sort();
         assert_eq!(names, ["a", "folder", RECORD]);
         assert_eq!(fs::read_to_string(target.join("a")).unwrap(), "2");
-        // A failure puts the old one back.
+        // A failure restores the old one.
         let error = place.put(&target.join(".out.partial-0")).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
         let mut names = entries(&target).unwrap();

@@ -8,17 +8,18 @@ use serde_json::{Value, json};
 
 use super::disk::{copy, entries, sync, sync_all};
 
-/// The file that marks a folder as an output of this program and says what made it.
+/// The file that marks a folder as an output of this program, with the settings that made it.
 pub const RECORD: &str = "llama_math.json";
 
-/// Brings a folder to disk and marks it as complete.
+/// Synchronizes a folder to disk and marks it as complete.
 pub(super) fn seal(folder: &Path, settings: &Value) -> io::Result<()> {
     for name in entries(folder)? {
         let path = folder.join(name);
         #[cfg(unix)]
         {
             use std::os::unix::fs::PermissionsExt;
-            // Some libraries write private files; the folder has what the user's mask allows.
+            // Some libraries write private files. The folder gets the permissions of the user's
+            // mask.
             let mode = folder.metadata()?.permissions().mode() & 0o666;
             if path.is_file() {
                 fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
@@ -34,7 +35,7 @@ pub(super) fn seal(folder: &Path, settings: &Value) -> io::Result<()> {
     sync(folder)
 }
 
-/// Names in the order in which they become visible: readers look for the configuration, and this
+/// Names in the order in which they become visible: readers look for the configuration, this
 /// program for the record.
 pub(super) fn in_order(mut names: Vec<String>) -> Vec<String> {
     names.sort_by_key(|name| (name == RECORD, name == "config.json"));

@@ -1,4 +1,4 @@
-//! A folder that is written beside its place and moved there once it is complete.
+//! A folder that is written next to its place and moved there when it is complete.
 
 use std::fs;
 use std::io;
@@ -12,9 +12,9 @@ use super::place::{Place, invalid};
 use super::record::seal;
 use crate::Error;
 
-/// A folder on its way to its place.
+/// An unfinished output folder.
 ///
-/// Dropped before [`commit`](Self::commit), it leaves nothing behind.
+/// If it is dropped before [`commit`](Self::commit), it leaves nothing behind.
 pub struct Staged {
     /// Where to write; `None` once it is committed or kept.
     staging: Option<PathBuf>,
@@ -23,7 +23,7 @@ pub struct Staged {
 }
 
 impl Staged {
-    /// Finishes or removes what an earlier program has left of this output.
+    /// Finishes or removes an earlier program's left-overs of this output.
     ///
     /// # Errors
     ///
@@ -32,7 +32,8 @@ impl Staged {
         Place::of(target, false)?.tidy()
     }
 
-    /// What [`new`](Self::new) checks, for a run whose output comes much later. Leaves nothing.
+    /// Makes the checks of [`new`](Self::new), for a run whose output comes much later. Leaves
+    /// nothing behind.
     ///
     /// `kept` are files and folders that the run reads or works in: an output that would replace
     /// or contain one of them is refused.
@@ -52,7 +53,7 @@ impl Staged {
         Self::new(target, overwrite).map(drop)
     }
 
-    /// Refuses an output for which the file system has no room now, where it tells.
+    /// Refuses an output for which the file system has no room, if it reports that.
     ///
     /// # Errors
     ///
@@ -71,12 +72,12 @@ impl Staged {
         }
     }
 
-    /// Prepares to write `target`. An empty folder is a fine target.
+    /// Prepares to write `target`, which may be an empty folder.
     ///
     /// # Errors
     ///
-    /// [`Error::Option`] if `target` exists and may not be replaced: without `overwrite`, or if it is
-    /// no earlier output. [`Error::Io`] if its place cannot be written to.
+    /// [`Error::Option`] if `target` exists and may not be replaced: without `overwrite`, or if it
+    /// is not an earlier output. [`Error::Io`] if its place cannot be written to.
     pub fn new(target: &Path, overwrite: bool) -> Result<Self, Error> {
         let place = Place::of(target, overwrite)?;
         place.check()?;
@@ -87,7 +88,7 @@ impl Staged {
         })
     }
 
-    /// With the settings that made it, for a later reader.
+    /// Adds the settings that made it, for a later reader.
     pub fn with_settings(mut self, settings: Value) -> Self {
         self.settings = settings;
         self
@@ -98,12 +99,12 @@ impl Staged {
         self.staging.as_deref().expect("neither committed nor kept")
     }
 
-    /// Brings everything to disk and moves the folder to its place.
+    /// Synchronizes everything to disk and moves the folder to its place.
     ///
     /// # Errors
     ///
-    /// [`Error::NotMoved`], with the folder that holds the files; an old output is then as it was, or
-    /// the message says where it is.
+    /// [`Error::NotMoved`], with the folder that holds the files. An old output is then unchanged,
+    /// or the message says where it is.
     pub fn commit(mut self) -> Result<(), Error> {
         let staging = self.staging.take().expect("committed once");
         let place = &self.place;
@@ -111,7 +112,7 @@ impl Staged {
         let moved = sealed.and_then(|()| place.put(&staging));
         moved.map_err(|source| Error::NotMoved {
             target: place.target.clone(),
-            // It may be there already, and only not be on disk for certain.
+            // The output may be in its place already, but perhaps not on disk.
             kept: match staging.exists() {
                 true => staging,
                 false => place.target.clone(),
@@ -120,12 +121,12 @@ impl Staged {
         })
     }
 
-    /// Writes the output elsewhere, when its place fails with `source`: into the working directory, or
-    /// into the system's folder of temporary files.
+    /// Writes the output to another place if its own fails with `source`: to the working directory,
+    /// or to the system's folder of temporary files.
     ///
     /// # Errors
     ///
-    /// [`Error::NotMoved`] with the folder, or what else went wrong everywhere.
+    /// [`Error::NotMoved`] with the folder, or the error if every place fails.
     pub fn rescue(
         target: &Path,
         source: io::Error,
@@ -204,7 +205,7 @@ mod tests {
     fn only_an_earlier_output_is_replaced() {
         let root = tempfile::tempdir().unwrap();
         let path = |name: &str| root.path().join(name);
-        // An empty folder is fine, and a link is followed.
+        // An empty folder is allowed, and a link is followed.
         fs::create_dir(path("empty")).unwrap();
         std::os::unix::fs::symlink(path("empty"), path("link")).unwrap();
         let staged = Staged::new(&path("link"), false).unwrap();
@@ -212,12 +213,12 @@ mod tests {
         staged.commit().unwrap();
         assert!(path("empty").join(RECORD).is_file());
         assert!(path("link").is_symlink());
-        // Somebody's checkpoint is not.
+        // Somebody's checkpoint is refused.
         fs::create_dir(path("model")).unwrap();
         fs::write(path("model").join("config.json"), "{}").unwrap();
         let error = Staged::new(&path("model"), true).err().unwrap();
         assert!(error.to_string().contains("no llama_math.json"), "{error}");
-        // Nor an output that holds what the run needs.
+        // So is an output that holds something that the run needs.
         for kept in ["empty", "empty/data.jsonl", "empty/not/there/yet"] {
             let kept = path(kept);
             let error = Staged::check(&path("empty"), true, &[&kept]).unwrap_err();

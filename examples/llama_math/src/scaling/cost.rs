@@ -1,14 +1,14 @@
-//! How long a step takes: a formula, and its constants from measured times.
+//! The time of a step: a formula, and its constants from measured times.
 
 use serde::Serialize;
 
 /// Bytes of a value on the wire.
 const VALUE: f64 = 4.0;
 
-/// What is trained.
+/// The trained weights.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Work {
-    /// `[d_input, d_output]` of each kind of adapted weight, and how many there are.
+    /// `[d_input, d_output]` of each kind of adapted weight, and the number of such weights.
     pub shapes: Vec<([usize; 2], usize)>,
     /// Rank of each shard.
     pub rank: usize,
@@ -45,7 +45,8 @@ impl Work {
         4.0 * (self.sum(|rows, cols| rows * cols) + self.factor_values())
     }
 
-    /// `max(d) · min(d)²` over all weights, which the time of their decompositions follows.
+    /// `Σ max(d) · min(d)²` over all weights. The time of their decompositions is proportional to
+    /// it.
     pub fn svd_size(&self) -> f64 {
         self.sum(|rows, cols| rows.max(cols) * rows.min(cols).powi(2))
     }
@@ -62,12 +63,12 @@ impl Work {
     }
 }
 
-/// How shards are spread.
+/// The distribution of shards over workers.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Layout {
     /// Number of shards `K`.
     pub shards: usize,
-    /// Number of workers; divides that of shards.
+    /// Number of workers, which divides the number of shards.
     pub workers: usize,
 }
 
@@ -87,11 +88,11 @@ impl Layout {
 pub struct Rates {
     /// Seconds of forward and backward per token.
     pub token: f64,
-    /// Seconds of the optimizer per step and weight, whatever the number of shards.
+    /// Seconds of the optimizer per step and weight, for any number of shards.
     pub optimizer_weight: f64,
     /// Seconds of the optimizer per value of a hosted shard's factors.
     pub optimizer_value: f64,
-    /// Seconds of a merge per weight, whatever the number of shards.
+    /// Seconds of a merge per weight, for any number of shards.
     pub merge_weight: f64,
     /// Operations per second of the merge's product.
     pub merge_flops: f64,
@@ -129,7 +130,8 @@ impl StepTime {
 pub struct StartTime {
     /// A worker's share of the decompositions, one worker per weight.
     pub svd: f64,
-    /// The frames of all shards, on their way to every worker.
+    /// The frames of all shards, sent once to every worker. With gradients per shard, the first
+    /// step gathers them again, which this does not count.
     pub frames: f64,
 }
 
@@ -168,8 +170,8 @@ impl Rates {
     /// Without samples.
     pub fn fit(work: &Work, samples: &[Sample]) -> Self {
         assert!(!samples.is_empty(), "constants come from measurements");
-        // What the optimizer or the merge takes counts as a part of the update: alone it may
-        // be next to nothing.
+        // The times of optimizer and merge count relative to the whole update, because each may be
+        // almost zero.
         let fit = |size: &dyn Fn(usize) -> f64, time: &dyn Fn(&StepTime) -> f64| {
             let points: Vec<Point> = samples
                 .iter()
@@ -217,7 +219,7 @@ pub struct Sample {
     pub start: f64,
 }
 
-/// A size and the time it took, whose error counts in relation to `scale`.
+/// A size and its time. The error of the time counts relative to `scale`.
 #[derive(Clone, Copy)]
 struct Point {
     x: f64,

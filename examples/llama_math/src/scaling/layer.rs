@@ -1,7 +1,7 @@
-//! One square layer with ever more shards, and a planted change that it has to learn.
+//! One square layer with more and more shards, and a planted change that it has to learn.
 //!
-//! Every shard takes the gradient of the whole problem, so that what differs between numbers of
-//! shards is the rank of a step, not the data.
+//! Every shard takes the gradient of the whole problem, so numbers of shards differ in the rank of
+//! a step, not in the data.
 
 use std::time::Instant;
 
@@ -25,7 +25,7 @@ use crate::spectrum::Ranks;
 
 /// The planted change, relative to the norm of the weight.
 const CHANGE: f64 = 0.1;
-/// Tokens of the forward and backward pass that is timed.
+/// Tokens of the timed forward and backward pass.
 const TOKENS: usize = 512;
 
 /// Settings of the simulation.
@@ -43,12 +43,12 @@ pub struct LayerScaling {
     pub shards: Vec<usize>,
 }
 
-/// What a number of shards leads to.
+/// The results of a number of shards.
 #[derive(Clone, Debug, Serialize)]
 pub struct LayerRow {
     /// Number of shards.
     pub shards: usize,
-    /// Squared norm of what is still missing of the change, relative to the change.
+    /// Squared norm of the missing part of the change, relative to the change.
     pub loss: f64,
     /// The share of the change that is orthogonal to the rows and columns that the shards can
     /// reach: `(1 − K·r/d)²` for a change without a preferred direction.
@@ -66,7 +66,7 @@ pub struct LayerRow {
 pub struct LayerReport {
     /// The settings.
     pub settings: LayerScaling,
-    /// The weight, and the tokens of the pass that is timed.
+    /// The weight, and the tokens of the timed pass.
     pub work: Work,
     /// One row for each number of shards.
     pub rows: Vec<LayerRow>,
@@ -130,9 +130,9 @@ impl LayerScaling {
         let start = begin.elapsed().as_secs_f64();
         let adam = AdamConfig::new().with_epsilon(1e-12).init();
         let mut optimizer = HdPissaOptimizerConfig::new().init(adam, Solo)?;
-        // Adam moves every entry of a factor by about the rate, and an entry of the weight's
-        // coordinates along a component by that times a root of its singular value, near 1: enough
-        // to travel the change a few times over.
+        // Adam moves every entry of a factor by about the rate. The weight's coordinate along a
+        // component moves by that times the root of its singular value, which is near 1. This is
+        // enough to cover the change several times.
         let entry = CHANGE / (self.size as f64).sqrt();
         let rate = 4.0 * entry / self.steps as f64;
         let schedule = Schedule::new(rate, Decay::Cosine, 0.0, self.steps);

@@ -1,5 +1,5 @@
-//! What more shards do to loss, rank and time: simulations on one device, and a prediction for
-//! many.
+//! The effect of more shards on loss, rank and time: simulations on one device, and a prediction
+//! for many.
 
 pub mod cost;
 pub mod layer;
@@ -21,7 +21,7 @@ use cost::{Layout, Rates, Sample, StartTime, StepTime, Work};
 use layer::{LayerReport, LayerScaling};
 use llama::{LlamaReport, LlamaScaling};
 
-/// The simulations, and what they are to predict.
+/// The simulations, and the run that they predict.
 #[derive(Clone, Debug)]
 pub struct Scaling {
     /// Shards of the tiny Llama.
@@ -43,12 +43,12 @@ pub struct Question {
     pub layout: Layout,
     /// Bytes per second into each worker.
     pub bandwidth: f64,
-    /// Tokens per second of one worker's forward and backward passes; from the layer's where
-    /// `None`.
+    /// Tokens per second of one worker's forward and backward passes; derived from the layer's
+    /// times if `None`.
     pub tokens_per_second: Option<f64>,
 }
 
-/// A step, or its update, that was measured and played no part in the fit.
+/// A measured step, or its update, that was not used for the fit.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Check {
     /// Number of shards.
@@ -57,7 +57,7 @@ pub struct Check {
     pub measured: f64,
     /// Seconds predicted.
     pub predicted: f64,
-    /// Their difference, relative to what was measured.
+    /// Their difference, relative to the measurement.
     pub error: f64,
 }
 
@@ -74,7 +74,7 @@ pub struct Prediction {
     pub start: StartTime,
 }
 
-/// Constants of one of the simulations, and how well they hold.
+/// Constants of one of the simulations, and their errors.
 #[derive(Clone, Debug, Serialize)]
 pub struct Fit {
     /// Numbers of shards that the constants were fitted to.
@@ -85,7 +85,7 @@ pub struct Fit {
     pub checks: Vec<Check>,
 }
 
-/// Everything that a run finds.
+/// All results of a run.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
     /// The tiny Llama.
@@ -149,7 +149,7 @@ impl Scaling {
         let samples = llama.rows.iter().map(|row| row.measured).collect();
         let llama_fit = Fit::of(&llama.work, samples, StepTime::total);
         let samples = layer.rows.iter().map(|row| row.measured).collect();
-        // Its forward and backward passes are measured once and not with every number of shards.
+        // Its forward and backward passes are measured once, not for every number of shards.
         let layer_fit = Fit::of(&layer.work, samples, StepTime::update);
         let rates = self.question.rates(&layer.work, &layer_fit.rates);
         let report = Report {
@@ -191,7 +191,7 @@ impl Question {
     /// Those of [`Pretrained::open`].
     pub fn shapes_of(folder: &Path, device: &Device) -> Result<Vec<([usize; 2], usize)>, Error> {
         let config = Pretrained::open(folder)?.config;
-        // Nothing is drawn: weights are made when they are first read.
+        // No random values are drawn, because weights are made when they are first read.
         Ok(llama::shapes(&Llama::new(&config, device)))
     }
 
@@ -241,7 +241,7 @@ impl Question {
         Err(Error::Usage { option, reason })
     }
 
-    /// The layer's constants, as they hold for the weights in question.
+    /// The layer's constants, converted to the given weights.
     fn rates(&self, layer: &Work, rates: &Rates) -> Rates {
         let per_operation = rates.token / layer.token_flops();
         let token = match self.tokens_per_second {
@@ -298,7 +298,7 @@ impl Fit {
     }
 }
 
-/// Seconds of the merges of one step, each of the weights alone.
+/// Seconds of the merges of one step, each weight measured separately.
 fn time_of_merges(work: &Work, shards: usize, device: &Device) -> f64 {
     let draw =
         |shape: [usize; 2]| Tensor::<2>::random(shape, Distribution::Normal(0.0, 1e-3), device);

@@ -116,7 +116,7 @@ fn milliseconds(seconds: f64) -> String {
     format!("{:>9.2}", 1e3 * seconds)
 }
 
-/// The parts after the backward passes, then `whole`, and what was predicted for it.
+/// The parts after the backward passes, then `whole`, and its prediction.
 fn update(sample: &Sample, whole: f64, fit: &Fit) -> String {
     let check = fit
         .checks

@@ -1,4 +1,4 @@
-//! Where recorded runs are, and comparisons.
+//! The folder of recorded runs, and comparisons.
 
 #![allow(dead_code, reason = "every test binary uses its own part")]
 
@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use safetensors::{Dtype, SafeTensors};
 
-/// A file of the recorded runs: under `HD_PISSA_SHARED`, else beside the workspace. `None`, and a
-/// line that says so, where it is absent.
+/// A file of the recorded runs: under `HD_PISSA_SHARED`, else next to the workspace. `None`, with a
+/// message, if it is absent.
 pub fn recorded(name: &str) -> Option<PathBuf> {
     let folder = match std::env::var_os("HD_PISSA_SHARED") {
         Some(folder) => PathBuf::from(folder),
@@ -22,8 +22,8 @@ pub fn recorded(name: &str) -> Option<PathBuf> {
     None
 }
 
-/// The SmolLM2 checkpoint in `f32` under `HD_PISSA_SMOLLM2`; `None`, and a line that says so,
-/// where the variable is not set.
+/// The SmolLM2 checkpoint in `f32` under `HD_PISSA_SMOLLM2`; `None`, with a message, if the
+/// variable is not set.
 pub fn smollm2() -> Option<PathBuf> {
     match std::env::var_os("HD_PISSA_SMOLLM2") {
         Some(folder) => Some(PathBuf::from(folder).join("fp32")),

@@ -22,8 +22,8 @@ impl ProductKernels for CubeBackend {
         dtype != DType::F32 && is_readable(device, dtype)
     }
 
-    /// A build without `autotune` takes two products for every shape: they were faster wherever both
-    /// were measured.
+    /// A build without `autotune` takes two products for every shape. They were faster in all
+    /// measurements.
     fn has_low_rank_product(device: &Device<Self>, dtype: DType) -> bool {
         // The unit tests reach it without a build of Burn that tunes everything.
         cfg!(any(feature = "autotune", test)) && is_readable(device, dtype)
@@ -153,7 +153,7 @@ fn words_of(x: CubeTensor, matrix: Matrix) -> CubeTensor {
     CubeTensor::new_contiguous(x.client, x.device, Shape::new([2]), words, DType::I32)
 }
 
-/// What a merge adds to a weight.
+/// The update of a merge.
 struct Update {
     frames: CubeTensor,
     deltas: CubeTensor,
@@ -163,7 +163,7 @@ struct Update {
 }
 
 impl Update {
-    /// Merges in place; the sum of the squares of the update, `[1]`.
+    /// Merges in place. Returns the sum of the squares of the update, `[1]`.
     fn add_to(self, w: &CubeTensor, residual: Option<&CubeTensor>) -> CubeTensor {
         let client = w.client.clone();
         let arguments = Merge {
@@ -174,7 +174,7 @@ impl Update {
             rank: self.rank,
             rounding: self.rounding,
             residual: residual.map(|residual| residual.handle.clone()),
-            // Of all floats only +0 has the bits of the integer zero, and a count is never -0.
+            // Only the float +0 has the bits of the integer zero, and a count is never -0.
             gate: into_contiguous(self.gate).handle,
         };
         let squares = match merge(&client, arguments) {

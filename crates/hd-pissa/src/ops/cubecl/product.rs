@@ -1,7 +1,7 @@
 //! The low-rank product on CubeCL, in one launch or in two.
 //!
-//! One launch reads `x` once, on the device's ordinary units. Two of them read it twice, and one of
-//! these is Burn's product, which may use matrix units. CubeCL's autotuner measures both on the
+//! One launch reads `x` once, on the device's ordinary units. Two launches read it twice, but one
+//! of them is Burn's product, which may use matrix units. CubeCL's autotuner measures both on the
 //! user's device and keeps the faster one for the shape.
 
 use std::fmt;
@@ -48,7 +48,7 @@ pub(super) fn low_rank_product(
         p: p.clone(),
     };
     if operands.is_empty() {
-        // Nothing to measure, and zeros to write where only the inner dimension is empty.
+        // Nothing to measure. If only the inner dimension is empty, the result is zeros.
         if let Err(error) = operands.one_launch() {
             panic!("multiplying on {:?}: {error}", p.device);
         }
@@ -82,7 +82,7 @@ fn launch(
     hd_pissa_kernels::low_rank_product(&x.client, product)
 }
 
-/// What a product reads and writes. Clones share the memory.
+/// The operands and results of a product. Clones share the memory.
 #[derive(Clone)]
 struct Operands {
     x: CubeTensor,
@@ -103,8 +103,8 @@ impl Operands {
         launch(&self.x, Some([&self.w, &self.y]), &self.f, &self.p)
     }
 
-    /// Burn's product with the weight. With the factor, Burn's where `x` is `f32`, else ours: Burn
-    /// would need a copy of `x` in `f32`.
+    /// Burn's product with the weight. The product with the factor is Burn's if `x` is `f32`, else
+    /// ours, because Burn would need a copy of `x` in `f32`.
     fn two_launches(self) -> Result<(), String> {
         let burn = |right: CubeTensor, output: CubeTensor| {
             let dtype = output.dtype;
@@ -120,7 +120,7 @@ impl Operands {
         }
     }
 
-    /// Runs what is faster for the shape on this device, measured at the first call.
+    /// Runs the faster variant for the shape on this device, measured at the first call.
     fn faster(self) {
         static TUNER: LocalTuner<Key, CubeTuneId> = local_tuner!();
         let client = self.x.client.clone();
@@ -129,8 +129,8 @@ impl Operands {
             TunableSet::<Key, Operands, ()>::new_cloning_inputs(Key::new)
                 .with(Tunable::new("two_launches", Operands::two_launches))
                 .with(Tunable::new("one_launch", |operands: Operands| {
-                    // A key stands for many numbers of rows: some of these may be too large for
-                    // one launch although the measured one was not.
+                    // A key stands for many numbers of rows. Some of them may be too large for one
+                    // launch although the measured number was not.
                     operands.one_launch().or_else(|_| operands.two_launches())
                 }))
         });
@@ -138,7 +138,7 @@ impl Operands {
     }
 }
 
-/// What products have in common for which one choice is made.
+/// The key of a choice: products with the same key run the same way.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 struct Key {
     /// Rows of `x`, rounded up to a power of the tuner's base.
@@ -147,7 +147,7 @@ struct Key {
     columns: usize,
     rank: usize,
     dtype: DType,
-    /// Whether `x`, `w` and `f` lie column by column.
+    /// Whether `x`, `w` and `f` are stored column by column.
     column_major: [bool; 3],
 }
 
@@ -186,7 +186,7 @@ mod tests {
     use super::*;
     use crate::ops::adapter_linear;
 
-    /// `None` where there is none, which is a failure if `HD_PISSA_REQUIRE_WGPU` is 1.
+    /// `None` if there is none, which is a failure if `HD_PISSA_REQUIRE_WGPU` is 1.
     fn device() -> Option<Device> {
         let found = std::panic::catch_unwind(|| {
             let device = Device::wgpu(Default::default());
@@ -204,8 +204,7 @@ mod tests {
         values.iter::<f32>().collect()
     }
 
-    /// One launch, two, and whichever the tuner finds to be faster, with a transposed weight as in the
-    /// backward pass.
+    /// One launch, two, and the tuner's choice, with a transposed weight as in the backward pass.
     #[test]
     fn every_variant_gives_the_products() {
         if device().is_none() {

@@ -1,18 +1,18 @@
-//! Burn's tensors as the kernels see them.
+//! Views of Burn's tensors for the kernels.
 
 use burn::backend::TensorMetadata;
 use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
 use hd_pissa_kernels::{FloatType, Matrix};
 
-/// What the kernels see of a tensor of two dimensions.
+/// The kernels' view of a tensor of two dimensions.
 pub(super) fn matrix(tensor: &CubeTensor) -> Matrix {
     let dtype = known(tensor.dtype)
         .unwrap_or_else(|| panic!("{:?} is refused when adapters are attached", tensor.dtype));
     matrix_of(tensor, dtype)
 }
 
-/// As [`matrix`], of elements that count as `dtype`.
+/// As [`matrix`], with elements that count as `dtype`.
 pub(super) fn matrix_of(tensor: &CubeTensor, dtype: FloatType) -> Matrix {
     let (shape, strides) = (tensor.shape(), tensor.meta.strides());
     Matrix {

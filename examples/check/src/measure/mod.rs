@@ -1,4 +1,5 @@
-//! What the benchmarks and `check` share: devices, sample values, timing, rates, and where results go.
+//! Tools for `check` and the benchmarks: devices, sample values, timing, rates, and files of
+//! results.
 
 mod device;
 mod launches;

@@ -7,8 +7,8 @@ pub const PAIRS: usize = 41;
 
 /// Milliseconds of each of `works`, called in turn `PAIRS` times after three rounds of warm-up.
 ///
-/// `works` wait for the device themselves. The order turns round from one round to the next, so
-/// that none of them always follows the same one.
+/// `works` must wait for the device. The order rotates from round to round, so none always follows
+/// the same one.
 pub fn alternate(works: &mut [&mut dyn FnMut()]) -> Vec<Vec<f64>> {
     rounds(works, 3);
     rounds(works, PAIRS)

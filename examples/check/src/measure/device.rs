@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use burn::tensor::{Device, Tensor};
 
-/// The backends that a build can have; their names are those of the features.
+/// The backends that a build can have, with the names of their features.
 pub const BACKENDS: [&str; 7] = ["flex", "cuda", "wgpu", "vulkan", "metal", "rocm", "cpu"];
 
 /// Why a device cannot be used.
@@ -29,7 +29,8 @@ pub enum DeviceError {
 ///
 /// # Errors
 ///
-/// [`DeviceError`] if the name is unknown, the build lacks the backend, or the device is not there.
+/// [`DeviceError`] if the name is unknown, the build lacks the backend, or the device does not
+/// exist.
 pub fn open(name: &str) -> Result<Device, DeviceError> {
     let unknown = || DeviceError::Unknown { name: name.into() };
     let (backend, index) = match name.split_once(':') {
@@ -48,7 +49,7 @@ pub fn open(name: &str) -> Result<Device, DeviceError> {
             backend: backend.into(),
         });
     }
-    // Burn panics where there is no driver.
+    // Burn panics without a driver.
     let answer = || {
         let device = built(backend, index);
         Tensor::<1>::zeros([1], &device).into_data();
@@ -63,7 +64,7 @@ pub fn open(name: &str) -> Result<Device, DeviceError> {
 /// The backends of this build.
 pub fn backends() -> Vec<&'static str> {
     let built = [
-        cfg!(feature = "flex"),
+        true,
         cfg!(feature = "cuda"),
         cfg!(feature = "wgpu"),
         cfg!(feature = "vulkan"),
@@ -97,7 +98,7 @@ pub fn device() -> (&'static str, Device) {
     )
 }
 
-/// What the device calls itself, or the processor and its number of threads.
+/// The device's own name, or the processor and its number of threads.
 pub fn hardware(device: &Device) -> String {
     #[cfg(feature = "cubecl-kernels")]
     if let Some(identity) = device.identity() {
@@ -121,7 +122,6 @@ fn processor() -> String {
 #[allow(unused_variables, reason = "which are used depends on the features")]
 fn built(backend: &str, index: usize) -> Device {
     match backend {
-        #[cfg(feature = "flex")]
         "flex" => Device::flex(),
         #[cfg(feature = "cuda")]
         "cuda" => Device::cuda(index),
@@ -139,7 +139,7 @@ fn built(backend: &str, index: usize) -> Device {
     }
 }
 
-/// What a panic said.
+/// The message of a panic.
 pub fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().map(ToString::to_string);
     text.or_else(|| panic.downcast_ref::<String>().cloned())

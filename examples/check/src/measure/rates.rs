@@ -1,9 +1,9 @@
-//! What a device can do at most: a copy gives the bandwidth, a large product the arithmetic.
+//! The highest rates of a device: a copy gives the bandwidth, a large product the arithmetic.
 
 use burn::tensor::{DType, Device, Distribution, Tensor};
 
-use crate::sample::{Host, assert_close, assert_product, places};
-use crate::timing::{alternate_within, median};
+use super::sample::{Host, assert_close, assert_product, places};
+use super::timing::{alternate_within, median};
 
 /// Times of a piece of work, in milliseconds, and its size.
 #[derive(Clone, Debug)]
@@ -23,7 +23,7 @@ impl Timed {
     }
 }
 
-/// One read and one write of a matrix of `size`, negated in place, as a merge does it to a weight.
+/// One read and one write of a matrix of `size`, negated in place, like a merge of a weight.
 ///
 /// # Panics
 ///
@@ -51,7 +51,8 @@ pub fn copy(device: &Device, size: [usize; 2], dtype: DType, seconds: f64) -> Ti
     }
 }
 
-/// A square product by Burn of a side that takes some time, `most` at most; and the side.
+/// A square product by Burn, large enough to take some time, with a side of at most `most`. Returns
+/// the side too.
 ///
 /// `error` bounds the error of an element for an inner dimension, as a share of the sum of the
 /// absolute values of its terms.
@@ -97,7 +98,7 @@ impl Host {
     /// Values uniform in `[-1, 1)`, rounded to `dtype`.
     fn random(device: &Device, shape: [usize; 2], dtype: DType) -> Self {
         let uniform = Distribution::Uniform(-1.0, 1.0);
-        // Rounded on the device: what is read back is what it holds.
+        // Rounded on the device and read back, so the host has the device's values.
         Self::read(Tensor::<2>::random(shape, uniform, (device, DType::F32)).cast(dtype))
     }
 }

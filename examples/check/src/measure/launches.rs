@@ -1,9 +1,9 @@
-//! How many kernels a piece of work launches.
+//! The number of kernels that a piece of work launches.
 
 /// The number of kernels that `work` launches, with what it gives. `None` without a backend on CubeCL.
 ///
-/// Counts the launches of the whole process; `work` waits for the device itself, so that operations
-/// that fusion holds back are among them.
+/// Counts the launches of the whole process. `work` must wait for the device, so that operations
+/// that fusion delays are counted.
 #[cfg(feature = "cubecl-kernels")]
 pub fn count_launches<T>(work: impl FnOnce() -> T) -> (Option<usize>, T) {
     use std::sync::Arc;
@@ -42,7 +42,7 @@ mod tests {
     #[test]
     fn a_negation_is_one_launch_on_a_gpu_and_none_on_flex() {
         let negated = |name: &str| {
-            let device = crate::open(name).unwrap();
+            let device = crate::measure::open(name).unwrap();
             let x = Tensor::<1>::ones([3], &device);
             device.sync().unwrap();
             count_launches(|| x.neg().into_data().iter::<f32>().collect::<Vec<_>>())

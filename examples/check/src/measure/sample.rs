@@ -24,7 +24,7 @@ impl Host {
         self.values.len() / self.columns
     }
 
-    /// A tensor of `dtype` on `device`, which rounds what the dtype does not hold.
+    /// A tensor of `dtype` on `device`, which rounds the values to the dtype.
     pub fn tensor(&self, device: &Device, dtype: DType) -> Tensor<2> {
         let data = TensorData::new(self.values.clone(), [self.rows(), self.columns]);
         Tensor::<2>::from_data(data, (device, DType::F32)).cast(dtype)
@@ -79,7 +79,7 @@ pub fn product(left: &Host, right: &Host, [i, j]: [usize; 2]) -> Exact {
 ///
 /// # Panics
 ///
-/// If an element is further off, or NaN.
+/// If an element is outside, or NaN.
 pub fn assert_product(what: &str, found: &Host, left: &Host, right: &Host, error: f64) {
     for place @ [i, j] in places([found.values.len() / found.columns, found.columns]) {
         let exact = product(left, right, place);

@@ -1,4 +1,4 @@
-//! What the command lines of the benchmarks read, and where their results go.
+//! Arguments of the benchmarks' command lines, and the files of their results.
 
 use std::path::Path;
 
@@ -15,8 +15,8 @@ pub fn size(text: &str) -> Result<[usize; 2], String> {
     }
 }
 
-/// Writes `{"rows": rows}` to `bench/{name}.json` in the target directory, which is the parent of
-/// `target_tmpdir`: `env!("CARGO_TARGET_TMPDIR")`, which cargo sets for benchmarks alone.
+/// Writes `{"rows": rows}` to `bench/{name}.json` in the target directory, the parent of
+/// `target_tmpdir`. Pass `env!("CARGO_TARGET_TMPDIR")`, which cargo sets only for benchmarks.
 ///
 /// # Panics
 ///
