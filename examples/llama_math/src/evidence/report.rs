@@ -36,7 +36,7 @@ const PAPER: &str = "\
 HD-PiSSA's paper (arXiv 2505.18777) reports for several tasks trained at once, on the mean of 12 benchmarks, 10.0 \
 points more than LoRA and 4.98 points more than PiSSA. Its setting differs from this one in almost everything:
 
-| | the paper | here |
+| setting | the paper | here |
 |---|---|---|
 | models | Llama-2-7B, Llama-3-8B, Mistral-7B | a Llama of 0.8 million values, and single layers |
 | shards | 8 GPUs, rank 16 each | virtual shards on a CPU, rank as above |
