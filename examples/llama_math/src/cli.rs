@@ -1,7 +1,7 @@
 //! The command line.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
@@ -9,29 +9,35 @@ use hd_pissa::{CommunicationDtype, FrameScale, GradientMode, Windows};
 
 use crate::batch::BatcherConfig;
 use crate::compare::Comparison;
-use crate::data::{Fields, Split};
+use crate::data::Fields;
 use crate::evidence::children::{self, Children};
+use crate::evidence::report;
+use crate::evidence::reproduce::Settings;
 use crate::evidence::results;
 use crate::evidence::row::Row;
 use crate::evidence::sweep::Sweep;
-use crate::evidence::task::Task;
-use crate::export::{ExportConfig, OutputDtype, Rounding};
+use crate::evidence::task::{Files, Task};
+use crate::export::{ExportConfig, ExportOptions, OutputDtype, Rounding, VerifyOptions};
 use crate::finetune::{Change, FineTuning, Resume, SaveOptions, TemplateChoice};
 use crate::loss::LossMean;
-use crate::method::{Adaptation, Method, WindowsOption, gradients_name};
+use crate::method::{Adaptation, Method, SvdOption, WindowsOption, gradients_name};
 use crate::pretrain::Pretraining;
+use crate::recipe::Recipe;
 use crate::run::{Length, RunConfig};
 use crate::scaling::cost::{Layout, Work};
 use crate::scaling::{Question, Scaling};
 use crate::schedule::Decay;
+use crate::token_cache::TokenCache;
 use crate::train::OptimizerSettings;
-use crate::{Error, device, hub, memory, mpi};
+use crate::{Error, device, memory, mpi, user_cache};
 
 /// Where the comparison writes unless told otherwise; replaced by the next run.
 const COMPARISON_OUTPUT: &str = "target/llama_math";
 
 /// The same for the simulations.
 const SCALING_OUTPUT: &str = "target/scaling";
+/// The settings of the results in the book, seen from the root of the repository.
+const REPRODUCE_SETTINGS: &str = "examples/llama_math/reproduce.json";
 /// Queries, keys, values and outputs; gates and ups; downs.
 const LLAMA_2_7B: &str = "4096x4096x128,4096x11008x64,11008x4096x32";
 
@@ -65,6 +71,22 @@ enum Command {
     /// Every training is a process of its own with one compute thread, and leaves a file in the
     /// output: a sweep that is started again goes on where it stopped.
     Sweep(SweepOptions),
+    /// Writes the model of an earlier run in another form: merged in another dtype or in several files, as a
+    /// LoRA adapter, or as a delta.
+    Export(ExportOptions),
+    /// Says whether an output is what was written, and which program loads it.
+    ///
+    /// Compares the files with their digests, and logits with those of the trained model.
+    Verify(VerifyOptions),
+    /// Runs every experiment of a settings file, and writes tables and pictures of the results.
+    ///
+    /// Each training leaves a file in the output: a run that is started again goes on where it stopped.
+    Reproduce(ReproduceOptions),
+    /// Fine-tunes as a file says, or shows what that would take.
+    ///
+    /// A recipe for several processes is started by an MPI launcher, as in `mpirun -np 8 llama_math
+    /// recipe FILE`; paths in it are seen from the working directory.
+    Recipe(RecipeOptions),
     /// One training of a sweep or of the comparison, in a process of its own.
     #[command(hide = true)]
     Trial(TrialOptions),
@@ -119,6 +141,14 @@ struct Options {
     /// with --windows leading balanced]
     #[arg(long, requires = "model", value_parser = frame_scale())]
     frame_scale: Option<FrameScale>,
+    /// How the principal components of HD-PiSSA and PiSSA are computed: krylov finds the leading ones
+    /// of large weights faster, and takes exact where it does not converge [default: exact]
+    #[arg(long, requires = "model")]
+    svd: Option<SvdOption>,
+    /// Neither look for encoded data and principal components of earlier runs, nor keep them for
+    /// later ones, in llama_math below XDG_CACHE_HOME or ~/.cache
+    #[arg(long, requires = "model")]
+    no_cache: bool,
     /// Numerator of the adapters' scale alpha / rank [default: the rank]
     #[arg(long, requires = "model", value_parser = positive)]
     alpha: Option<f64>,
@@ -307,10 +337,10 @@ struct ScalingOptions {
 #[derive(Args, Debug)]
 struct SweepOptions {
     /// Tasks
-    #[arg(long, value_delimiter = ',', default_values_t = Task::ALL)]
+    #[arg(long, value_delimiter = ',', default_values_t = Task::COMPARED)]
     tasks: Vec<Task>,
     /// Methods
-    #[arg(long, value_delimiter = ',', default_values_t = Row::ALL)]
+    #[arg(long, value_delimiter = ',', default_values_t = Row::SWEPT)]
     rows: Vec<Row>,
     /// Seeds by which learning rates are chosen
     #[arg(long, value_delimiter = ',', default_values_t = [1])]
@@ -342,6 +372,8 @@ impl SweepOptions {
             folder: self.output,
             processes: self.threads.unwrap_or_else(cores),
             device: self.device,
+            files: None,
+            until: None,
             program: children::this_program,
         };
         let sweep = Sweep {
@@ -364,6 +396,99 @@ impl SweepOptions {
 }
 
 #[derive(Args, Debug)]
+struct FilesOptions {
+    /// Folder of a checkpoint, for tasks with records
+    #[arg(long, value_name = "DIR", requires_all = ["data", "test"])]
+    model: Option<PathBuf>,
+    /// Its training data
+    #[arg(long, value_name = "FILE", requires = "model")]
+    data: Option<PathBuf>,
+    /// Its test data
+    #[arg(long, value_name = "FILE", requires = "model")]
+    test: Option<PathBuf>,
+}
+
+impl FilesOptions {
+    fn files(&self) -> Option<Files> {
+        Some(Files {
+            model: self.model.clone()?,
+            train: self.data.clone()?,
+            test: self.test.clone()?,
+        })
+    }
+}
+
+#[derive(Args, Debug)]
+struct ReproduceOptions {
+    /// What is run
+    #[arg(long, value_name = "FILE", default_value = REPRODUCE_SETTINGS)]
+    settings: PathBuf,
+    /// Folder with a file for each training
+    #[arg(long, value_name = "DIR")]
+    output: PathBuf,
+    /// Folder of tables, pictures and numbers [default: that of --output]
+    #[arg(long, value_name = "DIR")]
+    results: Option<PathBuf>,
+    #[command(flatten)]
+    files: FilesOptions,
+    /// Start no training after so many minutes, and write what there is; 0 runs nothing
+    #[arg(long, value_name = "M", value_parser = not_negative)]
+    minutes: Option<f64>,
+    /// Trainings at a time [default: as many as cores]
+    #[arg(long, value_name = "N", value_parser = at_least(1))]
+    threads: Option<usize>,
+    /// Backend
+    #[arg(long)]
+    device: Option<String>,
+}
+
+impl ReproduceOptions {
+    fn run(self) -> Result<(), Error> {
+        let settings = Settings::read(&self.settings)?;
+        let children = Children {
+            folder: self.output,
+            processes: self.threads.unwrap_or_else(cores),
+            device: self.device,
+            files: self.files.files(),
+            until: self.minutes.map(|number| Instant::now() + minutes(number)),
+            program: children::this_program,
+        };
+        let answers = settings.run(&children)?;
+        let folder = self.results.unwrap_or(children.folder);
+        report::write(&folder, &settings, &answers)
+    }
+}
+
+#[derive(Args, Debug)]
+struct RecipeOptions {
+    /// The recipe
+    file: PathBuf,
+    /// Print shapes, memory, bytes and hours, and train nothing. Needs neither model nor data
+    #[arg(long)]
+    dry_run: bool,
+    /// Tokens per second of one GPU, for the hours of a dry run; the default is a guess
+    #[arg(long, value_name = "T", requires = "dry_run", default_value_t = 2000.0, value_parser = positive)]
+    tokens_per_second: f64,
+}
+
+impl RecipeOptions {
+    fn run(self) -> Result<(), Error> {
+        let recipe = Recipe::read(&self.file)?;
+        let program = ["llama_math".to_string()].into_iter();
+        let cli = Cli::parse_from(program.chain(recipe.arguments()));
+        let options = &cli.options;
+        match (&options.model, &options.output) {
+            (Some(model), Some(output)) if self.dry_run => {
+                let run = options.fine_tuning(model, output)?.run;
+                recipe.dry_run(&run, self.tokens_per_second)
+            }
+            (Some(_), _) => cli.run(),
+            _ => Err(Error::field(&self.file, "options / model", "is missing")),
+        }
+    }
+}
+
+#[derive(Args, Debug)]
 struct TrialOptions {
     /// The trial, as JSON
     #[arg(long)]
@@ -371,6 +496,8 @@ struct TrialOptions {
     /// File of the result
     #[arg(long)]
     result: PathBuf,
+    #[command(flatten)]
+    files: FilesOptions,
     /// Backend
     #[arg(long)]
     device: Option<String>,
@@ -509,14 +636,19 @@ impl Cli {
             }
             Some(Command::Scaling(options)) => options.run(),
             Some(Command::Sweep(options)) => options.run(),
+            Some(Command::Export(options)) => options.run(),
+            Some(Command::Verify(options)) => options.run(),
+            Some(Command::Reproduce(options)) => options.run(),
+            Some(Command::Recipe(options)) => options.run(),
             Some(Command::Trial(options)) => {
                 children::end_with_parent();
                 let device = device::parse(options.device.as_deref())?;
-                children::run_trial(&options.settings, &device, &options.result)
+                let files = options.files.files();
+                children::run_trial(&options.settings, &device, files.as_ref(), &options.result)
             }
             None => match (&self.options.model, &self.options.output) {
                 (Some(model), Some(output)) => {
-                    let fine_tuning = self.options.fine_tuning(model, output)?;
+                    let fine_tuning = self.options.fine_tuning(model, output)?.fetch()?;
                     let device = self.options.device.as_deref();
                     if self.options.mpi {
                         return mpi::run(&fine_tuning, device);
@@ -624,6 +756,25 @@ impl Options {
                     .into(),
             });
         }
+        let decomposes = match self.method {
+            Method::HdPissa => windows == Windows::Leading,
+            Method::Pissa => true,
+            Method::Lora | Method::Full => false,
+        };
+        if self.svd.is_some() && !decomposes {
+            let reason = match self.method {
+                Method::HdPissa => {
+                    "takes --windows leading, or --published: other directions than the \
+                                    leading ones are found in one way"
+                        .into()
+                }
+                method => format!("{method} has no principal components"),
+            };
+            return Err(Error::Usage {
+                option: "svd",
+                reason,
+            });
+        }
         let length = match (self.steps, self.epochs, self.quick) {
             (Some(steps), ..) => Length::Steps(steps),
             (None, _, true) => Length::Steps(2),
@@ -635,8 +786,8 @@ impl Options {
             self.eval_samples
         };
         Ok(FineTuning {
-            model: hub::model(model)?,
-            data: hub::data("data", &self.data, Split::Train)?,
+            model: model.into(),
+            data: self.data.clone(),
             fields: self.fields.as_deref().map(Fields::parse).transpose()?,
             template: match (&self.prompt_template, self.chat) {
                 (Some(path), _) => TemplateChoice::File(path.clone()),
@@ -644,14 +795,12 @@ impl Options {
                 (None, false) => TemplateChoice::ByData,
             },
             max_length: self.max_length,
-            eval: match &self.eval {
-                Some(path) => {
-                    let path = std::slice::from_ref(path);
-                    Some((hub::data("eval", path, Split::HeldOut)?, samples))
-                }
-                None => None,
-            },
+            eval: self.eval.clone().map(|path| (vec![path], samples)),
             max_new_tokens: self.max_new_tokens,
+            token_cache: match self.no_cache {
+                true => TokenCache::none(),
+                false => TokenCache::of_user(),
+            },
             run: RunConfig {
                 adaptation: Adaptation {
                     method: self.method,
@@ -662,6 +811,8 @@ impl Options {
                     alpha: self.alpha,
                     targets: self.targets.clone(),
                     gradients,
+                    svd: self.svd.unwrap_or_default(),
+                    svd_cache: user_cache::folder().filter(|_| !self.no_cache),
                 },
                 optimizer: OptimizerSettings {
                     clip: self.clip,
@@ -692,6 +843,7 @@ impl Options {
                 dtype: self.output_dtype,
                 rounding: self.rounding,
                 seed: self.seed,
+                ..ExportConfig::default()
             },
             seed: self.seed,
             saving: SaveOptions {

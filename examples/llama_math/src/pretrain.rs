@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 
 use crate::batch::{MicroBatch, Sequence};
 use crate::export::write_weights;
-use crate::method::{Adaptation, Method};
+use crate::method::{Adaptation, Method, SvdOption};
 use crate::output::Staged;
 use crate::problems::{LARGEST, pretraining_text, problems};
 use crate::progress::Progress;
@@ -80,6 +80,8 @@ impl Pretraining {
             alpha: None,
             targets: None,
             gradients: GradientMode::PerShard,
+            svd: SvdOption::Exact,
+            svd_cache: None,
         };
         let settings = OptimizerSettings {
             clip: Some(1.0),

@@ -11,10 +11,10 @@ use rand::{RngExt, SeedableRng};
 use crate::data::Record;
 use crate::prompt::PromptTemplate;
 
-const NAMES: [&str; 12] = [
+pub(crate) const NAMES: [&str; 12] = [
     "Ada", "Ben", "Cora", "Dan", "Eva", "Finn", "Gina", "Hugo", "Iris", "Jon", "Kate", "Leo",
 ];
-const ITEMS: [&str; 12] = [
+pub(crate) const ITEMS: [&str; 12] = [
     "apples", "books", "cards", "coins", "eggs", "marbles", "pencils", "plums", "shells", "stamps",
     "stickers", "toys",
 ];

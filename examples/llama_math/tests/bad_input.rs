@@ -82,7 +82,7 @@ impl Case {
                 all.extend([option.into(), value]);
             }
         }
-        all.extend(["--output".into(), path("out")]);
+        all.extend(["--output".into(), path("out"), "--no-cache".into()]);
         for default in [
             ["--device", "flex"],
             ["--rank", "2"],
@@ -453,6 +453,14 @@ fn usage_errors_exit_with_2() {
         (
             vec!["--method", "pissa", "--frame-scale", "unit"],
             "--frame-scale: pissa has no frames",
+        ),
+        (
+            vec!["--method", "lora", "--svd", "krylov"],
+            "--svd: lora has no principal components",
+        ),
+        (
+            vec!["--windows", "spread", "--svd", "krylov"],
+            "--svd: takes --windows leading",
         ),
         (vec!["--fields", "question"], "PROMPT,ANSWER"),
         (vec!["--method", "dora"], "dora"),

@@ -8,7 +8,7 @@ use burn::tensor::{Device, Tensor};
 use hd_pissa::{FrameScale, GradientMode, Windows};
 use llama_math::batch::{MicroBatch, Sequence};
 use llama_math::loss::LossMean;
-use llama_math::method::{Adaptation, Method};
+use llama_math::method::{Adaptation, Method, SvdOption};
 use llama_math::train::{OptimizerSettings, StepReport, Trainer};
 use llama_math::{Llama, Pretrained};
 
@@ -106,6 +106,8 @@ fn trained(
         alpha: None,
         targets: None,
         gradients: GradientMode::Shared,
+        svd: SvdOption::Exact,
+        svd_cache: None,
     };
     let settings = OptimizerSettings {
         loss_mean: mean,

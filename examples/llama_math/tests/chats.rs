@@ -159,8 +159,9 @@ fn a_template_that_cannot_be_used_is_named() {
         let pretrained = checkpoint(case, settings, Some(template));
         let tokens = Tokens::of(&pretrained).unwrap();
         let conversation = &case["conversations"][2];
-        let used = ChatTemplate::of(&pretrained)
-            .and_then(|template| template.sequence(&tokens, &records(&[conversation.clone()])[0]));
+        let used = ChatTemplate::of(&pretrained).and_then(|template| {
+            template.sequence(&tokens, &records(std::slice::from_ref(conversation))[0])
+        });
         used.unwrap_err().to_string()
     };
     for (template, part) in [

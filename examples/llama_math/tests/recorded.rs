@@ -11,7 +11,7 @@ use llama_math::Pretrained;
 use llama_math::batch::{MicroBatch, Sequence};
 use llama_math::export::ExportConfig;
 use llama_math::loss::LossMean;
-use llama_math::method::{Adaptation, Method};
+use llama_math::method::{Adaptation, Method, SvdOption};
 use llama_math::schedule::{Decay, Schedule};
 use llama_math::train::{OptimizerSettings, Trainer};
 use safetensors::tensor::TensorView;
@@ -85,6 +85,12 @@ fn logits_of_the_recorded_model() {
 
 #[test]
 fn training_reaches_the_recorded_weights() {
+    for svd in [SvdOption::Exact, SvdOption::Krylov] {
+        training_reaches_the_recorded_weights_by(svd);
+    }
+}
+
+fn training_reaches_the_recorded_weights_by(svd: SvdOption) {
     let bytes = run();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let case = case(&bytes);
@@ -134,6 +140,8 @@ fn training_reaches_the_recorded_weights() {
         alpha: case["alpha"].as_f64(),
         targets: None,
         gradients: GradientMode::PerShard,
+        svd,
+        svd_cache: None,
     };
     let model = pretrained.load(&device).unwrap();
     let settings = OptimizerSettings {
@@ -200,7 +208,7 @@ fn training_reaches_the_recorded_weights() {
         .map(|[_, expected, ours]| largest_difference(ours, expected))
         .fold(0.0, f64::max);
     println!(
-        "largest error {:.1e} of the largest change {largest_change:.4}",
+        "{svd:?}: largest error {:.1e} of the largest change {largest_change:.4}",
         error / largest_change
     );
     assert!(error <= 1e-3 * largest_change);

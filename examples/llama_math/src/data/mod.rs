@@ -226,8 +226,14 @@ mod tests {
                 .collect()
         };
         let whole = folder.path().to_path_buf();
-        assert_eq!(questions(&[whole.clone()], Split::Train), ["1+1?", "2+2?"]);
-        assert_eq!(questions(&[whole.clone()], Split::HeldOut), ["3+3?"]);
+        assert_eq!(
+            questions(std::slice::from_ref(&whole), Split::Train),
+            ["1+1?", "2+2?"]
+        );
+        assert_eq!(
+            questions(std::slice::from_ref(&whole), Split::HeldOut),
+            ["3+3?"]
+        );
         // Named files are read in the order in which they are named, whatever they are called.
         let named = ["test.jsonl", "train-b.jsonl"].map(|name| whole.join(name));
         assert_eq!(questions(&named, Split::Train), ["3+3?", "2+2?"]);

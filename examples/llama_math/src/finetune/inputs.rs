@@ -12,7 +12,6 @@ use crate::batch::Sequence;
 use crate::data::{Data, Split};
 use crate::output::Staged;
 use crate::run::Training;
-use crate::token_cache::TokenCache;
 use crate::tokenize::{Template, Tokens};
 use crate::weights::hexadecimal;
 use crate::{Error, Pretrained};
@@ -52,7 +51,7 @@ impl FineTuning {
         };
         let all: Vec<&Data> = eval.iter().map(|(_, eval)| eval).chain([&data]).collect();
         let (template, writes_by_default) = self.template(&pretrained, &all)?;
-        let cache = TokenCache::of_user();
+        let cache = &self.token_cache;
         let data = cache.sequences(&tokens, &data.records, &*template, max_length)?;
         let held_out = eval
             .map(|(path, eval)| HeldOut::new(path, eval.records, &tokens, &*template, max_length));

@@ -5,9 +5,11 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 
-use crate::data::Fields;
+use crate::data::{Fields, Split};
 use crate::export::ExportConfig;
 use crate::run::RunConfig;
+use crate::token_cache::TokenCache;
+use crate::{Error, hub};
 
 /// Settings of a fine-tuning run on files.
 #[derive(Clone, Debug)]
@@ -26,6 +28,8 @@ pub struct FineTuning {
     pub eval: Option<(Vec<PathBuf>, usize)>,
     /// Longest generated answer, in tokens; with 0 nothing is answered.
     pub max_new_tokens: usize,
+    /// Where encoded data is kept.
+    pub token_cache: TokenCache,
     /// The training.
     pub run: RunConfig,
     /// Where the results go.
@@ -40,6 +44,22 @@ pub struct FineTuning {
     pub saving: SaveOptions,
     /// How long workers wait for each other.
     pub timeout: Duration,
+}
+
+impl FineTuning {
+    /// The same with the folders and files of what is named on the Hub, downloaded.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Option`] for a name that cannot be fetched.
+    pub fn fetch(mut self) -> Result<Self, Error> {
+        self.model = hub::model(&self.model)?;
+        self.data = hub::data("data", &self.data, Split::Train)?;
+        if let Some((paths, _)) = &mut self.eval {
+            *paths = hub::data("eval", paths, Split::HeldOut)?;
+        }
+        Ok(self)
+    }
 }
 
 /// How records are written.

@@ -10,8 +10,8 @@ use hd_pissa::checkpoint::{Checkpoint, CheckpointError};
 use serde_json::{Value, json};
 
 use super::options::{Change, FineTuning};
-use crate::export::ExportConfig;
-use crate::method::gradients_name;
+use crate::export::{ExportConfig, FORMAT, Format};
+use crate::method::{SvdOption, gradients_name};
 use crate::run::RunConfig;
 use crate::team::Team;
 use crate::{Error, Pretrained};
@@ -85,7 +85,12 @@ impl FineTuning {
             ),
         ];
         let named = |(name, value): (&str, String)| (name.to_string(), value);
-        Ok(settings.into_iter().map(named).collect())
+        let mut settings: BTreeMap<_, _> = settings.into_iter().map(named).collect();
+        // Outputs and checkpoints from before there was a choice say nothing of the exact one.
+        if adaptation.svd == SvdOption::Krylov {
+            settings.insert("--svd".into(), "krylov".into());
+        }
+        Ok(settings)
     }
 
     /// What an output notes about itself: the settings of the training, and how it is written.
@@ -102,6 +107,8 @@ impl FineTuning {
         let mut all = settings.clone();
         all.insert("--output-dtype".into(), name(&|| dtype.to_possible_value()));
         all.insert("--rounding".into(), name(&|| rounding.to_possible_value()));
+        // Of an export other forms are known.
+        all.insert(FORMAT.into(), Format::Merged.to_string());
         all
     }
 

@@ -15,7 +15,7 @@ use super::cost::{Sample, StepTime, Work};
 use super::{median, time_of_merges};
 use crate::batch::{Batcher, BatcherConfig, Sequence};
 use crate::evaluate::mean_loss;
-use crate::method::{Adaptation, Method};
+use crate::method::{Adaptation, Method, SvdOption};
 use crate::problems::problems;
 use crate::progress::Progress;
 use crate::schedule::{Decay, Schedule};
@@ -135,6 +135,8 @@ impl LlamaScaling {
             alpha: None,
             targets: None,
             gradients: GradientMode::PerShard,
+            svd: SvdOption::Exact,
+            svd_cache: None,
         };
         let base = pretrained.load(&autodiff)?;
         let start = Instant::now();
