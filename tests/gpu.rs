@@ -11,8 +11,8 @@ use burn::tensor::{DType, Device, Tensor, TensorData};
 use hd_pissa::comm::Solo;
 use hd_pissa::ops::adapter_linear;
 use hd_pissa::{
-    HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaLinearConfig, HdPissaModule,
-    HdPissaOptimizerConfig, OptimizerError, ShardGradients,
+    Decomposition, HdPissa, HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaLinearConfig,
+    HdPissaModule, HdPissaOptimizerConfig, OptimizerError, ShardGradients, SvdMethod, SvdPrecision,
 };
 use hd_pissa_tests::{
     Dense, Lean, assert_close, base, bits, gpu, gpu_product_tolerance, gpu_supports, normal, values,
@@ -83,6 +83,52 @@ fn empty_batches() {
     let x = Tensor::<2>::zeros([0, 5], &device);
     let y = adapter_linear(x, normal([5, 3], &device), a, b, 1.0);
     assert_eq!(y.dims(), [0, 3]);
+}
+
+/// The leading components of one weight: by the block Krylov method on the GPU, exactly on the CPU.
+#[test]
+fn krylov_frames() {
+    let Some(gpu) = gpu() else { return };
+    let cpu = Device::flex();
+    // Columns of falling lengths.
+    let lengths: Vec<f32> = (0..90).map(|col| 0.96f32.powi(col)).collect();
+    let lengths = Tensor::<2>::from_data(TensorData::new(lengths, [1, 90]), &cpu);
+    let weight = normal([120, 90], &cpu) * lengths;
+    let mut decomposition = Decomposition::None;
+    let mut vectors = |device: &Device, svd| {
+        let mut layer = HdPissaLinearConfig::new(120, 90).init(device);
+        layer.weight = Param::from_tensor(on(&weight, device));
+        let config = HdPissaConfig::new()
+            .with_rank(3)
+            .with_shards(2)
+            .with_svd(svd);
+        let adapters = HdPissa::prepare(&layer, &config, 0..2, |weight| {
+            decomposition = weight.decomposition;
+        });
+        let layer = layer.apply_reparameterization(adapters.unwrap());
+        let adapter = layer.weight.reparameterization::<HdPissaAdapter>().unwrap();
+        let rows = adapter.shards.iter().flat_map(|shard| {
+            let factors = [shard.a.val().transpose(), shard.b.val()];
+            factors.map(|rows| (rows.dims()[1], values(rows)))
+        });
+        let rows = rows
+            .flat_map(|(width, rows)| rows.chunks(width).map(<[f32]>::to_vec).collect::<Vec<_>>());
+        rows.collect::<Vec<_>>()
+    };
+    let exact = vectors(&cpu, SvdMethod::Exact(SvdPrecision::F64));
+    let ours = vectors(&gpu, SvdMethod::Krylov);
+    assert_eq!(ours.len(), exact.len());
+    let product = |x: &[f32], y: &[f32]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f32>();
+    for (x, y) in ours.iter().zip(&exact) {
+        let cosine = product(x, y) / (product(x, x) * product(y, y)).sqrt();
+        assert!(cosine > 0.999, "{cosine}");
+    }
+    // Products in tf32 may leave too much over.
+    let converged = matches!(decomposition, Decomposition::Krylov { .. });
+    assert!(
+        converged || gpu_product_tolerance() > 1e-4,
+        "{decomposition:?}"
+    );
 }
 
 /// One model on both devices, the same batches: the weights after a few steps.

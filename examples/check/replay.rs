@@ -9,7 +9,7 @@ use std::process::ExitCode;
 
 use burn::tensor::Device;
 use clap::{Parser, ValueEnum};
-use hd_pissa::SvdPrecision;
+use hd_pissa::{SvdMethod, SvdPrecision};
 use hd_pissa_check::measure::open;
 use hd_pissa_check::recorded::{RecordedRun, ReplayError};
 
@@ -25,22 +25,24 @@ struct Arguments {
     /// Where to compute: a backend of this build.
     #[arg(long, default_value = "flex", value_parser = open)]
     device: Device,
-    /// Precision of the singular value decomposition.
-    #[arg(long, value_enum, default_value_t = Precision::F64)]
-    svd: Precision,
+    /// The singular value decomposition: exact in this precision, or block Krylov.
+    #[arg(long, value_enum, default_value_t = Svd::F64)]
+    svd: Svd,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
-enum Precision {
+enum Svd {
     F32,
     F64,
+    Krylov,
 }
 
-impl From<Precision> for SvdPrecision {
-    fn from(precision: Precision) -> Self {
-        match precision {
-            Precision::F32 => SvdPrecision::F32,
-            Precision::F64 => SvdPrecision::F64,
+impl From<Svd> for SvdMethod {
+    fn from(svd: Svd) -> Self {
+        match svd {
+            Svd::F32 => SvdMethod::Exact(SvdPrecision::F32),
+            Svd::F64 => SvdMethod::Exact(SvdPrecision::F64),
+            Svd::Krylov => SvdMethod::Krylov,
         }
     }
 }

@@ -1,5 +1,7 @@
 //! Settings of the adapters.
 
+use std::path::PathBuf;
+
 use burn::config::Config;
 use burn::module::ParamGroup;
 
@@ -20,6 +22,33 @@ pub enum SvdMethod {
     /// A full decomposition on the host, of which the leading triples are kept. Exact up to
     /// rounding, for every spectrum.
     Exact(SvdPrecision),
+    /// The leading triples alone, from a block Krylov space that is built on the weight's device in
+    /// `f32`: for `K·r` far below the smaller side of a large weight. With [`Windows::Leading`] only.
+    ///
+    /// For every vector the cosine of the angle to the exact one is at least 0.999. The residuals of both
+    /// sides and the gaps between singular values are the test of that. A weight that does not pass it,
+    /// and one with `K·r` above a sixteenth of its smaller side and 16, is decomposed as by
+    /// `Exact(F32)`; [`Decomposition`](crate::Decomposition) tells. The book's chapter on the
+    /// decomposition has the method and its cost.
+    Krylov,
+}
+
+/// Where decompositions are kept for later runs: one file for each weight, method and choice of
+/// components, under a hash of these and of the weight's values. Ranks and shards of one product, PiSSA
+/// and HD-PiSSA, and all runs of a user can share it, at the same time as well.
+///
+/// A file is compared with its digest before it is used. Damaged ones are computed again and replaced, a
+/// folder that cannot be written to ends no run; [`CacheUse`](crate::CacheUse) and the log tell both. A
+/// file takes `4·K·r·(d_input + d_output)` bytes and 8 for each singular value; vectors of
+/// [`SvdPrecision::F64`] take twice as much. It is safe to delete files or the folder at any time.
+#[derive(Config, Debug, PartialEq, Eq)]
+pub struct SvdCache {
+    /// The folder, which is made when it is first written to.
+    pub folder: PathBuf,
+    /// How much all files may take together, in bytes. The files that have not been used for longest
+    /// are deleted first.
+    #[config(default = "4_294_967_296")]
+    pub max_bytes: u64,
 }
 
 /// What a half-precision weight (`f16`, `bf16`) keeps of a step's update, which is computed in `f32`.
@@ -110,6 +139,9 @@ pub struct HdPissaConfig {
     /// How principal components are computed.
     #[config(default = "SvdMethod::Exact(SvdPrecision::F32)")]
     pub svd: SvdMethod,
+    /// Where decompositions are kept for later runs; `None` keeps none.
+    #[config(default = "None")]
+    pub svd_cache: Option<SvdCache>,
     /// What half-precision weights keep of an update.
     #[config(default = "MergePrecision::Compensated")]
     pub precision: MergePrecision,

@@ -3,6 +3,8 @@
 use burn::tensor::DType;
 use hd_pissa_comm::CommError;
 
+use crate::Windows;
+
 /// Why a model could not be prepared for HD-PiSSA or PiSSA.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
@@ -60,6 +62,15 @@ pub enum HdPissaError {
     BalancedRandom {
         /// The seed of the windows.
         seed: u64,
+    },
+    /// The block Krylov method finds the leading components alone.
+    #[error(
+        "svd is Krylov and windows are {windows:?}, but the block Krylov method finds the leading \
+         components alone; set svd to Exact, or windows to Leading"
+    )]
+    KrylovWindows {
+        /// The windows given.
+        windows: Windows,
     },
     /// A parameter already carries a reparameterization, and Burn does not nest them.
     #[error(

@@ -6,8 +6,9 @@ use faer::Mat;
 use crate::basis::random_columns;
 use crate::host::HostMatrix;
 use crate::parallel::on_one_thread;
-use crate::svd::{Svd, numeric_rank, singular_values};
-use crate::{FrameScale, HdPissaConfig, HdPissaError, SvdMethod, Windows};
+use crate::svd::{Decomposition, Request, Svd, number_of_leading, numeric_rank, singular_values};
+use crate::svd_cache::{self, CacheUse};
+use crate::{FrameScale, HdPissaConfig, HdPissaError, SvdCache, SvdMethod, Windows};
 
 /// The frames of all shards of a weight.
 #[derive(Debug)]
@@ -23,6 +24,10 @@ pub(crate) struct WeightFrames {
     /// Share of the weight's squared Frobenius norm in the window of each shard,
     /// `‖U_kᵀ W V_k‖² / ‖W‖²`.
     pub(crate) explained_variance: Vec<f64>,
+    /// How they were found.
+    pub(crate) decomposition: Decomposition,
+    /// What the cache of decompositions did.
+    pub(crate) cache: CacheUse,
 }
 
 impl WeightFrames {
@@ -33,35 +38,38 @@ impl WeightFrames {
         rank: usize,
         config: &HdPissaConfig,
     ) -> Result<Self, HdPissaError> {
-        let weight = HostMatrix::read(path, weight)?;
+        let host = HostMatrix::read(path, weight)?;
         match config.windows {
             Windows::Random { seed } => {
                 let count = config.shards * rank;
-                let none = [weight.rows(), weight.cols()].map(|rows| Mat::zeros(rows, 0));
+                let none = [host.rows(), host.cols()].map(|rows| Mat::zeros(rows, 0));
                 let [u, v] =
                     orthogonal_to(none.each_ref(), count, &format!("random/{seed}/{path}"));
                 let explained_variance =
-                    on_one_thread(|| explained_by_directions(&weight, &u, &v, rank));
+                    on_one_thread(|| explained_by_directions(&host, &u, &v, rank));
                 Ok(Self {
                     u,
                     v,
-                    scales: vec![mean_singular_value(&weight); count],
+                    scales: vec![mean_singular_value(&host); count],
                     rank,
                     explained_variance,
+                    decomposition: Decomposition::None,
+                    cache: CacheUse::Unused,
                 })
             }
             windows => {
-                let n = weight.rows().min(weight.cols());
+                let n = host.rows().min(host.cols());
                 let components = windows.components(config.shards, rank, n);
                 let components = components.expect("directions that are not random are components");
-                Self::of_components(
+                let request = Request {
                     path,
-                    &weight,
-                    config.svd,
-                    &components,
-                    rank,
-                    config.frame_scale,
-                )
+                    weight,
+                    host: &host,
+                    method: config.svd,
+                    components: &components,
+                };
+                let cache = config.svd_cache.as_ref();
+                Self::of_components(&request, cache, rank, config.frame_scale)
             }
         }
     }
@@ -71,14 +79,20 @@ impl WeightFrames {
     pub(crate) fn leading(
         path: &str,
         weight: &Tensor<2>,
-        method: SvdMethod,
+        (method, cache): (SvdMethod, Option<&SvdCache>),
         rank: usize,
         divisor: f64,
     ) -> Result<Self, HdPissaError> {
-        let weight = HostMatrix::read(path, weight)?;
+        let host = HostMatrix::read(path, weight)?;
         let components: Vec<usize> = (0..rank).collect();
-        let scale = FrameScale::Balanced;
-        let mut frames = Self::of_components(path, &weight, method, &components, rank, scale)?;
+        let request = Request {
+            path,
+            weight,
+            host: &host,
+            method,
+            components: &components,
+        };
+        let mut frames = Self::of_components(&request, cache, rank, FrameScale::Balanced)?;
         for scale in &mut frames.scales {
             *scale /= divisor;
         }
@@ -86,22 +100,32 @@ impl WeightFrames {
     }
 
     fn of_components(
-        path: &str,
-        weight: &HostMatrix,
-        method: SvdMethod,
-        components: &[usize],
+        request: &Request<'_>,
+        cache: Option<&SvdCache>,
         rank: usize,
         scale: FrameScale,
     ) -> Result<Self, HdPissaError> {
+        let Request {
+            path,
+            host,
+            components,
+            ..
+        } = *request;
         let mut numeric_rank = None;
-        let Svd { u, v, values } = Svd::compute(path, weight, method, |values| {
-            numeric_rank = check_rank(path, weight, values, components, scale)?;
+        let (svd, cache) = svd_cache::compute(request, cache, |values| {
+            numeric_rank = check_rank(path, host, values, components, scale)?;
             Ok(match numeric_rank {
                 Some(numeric_rank) => (0..numeric_rank).collect(),
                 None => components.to_vec(),
             })
         })?;
-        let explained_variance = explained_by_components(&values, components, rank);
+        let Svd {
+            u,
+            v,
+            values,
+            decomposition,
+        } = svd;
+        let explained_variance = explained_by_components(&values, host, components, rank);
         let [u, v] = match numeric_rank {
             Some(numeric_rank) => {
                 let null = orthogonal_to(
@@ -115,7 +139,7 @@ impl WeightFrames {
         };
         let scales = match scale {
             FrameScale::Balanced => components.iter().map(|&i| values[i]).collect(),
-            FrameScale::Unit => vec![mean_singular_value(weight); components.len()],
+            FrameScale::Unit => vec![mean_singular_value(host); components.len()],
         };
         Ok(Self {
             u,
@@ -123,6 +147,8 @@ impl WeightFrames {
             scales,
             rank,
             explained_variance,
+            decomposition,
+            cache,
         })
     }
 
@@ -159,22 +185,25 @@ impl WeightFrames {
     }
 }
 
-/// What [`WeightFrames::explained_variance`] would be, and the errors of [`WeightFrames::compute`], without
-/// singular vectors.
+/// What [`WeightFrames::explained_variance`] and [`WeightFrames::decomposition`] would be, and the errors of
+/// [`WeightFrames::compute`], as far as possible without singular vectors.
 pub(crate) fn explained_variance(
     path: &str,
     weight: &Tensor<2>,
     rank: usize,
     config: &HdPissaConfig,
-) -> Result<Vec<f64>, HdPissaError> {
+) -> Result<(Vec<f64>, Decomposition), HdPissaError> {
     let n = weight.dims().into_iter().min().unwrap_or(0);
-    let Some(components) = config.windows.components(config.shards, rank, n) else {
-        return Ok(WeightFrames::compute(path, weight, rank, config)?.explained_variance);
+    let components = config.windows.components(config.shards, rank, n);
+    let (SvdMethod::Exact(precision), Some(components)) = (config.svd, components) else {
+        let frames = WeightFrames::compute(path, weight, rank, config)?;
+        return Ok((frames.explained_variance, frames.decomposition));
     };
     let weight = HostMatrix::read(path, weight)?;
-    let values = singular_values(path, &weight, config.svd)?;
+    let values = singular_values(path, &weight, precision)?;
     check_rank(path, &weight, &values, &components, config.frame_scale)?;
-    Ok(explained_by_components(&values, &components, rank))
+    let explained = explained_by_components(&values, &weight, &components, rank);
+    Ok((explained, Decomposition::Exact))
 }
 
 /// The numeric rank of the weight, if it leaves some of `components` without a direction of their own:
@@ -187,7 +216,7 @@ fn check_rank(
     scale: FrameScale,
 ) -> Result<Option<usize>, HdPissaError> {
     let numeric_rank = numeric_rank(weight, values);
-    let needed = components.iter().max().map_or(0, |&last| last + 1);
+    let needed = number_of_leading(components);
     match scale {
         _ if needed <= numeric_rank => Ok(None),
         FrameScale::Unit => Ok(Some(numeric_rank)),
@@ -228,12 +257,18 @@ fn mean_singular_value(weight: &HostMatrix) -> f64 {
     (weight.squared_norm() / weight.rows().min(weight.cols()) as f64).sqrt()
 }
 
-fn explained_by_components(values: &[f64], components: &[usize], rank: usize) -> Vec<f64> {
-    let square = |value: f64| value * value;
-    let total: f64 = values.iter().copied().map(square).sum();
-    let of_window = |window: &[usize]| window.iter().map(|&i| square(values[i])).sum::<f64>();
+fn explained_by_components(
+    values: &[f64],
+    weight: &HostMatrix,
+    components: &[usize],
+    rank: usize,
+) -> Vec<f64> {
+    let total = weight.squared_norm();
+    let share = |&component: &usize| values[component] * values[component] / total;
     let windows = components.chunks(rank);
-    windows.map(|window| of_window(window) / total).collect()
+    windows
+        .map(|window| window.iter().map(share).sum())
+        .collect()
 }
 
 fn explained_by_directions(
@@ -270,7 +305,7 @@ mod tests {
             let weight = Tensor::<2>::random([rows, cols], Distribution::Default, &device);
             let count = rows.min(cols);
             let method = SvdMethod::Exact(SvdPrecision::F64);
-            let frames = WeightFrames::leading("w", &weight, method, count, 4.0);
+            let frames = WeightFrames::leading("w", &weight, (method, None), count, 4.0);
             // A random matrix is seldom, but not never, close to one of a lower rank.
             prop_assume!(frames.is_ok());
             let (a, b) = frames.unwrap().window(0);
@@ -284,13 +319,14 @@ mod tests {
     #[test]
     fn explained_variance_of_a_known_spectrum() {
         let values = [4.0, 3.0, 0.0, 0.0];
-        assert_eq!(
-            explained_by_components(&values, &[1, 0], 1),
-            [9.0 / 25.0, 16.0 / 25.0]
-        );
-        assert_eq!(
-            explained_by_components(&values, &[0, 1, 2, 3], 2),
-            [1.0, 0.0]
-        );
+        let device = Device::flex();
+        let weight =
+            Tensor::<2>::from_floats([[0.0, 3.0, 0.0, 0.0], [4.0, 0.0, 0.0, 0.0]], &device);
+        let weight = HostMatrix::read("w", &weight).unwrap();
+        let explained = |components: &[usize], rank| {
+            explained_by_components(&values, &weight, components, rank)
+        };
+        assert_eq!(explained(&[1, 0], 1), [9.0 / 25.0, 16.0 / 25.0]);
+        assert_eq!(explained(&[0, 1, 2, 3], 2), [1.0, 0.0]);
     }
 }

@@ -46,6 +46,11 @@ impl HostMatrix {
         self.cols
     }
 
+    /// Row by row.
+    pub(crate) fn values(&self) -> &[f32] {
+        &self.values
+    }
+
     /// `‖W‖_F²`
     pub(crate) fn squared_norm(&self) -> f64 {
         let square = |value: &f32| f64::from(*value) * f64::from(*value);

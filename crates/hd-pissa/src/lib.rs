@@ -56,6 +56,7 @@
 //! | train half-precision weights | [`MergePrecision`] |
 //! | spread shards over threads, devices and machines | [`comm`] |
 //! | save and resume a run | `checkpoint` (feature `checkpoint`) |
+//! | export a LoRA adapter or a small delta | `export` (feature `export`) |
 //! | train in Burn's own loop | `learner` (feature `learner`) |
 //! | compare with PiSSA | [`PissaModule`] |
 //! | write your own layer on the fused operations | [`ops`] |
@@ -87,6 +88,7 @@
 //! | `fusion` | kernel fusion on the GPU backends |
 //! | `autotune` | Burn tries kernels for each shape and keeps the fastest; so does the low-rank product |
 //! | `checkpoint` | the module `checkpoint` |
+//! | `export` | the module `export` |
 //! | `learner` | the module `learner`; it brings `burn-train` |
 //! | `mpi` | workers as MPI processes; it needs an MPI library, its headers and libclang |
 //! | `collectives` | workers that exchange by Burn's collectives: NCCL on CUDA |
@@ -103,14 +105,18 @@
 
 mod adapter;
 mod basis;
+pub mod cache;
 mod cause;
 #[cfg(feature = "checkpoint")]
 pub mod checkpoint;
 mod config;
 mod error;
+#[cfg(feature = "export")]
+pub mod export;
 mod frames;
 mod host;
 mod hosting;
+mod krylov;
 #[cfg(feature = "learner")]
 pub mod learner;
 mod linear;
@@ -123,6 +129,7 @@ mod pissa;
 mod plan;
 mod settings;
 mod svd;
+mod svd_cache;
 mod windows;
 
 pub use hd_pissa_comm as comm;
@@ -130,9 +137,10 @@ pub use hd_pissa_comm as comm;
 pub use adapter::{HdPissa, HdPissaAdapter, HdPissaModule, HdPissaShard, LayerProgress};
 pub use cause::Cause;
 pub use config::{
-    GradientMode, HdPissaConfig, MergePrecision, SvdMethod, SvdPrecision, TargetRank,
+    GradientMode, HdPissaConfig, MergePrecision, SvdCache, SvdMethod, SvdPrecision, TargetRank,
 };
 pub use error::HdPissaError;
+pub use krylov::NotConverged;
 pub use linear::{HdPissaLinear, HdPissaLinearConfig};
 pub use optim::{
     CommunicationDtype, HdPissaOptimizer, HdPissaOptimizerConfig, HdPissaOptimizerRecord,
@@ -141,4 +149,6 @@ pub use optim::{
 pub use parallel::side_by_side;
 pub use pissa::{Pissa, PissaConfig, PissaModule};
 pub use plan::{HdPissaPlan, LeftOut, LeftOutReason, PlannedWeight};
+pub use svd::Decomposition;
+pub use svd_cache::CacheUse;
 pub use windows::{FrameScale, Windows};

@@ -8,7 +8,7 @@ use burn::tensor::{Tensor, TensorData};
 
 use crate::frames::WeightFrames;
 use crate::plan::Selection;
-use crate::{HdPissaError, SvdMethod, SvdPrecision};
+use crate::{HdPissaError, SvdCache, SvdMethod, SvdPrecision};
 
 /// Configuration of PiSSA, a baseline: one low-rank adapter that starts at the principal
 /// components of the weight (Meng et al. 2024, arXiv 2404.02948).
@@ -27,6 +27,9 @@ pub struct PissaConfig {
     /// The method for computing principal components.
     #[config(default = "SvdMethod::Exact(SvdPrecision::F32)")]
     pub svd: SvdMethod,
+    /// Where decompositions are kept for later runs; `None` keeps none.
+    #[config(default = "None")]
+    pub svd_cache: Option<SvdCache>,
 }
 
 /// The [`Reparameterizer`] that attaches Burn's [`LoraAdapter`] with a principal start.
@@ -58,7 +61,8 @@ impl Pissa {
         let mut parts = HashMap::with_capacity(targets.len());
         for target in targets {
             let (path, rank) = (&target.path, target.rank);
-            let frames = WeightFrames::leading(path, &target.weight, config.svd, rank, scale)?;
+            let svd = (config.svd, config.svd_cache.as_ref());
+            let frames = WeightFrames::leading(path, &target.weight, svd, rank, scale)?;
             let (a, b) = frames.window(0);
             let [d_input, d_output] = target.weight.dims();
             let options = (&target.weight.device(), target.weight.dtype());

@@ -7,7 +7,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use hd_pissa::comm::Solo;
 use hd_pissa::{
     HdPissaConfig, HdPissaError, HdPissaLinear, HdPissaLinearConfig, HdPissaModule,
-    HdPissaOptimizerConfig, OptimizerError, ShardGradients, SvdMethod, SvdPrecision,
+    HdPissaOptimizerConfig, OptimizerError, ShardGradients, SvdMethod,
 };
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -220,15 +220,11 @@ impl RecordedRun {
     /// # Errors
     ///
     /// Those of [`weights`](Self::weights).
-    pub fn replay(
-        &self,
-        device: &Device,
-        precision: SvdPrecision,
-    ) -> Result<Vec<f64>, ReplayError> {
+    pub fn replay(&self, device: &Device, svd: SvdMethod) -> Result<Vec<f64>, ReplayError> {
         let largest_change = (1..=self.case.steps)
             .map(|step| largest_difference(self.recorded(step), self.recorded(0)))
             .fold(0.0, f64::max);
-        let weights = self.weights(device, precision)?;
+        let weights = self.weights(device, svd)?;
         let differences = weights.iter().enumerate().map(|(step, ours)| {
             match largest_difference(ours, self.recorded(step + 1)) {
                 0.0 => 0.0,
@@ -244,11 +240,7 @@ impl RecordedRun {
     /// # Errors
     ///
     /// [`ReplayError::Model`] or [`ReplayError::Step`] if the library refuses the run.
-    pub fn weights(
-        &self,
-        device: &Device,
-        precision: SvdPrecision,
-    ) -> Result<Vec<Vec<f32>>, ReplayError> {
+    pub fn weights(&self, device: &Device, svd: SvdMethod) -> Result<Vec<Vec<f32>>, ReplayError> {
         let case = &self.case;
         let device = device.clone().autodiff();
         let start = TensorData::new(self.recorded(0).to_vec(), [case.n_out, case.n_in]);
@@ -263,7 +255,7 @@ impl RecordedRun {
             .with_rank(case.rank)
             .with_shards(case.shards)
             .with_alpha(Some(case.scale * case.rank as f64))
-            .with_svd(SvdMethod::Exact(precision));
+            .with_svd(svd);
         let mut model = layer
             .apply_hd_pissa(&config, 0..case.shards)
             .map_err(|source| ReplayError::Model {

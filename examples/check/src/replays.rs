@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::measure::sample::Host;
 use burn::tensor::{DType, Device};
-use hd_pissa::SvdPrecision;
+use hd_pissa::{SvdMethod, SvdPrecision};
 
 use crate::CheckError;
 use crate::bounds::Arithmetic;
@@ -62,7 +62,7 @@ pub fn check(device: &Device, runs: &[RecordedRun], arithmetic: Arithmetic, repo
 
 fn compare(device: &Device, run: &RecordedRun, arithmetic: Arithmetic) -> Vec<Compared> {
     let weights = |run: &RecordedRun, device: &Device| {
-        let weights = run.weights(device, SvdPrecision::F64);
+        let weights = run.weights(device, SvdMethod::Exact(SvdPrecision::F64));
         weights.unwrap_or_else(|error| panic!("{error}"))
     };
     let flex = weights(run, &Device::flex());

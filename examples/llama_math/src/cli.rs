@@ -17,17 +17,19 @@ use crate::evidence::results;
 use crate::evidence::row::Row;
 use crate::evidence::sweep::Sweep;
 use crate::evidence::task::{Files, Task};
-use crate::export::{ExportConfig, OutputDtype, Rounding};
-use crate::finetune::{Change, FineTuning, Resume, SaveOptions};
-use crate::method::{Adaptation, Method, WindowsOption, gradients_name};
+use crate::export::{ExportConfig, ExportOptions, OutputDtype, Rounding, VerifyOptions};
+use crate::finetune::{Change, FineTuning, Resume, SaveOptions, TemplateChoice};
+use crate::loss::LossMean;
+use crate::method::{Adaptation, Method, SvdOption, WindowsOption, gradients_name};
 use crate::pretrain::Pretraining;
 use crate::recipe::Recipe;
 use crate::run::{Length, RunConfig};
 use crate::scaling::cost::{Layout, Work};
 use crate::scaling::{Question, Scaling};
 use crate::schedule::Decay;
+use crate::token_cache::TokenCache;
 use crate::train::OptimizerSettings;
-use crate::{Error, device, memory, mpi};
+use crate::{Error, device, memory, mpi, user_cache};
 
 /// Where the comparison writes unless told otherwise; replaced by the next run.
 const COMPARISON_OUTPUT: &str = "target/llama_math";
@@ -69,6 +71,13 @@ enum Command {
     /// Every training is a process of its own with one compute thread, and leaves a file in the
     /// output: a sweep that is started again goes on where it stopped.
     Sweep(SweepOptions),
+    /// Writes the model of an earlier run in another form: merged in another dtype or in several files, as a
+    /// LoRA adapter, or as a delta.
+    Export(ExportOptions),
+    /// Says whether an output is what was written, and which program loads it.
+    ///
+    /// Compares the files with their digests, and logits with those of the trained model.
+    Verify(VerifyOptions),
     /// Runs every experiment of a settings file, and writes tables and pictures of the results.
     ///
     /// Each training leaves a file in the output: a run that is started again goes on where it stopped.
@@ -85,18 +94,24 @@ enum Command {
 
 #[derive(Args, Debug)]
 struct Options {
-    /// Folder of a Hugging Face checkpoint: Llama 2 or 3, Mistral, Qwen2, SmolLM2
-    #[arg(long, value_name = "DIR", requires_all = ["data", "output"])]
+    /// Folder of a Hugging Face checkpoint, or OWNER/NAME on the Hub (feature `hub`): Llama 2 or 3,
+    /// Mistral, Qwen2, Qwen3, Phi-3, SmolLM2, SmolLM3
+    #[arg(long, value_name = "MODEL", requires_all = ["data", "output"])]
     model: Option<PathBuf>,
-    /// Training data, JSON lines or a JSON array: GSM8K, MetaMathQA or Alpaca fields
-    #[arg(long, value_name = "FILE", requires = "model")]
-    data: Option<PathBuf>,
+    /// Training data, files or folders of JSON lines, JSON arrays, either packed with gzip, or Parquet
+    /// (feature `parquet`), or OWNER/NAME on the Hub (feature `hub`), with the fields of GSM8K,
+    /// MetaMathQA, Alpaca, or with conversations
+    #[arg(long, value_name = "PATH", requires = "model", num_args = 1..)]
+    data: Vec<PathBuf>,
     /// Fields of prompt and answer, for other data
     #[arg(long, value_name = "PROMPT,ANSWER", requires = "model")]
     fields: Option<String>,
     /// File with the prompt, used byte for byte with {instruction} replaced [default: Alpaca's]
     #[arg(long, value_name = "FILE", requires = "model")]
     prompt_template: Option<PathBuf>,
+    /// Write problems too by the checkpoint's chat template, as conversations are
+    #[arg(long, requires = "model", conflicts_with = "prompt_template")]
+    chat: bool,
     /// Longest sequence, prompt and answer together; longer ones are cut on the right
     /// [default: 512]
     #[arg(long, requires = "model", value_parser = at_least(2))]
@@ -111,7 +126,8 @@ struct Options {
     #[arg(long, default_value_t = 8, value_parser = at_least(1))]
     shards: usize,
     /// HD-PiSSA as published: --gradients per-shard --windows leading --frame-scale balanced
-    #[arg(long, requires = "model", conflicts_with_all = ["gradients", "windows", "frame_scale"])]
+    /// --loss-mean micro-batches
+    #[arg(long, requires = "model", conflicts_with_all = ["gradients", "windows", "frame_scale", "loss_mean"])]
     published: bool,
     /// Which gradients a shard of HD-PiSSA learns from: those of its own micro-batches, or the mean
     /// over all micro-batches of a step [default: shared]
@@ -125,6 +141,14 @@ struct Options {
     /// with --windows leading balanced]
     #[arg(long, requires = "model", value_parser = frame_scale())]
     frame_scale: Option<FrameScale>,
+    /// How the principal components of HD-PiSSA and PiSSA are computed: krylov finds the leading ones
+    /// of large weights faster, and takes exact where it does not converge [default: exact]
+    #[arg(long, requires = "model")]
+    svd: Option<SvdOption>,
+    /// Neither look for encoded data and principal components of earlier runs, nor keep them for
+    /// later ones, in llama_math below XDG_CACHE_HOME or ~/.cache
+    #[arg(long, requires = "model")]
+    no_cache: bool,
     /// Numerator of the adapters' scale alpha / rank [default: the rank]
     #[arg(long, requires = "model", value_parser = positive)]
     alpha: Option<f64>,
@@ -153,6 +177,16 @@ struct Options {
     /// --shards [default: 1; with shared gradients as many as --shards]
     #[arg(long, requires = "model", value_parser = at_least(1))]
     accumulation: Option<usize>,
+    /// Pack the records of a micro-batch into one row without padding; the result is the same
+    #[arg(long, requires = "model")]
+    packing: bool,
+    /// Put records of about the same length into one micro-batch, so that little of it is padding
+    #[arg(long, requires = "model")]
+    group_by_length: bool,
+    /// Over what the loss of a step is the mean: over all its target tokens, or over the means of its
+    /// micro-batches, as published [default: tokens]
+    #[arg(long, requires = "model")]
+    loss_mean: Option<LossMean>,
     /// Largest global gradient norm; of each shard where it has gradients of its own
     #[arg(long, requires = "model", value_parser = positive)]
     clip: Option<f64>,
@@ -212,8 +246,8 @@ struct Options {
         value_delimiter = ','
     )]
     change: Vec<Change>,
-    /// Held-out data for loss and exact match
-    #[arg(long, value_name = "FILE", requires = "model")]
+    /// Held-out data for loss and exact match: a file, a folder, or OWNER/NAME on the Hub
+    #[arg(long, value_name = "PATH", requires = "model")]
     eval: Option<PathBuf>,
     /// Records of --eval that are used
     #[arg(long, requires = "eval", default_value_t = 50, value_parser = at_least(1))]
@@ -443,12 +477,12 @@ impl RecipeOptions {
         let program = ["llama_math".to_string()].into_iter();
         let cli = Cli::parse_from(program.chain(recipe.arguments()));
         let options = &cli.options;
-        match (&options.model, &options.data, &options.output) {
-            (Some(model), Some(data), Some(output)) if self.dry_run => {
-                let run = options.fine_tuning(model, data, output)?.run;
+        match (&options.model, &options.output) {
+            (Some(model), Some(output)) if self.dry_run => {
+                let run = options.fine_tuning(model, output)?.run;
                 recipe.dry_run(&run, self.tokens_per_second)
             }
-            (Some(_), ..) => cli.run(),
+            (Some(_), _) => cli.run(),
             _ => Err(Error::field(&self.file, "options / model", "is missing")),
         }
     }
@@ -602,6 +636,8 @@ impl Cli {
             }
             Some(Command::Scaling(options)) => options.run(),
             Some(Command::Sweep(options)) => options.run(),
+            Some(Command::Export(options)) => options.run(),
+            Some(Command::Verify(options)) => options.run(),
             Some(Command::Reproduce(options)) => options.run(),
             Some(Command::Recipe(options)) => options.run(),
             Some(Command::Trial(options)) => {
@@ -610,13 +646,9 @@ impl Cli {
                 let files = options.files.files();
                 children::run_trial(&options.settings, &device, files.as_ref(), &options.result)
             }
-            None => match (
-                &self.options.model,
-                &self.options.data,
-                &self.options.output,
-            ) {
-                (Some(model), Some(data), Some(output)) => {
-                    let fine_tuning = self.options.fine_tuning(model, data, output)?;
+            None => match (&self.options.model, &self.options.output) {
+                (Some(model), Some(output)) => {
+                    let fine_tuning = self.options.fine_tuning(model, output)?.fetch()?;
                     let device = self.options.device.as_deref();
                     if self.options.mpi {
                         return mpi::run(&fine_tuning, device);
@@ -674,7 +706,6 @@ impl Options {
     fn fine_tuning(
         &self,
         model: &std::path::Path,
-        data: &std::path::Path,
         output: &std::path::Path,
     ) -> Result<FineTuning, Error> {
         if self.method == Method::HdPissa && self.weight_decay.is_some() {
@@ -725,6 +756,25 @@ impl Options {
                     .into(),
             });
         }
+        let decomposes = match self.method {
+            Method::HdPissa => windows == Windows::Leading,
+            Method::Pissa => true,
+            Method::Lora | Method::Full => false,
+        };
+        if self.svd.is_some() && !decomposes {
+            let reason = match self.method {
+                Method::HdPissa => {
+                    "takes --windows leading, or --published: other directions than the \
+                                    leading ones are found in one way"
+                        .into()
+                }
+                method => format!("{method} has no principal components"),
+            };
+            return Err(Error::Usage {
+                option: "svd",
+                reason,
+            });
+        }
         let length = match (self.steps, self.epochs, self.quick) {
             (Some(steps), ..) => Length::Steps(steps),
             (None, _, true) => Length::Steps(2),
@@ -737,12 +787,20 @@ impl Options {
         };
         Ok(FineTuning {
             model: model.into(),
-            data: data.into(),
+            data: self.data.clone(),
             fields: self.fields.as_deref().map(Fields::parse).transpose()?,
-            template: self.prompt_template.clone(),
+            template: match (&self.prompt_template, self.chat) {
+                (Some(path), _) => TemplateChoice::File(path.clone()),
+                (None, true) => TemplateChoice::Chat,
+                (None, false) => TemplateChoice::ByData,
+            },
             max_length: self.max_length,
-            eval: self.eval.clone().map(|path| (path, samples)),
+            eval: self.eval.clone().map(|path| (vec![path], samples)),
             max_new_tokens: self.max_new_tokens,
+            token_cache: match self.no_cache {
+                true => TokenCache::none(),
+                false => TokenCache::of_user(),
+            },
             run: RunConfig {
                 adaptation: Adaptation {
                     method: self.method,
@@ -753,17 +811,26 @@ impl Options {
                     alpha: self.alpha,
                     targets: self.targets.clone(),
                     gradients,
+                    svd: self.svd.unwrap_or_default(),
+                    svd_cache: user_cache::folder().filter(|_| !self.no_cache),
                 },
                 optimizer: OptimizerSettings {
                     clip: self.clip,
                     weight_decay: self.weight_decay.unwrap_or(0.0),
                     wire: self.wire,
+                    loss_mean: match (self.loss_mean, self.published) {
+                        (Some(mean), _) => mean,
+                        (None, true) => LossMean::MicroBatches,
+                        (None, false) => LossMean::Tokens,
+                    },
                 },
                 batcher: BatcherConfig {
                     shards: groups,
                     accumulation: self.accumulation.unwrap_or(self.shards / groups),
                     batch_size: self.batch_size,
                     shuffle: (!self.no_shuffle).then_some(self.seed),
+                    packing: self.packing,
+                    by_length: self.group_by_length,
                 },
                 length,
                 lr: self.lr.unwrap_or(2e-5),
@@ -776,6 +843,7 @@ impl Options {
                 dtype: self.output_dtype,
                 rounding: self.rounding,
                 seed: self.seed,
+                ..ExportConfig::default()
             },
             seed: self.seed,
             saving: SaveOptions {

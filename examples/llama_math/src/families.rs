@@ -123,6 +123,7 @@ impl Family {
             }
         };
         Record {
+            earlier: Vec::new(),
             instruction,
             input: String::new(),
             answer: format!("{answer}\n#### {result}"),
@@ -206,7 +207,7 @@ mod tests {
             let tested: HashSet<&str> = test.iter().map(|r| &*r.instruction).collect();
             assert!(train.iter().all(|r| !tested.contains(&*r.instruction)));
             for record in train.iter().chain(&test) {
-                let text = tiny::template().prompt(record) + &record.answer;
+                let text = tiny::template().text(record) + &record.answer;
                 let ids = tokens.encode(&text).unwrap();
                 // Token 0 stands for what is not in the vocabulary.
                 assert!(!ids.contains(&0), "{text}");

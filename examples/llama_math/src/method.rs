@@ -2,6 +2,7 @@
 
 use std::fmt::{self, Display, Formatter};
 use std::ops::Range;
+use std::path::PathBuf;
 
 use burn::module::{Lora, Module, ModuleVisitor, Param, ParamGroup};
 use burn::tensor::Tensor;
@@ -9,10 +10,12 @@ use clap::ValueEnum;
 use hd_pissa::checkpoint::{Checkpoint, CheckpointError};
 use hd_pissa::comm::{Communicator, Solo};
 use hd_pissa::{
-    FrameScale, GradientMode, HdPissaConfig, HdPissaModule, PissaConfig, PissaModule, Windows,
+    FrameScale, GradientMode, HdPissa, HdPissaConfig, PissaConfig, PissaModule, SvdCache,
+    SvdMethod, SvdPrecision, Windows,
 };
 use serde::{Deserialize, Serialize};
 
+use crate::decompositions::Decompositions;
 use crate::{Error, Llama};
 
 /// A way to fine-tune.
@@ -78,6 +81,25 @@ impl WindowsOption {
     }
 }
 
+/// How principal components are computed: [`SvdMethod`] without a precision.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum SvdOption {
+    /// By a full decomposition.
+    #[default]
+    Exact,
+    /// By a block Krylov method, and in full where that does not converge.
+    Krylov,
+}
+
+impl From<SvdOption> for SvdMethod {
+    fn from(option: SvdOption) -> Self {
+        match option {
+            SvdOption::Exact => Self::Exact(SvdPrecision::F32),
+            SvdOption::Krylov => Self::Krylov,
+        }
+    }
+}
+
 /// The projections of attention and feed-forward layers.
 pub const DEFAULT_TARGETS: &str = r"(q|k|v|o|gate|up|down)_proj\.weight$";
 
@@ -100,6 +122,10 @@ pub struct Adaptation {
     pub targets: Option<String>,
     /// Which gradients a shard of HD-PiSSA learns from.
     pub gradients: GradientMode,
+    /// How HD-PiSSA and PiSSA compute principal components.
+    pub svd: SvdOption,
+    /// The folder where these are kept for later runs, if any.
+    pub svd_cache: Option<PathBuf>,
 }
 
 impl Adaptation {
@@ -188,6 +214,7 @@ impl Adaptation {
                 "`{pattern}` matches no matrix, such as `{example}`"
             )));
         }
+        let svd_cache = self.svd_cache.clone().map(SvdCache::new);
         let lora = || Lora {
             param_group: targets.clone(),
             ..Lora::new(self.rank, self.alpha.unwrap_or(self.rank as f64))
@@ -202,11 +229,19 @@ impl Adaptation {
                     .with_frame_scale(self.frame_scale)
                     .with_alpha(self.alpha)
                     .with_gradients(self.gradients)
+                    .with_svd(self.svd.into())
+                    .with_svd_cache(svd_cache)
                     .with_targets(Some(targets));
-                Ok(match saved {
-                    Some(saved) => saved.apply_hd_pissa(model, &config, hosted)?,
-                    None => model.apply_hd_pissa_shared(&config, hosted, communicator)?,
-                })
+                if let Some(saved) = saved {
+                    return Ok(saved.apply_hd_pissa(model, &config, hosted)?);
+                }
+                let mut found = Decompositions::default();
+                let adapters =
+                    HdPissa::prepare_shared(&model, &config, hosted, communicator, |weight| {
+                        found.push(&weight);
+                    })?;
+                found.report();
+                Ok(model.apply_reparameterization(adapters))
             }
             // PiSSA is LoRA that starts elsewhere.
             Method::Pissa if saved.is_some() => restored(model.apply_lora(lora()), saved),
@@ -214,6 +249,8 @@ impl Adaptation {
                 let config = PissaConfig::new()
                     .with_rank(self.rank)
                     .with_alpha(self.alpha)
+                    .with_svd(self.svd.into())
+                    .with_svd_cache(svd_cache)
                     .with_targets(Some(targets));
                 Ok(model.apply_pissa(&config)?)
             }

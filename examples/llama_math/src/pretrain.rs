@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 
 use crate::batch::{MicroBatch, Sequence};
 use crate::export::write_weights;
-use crate::method::{Adaptation, Method};
+use crate::method::{Adaptation, Method, SvdOption};
 use crate::output::Staged;
 use crate::problems::{LARGEST, pretraining_text, problems};
 use crate::progress::Progress;
@@ -80,6 +80,8 @@ impl Pretraining {
             alpha: None,
             targets: None,
             gradients: GradientMode::PerShard,
+            svd: SvdOption::Exact,
+            svd_cache: None,
         };
         let settings = OptimizerSettings {
             clip: Some(1.0),
@@ -94,10 +96,7 @@ impl Pretraining {
             let sequences: Vec<Sequence> = (0..self.batch_size)
                 .map(|_| {
                     let text = format!("{}\n{END}", pretraining_text(&template, &mut rng));
-                    Ok(Sequence {
-                        tokens: tokens.encode(&text)?,
-                        prompt_len: 0,
-                    })
+                    Ok(Sequence::new(tokens.encode(&text)?, 0))
                 })
                 .collect::<Result<_, Error>>()?;
             let batch = MicroBatch::new(&sequences.iter().collect::<Vec<_>>());
@@ -127,7 +126,7 @@ fn tokenizer(seed: u64) -> Value {
     texts.extend(
         records
             .into_iter()
-            .map(|record| template.prompt(&record) + &record.answer),
+            .map(|record| template.text(&record) + &record.answer),
     );
     let mut vocabulary: BTreeSet<String> =
         (0..=LARGEST).map(|number| format!(" {number}")).collect();

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use burn::module::ParamGroup;
 use burn::tensor::{DType, Device};
-use hd_pissa::{GradientMode, HdPissaPlan, MergePrecision, PlannedWeight};
+use hd_pissa::{Decomposition, GradientMode, HdPissaPlan, MergePrecision, PlannedWeight};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
@@ -111,6 +111,7 @@ impl Recipe {
                     dtype: DType::F32,
                     rank,
                     explained_variance: Vec::new(),
+                    decomposition: Decomposition::None,
                 });
             }
         }

@@ -1,45 +1,42 @@
 //! Encoded records on disk, so that a run on data that was encoded before starts at once.
 
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
+use hd_pissa::cache::{FileCache, Lookup};
 use sha2::{Digest, Sha256};
 
-use crate::Error;
 use crate::batch::Sequence;
 use crate::console::complain;
 use crate::data::Record;
-use crate::tokenize::{PromptTemplate, Sequences, Tokens};
+use crate::tokenize::{Sequences, Template, Tokens};
 use crate::weights::hexadecimal;
+use crate::{Error, user_cache};
 
 /// Fewer records are encoded faster than anyone notices.
 const FEWEST: usize = 2_000;
-/// Files that are kept, the newest ones.
-const KEPT: usize = 8;
+/// What all files may take together, in bytes.
+const MAX_BYTES: u64 = 1 << 30;
 /// First bytes of a file. Another way to encode or to write takes another number.
-const MAGIC: &[u8] = b"llama_math tokens 1\n";
-const EXTENSION: &str = "tokens";
-/// Bytes of a SHA-256.
-const DIGEST: usize = 32;
+const MAGIC: &[u8] = b"llama_math tokens 3\n";
 
 /// A folder of encoded records. The name of a file is a hash of all that its content depends on.
 #[derive(Clone, Debug)]
-pub struct TokenCache(Option<PathBuf>);
+pub struct TokenCache(Option<FileCache>);
 
 impl TokenCache {
-    /// That of this user, `llama_math` in `XDG_CACHE_HOME` or in `~/.cache`; none where neither is set.
+    /// Keeps nothing.
+    pub fn none() -> Self {
+        Self(None)
+    }
+
+    /// That of this user, where there is one.
     pub fn of_user() -> Self {
-        let folder = |variable, below: &str| {
-            let folder = std::env::var_os(variable).map(PathBuf::from);
-            let folder = folder.filter(|folder| folder.is_absolute());
-            folder.map(|folder| folder.join(below).join("llama_math"))
-        };
-        Self(folder("XDG_CACHE_HOME", "").or_else(|| folder("HOME", ".cache")))
+        user_cache::folder().map_or_else(Self::none, Self::at)
     }
 
     /// That in `folder`, which is made when first needed.
     pub fn at(folder: impl Into<PathBuf>) -> Self {
-        Self(Some(folder.into()))
+        Self(Some(FileCache::new(folder, "tokens", MAX_BYTES)))
     }
 
     /// What [`Tokens::sequences`] returns, read from the cache or encoded and written to it. Few records
@@ -53,37 +50,38 @@ impl TokenCache {
         &self,
         tokens: &Tokens,
         records: &[Record],
-        template: &PromptTemplate,
+        template: &dyn Template,
         max_length: usize,
     ) -> Result<Sequences, Error> {
         let encode = || tokens.sequences(records, template, max_length);
-        let folder = match &self.0 {
-            Some(folder) if records.len() >= FEWEST => folder,
+        let cache = match &self.0 {
+            Some(cache) if records.len() >= FEWEST => cache,
             _ => return encode(),
         };
         let key = key(tokens, records, template, max_length);
-        let path = folder.join(key).with_extension(EXTENSION);
-        if let Some(found) = std::fs::read(&path).ok().and_then(|bytes| decode(&bytes)) {
-            return Ok(found);
+        match cache.read(&key) {
+            Lookup::Found(bytes) => {
+                if let Some(found) = decode(&bytes) {
+                    return Ok(found);
+                }
+            }
+            Lookup::Absent => {}
+            Lookup::Damaged => {
+                let path = cache.path(&key);
+                complain!("{} is damaged; the data is encoded again", path.display());
+            }
         }
         let sequences = encode()?;
-        if let Err(error) = write(folder, &path, &sequences) {
-            complain!(
-                "the encoded data is not kept in {}: {error}",
-                folder.display()
-            );
+        if let Err(error) = cache.write(&key, &self::encode(&sequences)) {
+            let folder = cache.folder().display();
+            complain!("the encoded data is not kept in {folder}: {error}");
         }
         Ok(sequences)
     }
 }
 
 /// A hash of everything that the sequences depend on.
-fn key(
-    tokens: &Tokens,
-    records: &[Record],
-    template: &PromptTemplate,
-    max_length: usize,
-) -> String {
+fn key(tokens: &Tokens, records: &[Record], template: &dyn Template, max_length: usize) -> String {
     let mut hash = Sha256::new();
     let mut add = |bytes: &[u8]| {
         hash.update((bytes.len() as u64).to_le_bytes());
@@ -92,9 +90,14 @@ fn key(
     add(MAGIC);
     add(env!("CARGO_PKG_VERSION").as_bytes());
     add(tokens.digest());
-    add(template.text().as_bytes());
+    add(template.key().as_bytes());
     add(&(max_length as u64).to_le_bytes());
     for record in records {
+        for turn in &record.earlier {
+            add(turn.role.name().as_bytes());
+            add(turn.content.as_bytes());
+            add(&[u8::from(turn.is_learned)]);
+        }
         for text in [&record.instruction, &record.input, &record.answer] {
             add(text.as_bytes());
         }
@@ -102,33 +105,8 @@ fn key(
     hexadecimal(&hash.finalize())
 }
 
-/// Two writers of one file write the same, each a file of its own that takes the name at once.
-fn write(folder: &Path, path: &Path, sequences: &Sequences) -> std::io::Result<()> {
-    std::fs::create_dir_all(folder)?;
-    let mut file = tempfile::NamedTempFile::new_in(folder)?;
-    file.write_all(&encode(sequences))?;
-    file.persist(path).map_err(|error| error.error)?;
-    forget_old(folder)
-}
-
-fn forget_old(folder: &Path) -> std::io::Result<()> {
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(folder)? {
-        let entry = entry?;
-        if entry.path().extension().is_some_and(|ext| ext == EXTENSION) {
-            files.push((entry.metadata()?.modified()?, entry.path()));
-        }
-    }
-    files.sort_unstable();
-    let surplus = files.len().saturating_sub(KEPT);
-    for (_, path) in &files[..surplus] {
-        std::fs::remove_file(path)?;
-    }
-    Ok(())
-}
-
-/// The first bytes, six numbers of 8 bytes, the two lengths of every sequence and all tokens in 4 bytes
-/// each, and a digest of all that.
+/// The first bytes, six numbers of 8 bytes, and in 4 bytes each for every sequence the number of its tokens,
+/// that of its ranges of targets, the tokens and the ends of the ranges.
 fn encode(sequences: &Sequences) -> Vec<u8> {
     let Sequences {
         usable,
@@ -142,45 +120,52 @@ fn encode(sequences: &Sequences) -> Vec<u8> {
     for number in [usable.len(), *records, *cut, *joined, *empty, *too_long] {
         bytes.extend((number as u64).to_le_bytes());
     }
-    for sequence in usable {
-        bytes.extend((sequence.tokens.len() as u32).to_le_bytes());
-        bytes.extend((sequence.prompt_len as u32).to_le_bytes());
+    let mut add = |number: u32| bytes.extend(number.to_le_bytes());
+    for Sequence { tokens, targets } in usable {
+        add(tokens.len() as u32);
+        add(targets.len() as u32);
+        tokens.iter().for_each(|&token| add(token));
+        for range in targets {
+            add(range.start as u32);
+            add(range.end as u32);
+        }
     }
-    for token in usable.iter().flat_map(|sequence| &sequence.tokens) {
-        bytes.extend(token.to_le_bytes());
-    }
-    let digest = Sha256::digest(&bytes);
-    bytes.extend_from_slice(&digest);
     bytes
 }
 
-/// The sequences of a file; `None` unless it is complete and unchanged.
+/// `None` for what [`encode`] does not write.
 fn decode(bytes: &[u8]) -> Option<Sequences> {
-    let (content, digest) = bytes.split_at_checked(bytes.len().checked_sub(DIGEST)?)?;
-    if Sha256::digest(content)[..] != *digest {
-        return None;
-    }
-    let (numbers, rest) = content.strip_prefix(MAGIC)?.split_at_checked(6 * 8)?;
+    let (numbers, rest) = bytes.strip_prefix(MAGIC)?.split_at_checked(6 * 8)?;
     let numbers = numbers.as_chunks::<8>().0.iter();
     let mut numbers = numbers.map(|&number| u64::from_le_bytes(number) as usize);
     let mut next = || numbers.next();
     let (usable, records, cut) = (next()?, next()?, next()?);
     let (joined, empty, too_long) = (next()?, next()?, next()?);
-    let (lengths, tokens) = rest.split_at_checked(usable.checked_mul(8)?)?;
-    let number = |&bytes: &[u8; 4]| u32::from_le_bytes(bytes);
-    let mut tokens = tokens.as_chunks::<4>().0.iter().map(number);
-    let lengths = lengths.as_chunks::<4>().0.iter().map(number);
-    let lengths: Vec<usize> = lengths.map(|length| length as usize).collect();
-    let sequence = |[len, prompt_len]: &[usize; 2]| {
-        let tokens: Vec<u32> = tokens.by_ref().take(*len).collect();
-        (tokens.len() == *len).then_some(Sequence {
+    let (numbers, []) = rest.as_chunks::<4>() else {
+        return None;
+    };
+    let mut numbers = numbers.iter().map(|&bytes| u32::from_le_bytes(bytes));
+    let sequence = |_| {
+        let (len, ranges) = (numbers.next()? as usize, numbers.next()? as usize);
+        let tokens: Vec<u32> = numbers.by_ref().take(len).collect();
+        let ends: Vec<usize> = numbers
+            .by_ref()
+            .take(2 * ranges)
+            .map(|end| end as usize)
+            .collect();
+        let is_whole = tokens.len() == len && ends.len() == 2 * ranges;
+        is_whole.then(|| Sequence {
             tokens,
-            prompt_len: *prompt_len,
+            targets: ends
+                .as_chunks()
+                .0
+                .iter()
+                .map(|&[start, end]| start..end)
+                .collect(),
         })
     };
-    let usable = lengths.as_chunks::<2>().0.iter().map(sequence);
     Some(Sequences {
-        usable: usable.collect::<Option<_>>()?,
+        usable: (0..usable).map(sequence).collect::<Option<_>>()?,
         records,
         cut,
         joined,
@@ -192,11 +177,14 @@ fn decode(bytes: &[u8]) -> Option<Sequences> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::prompt::PromptTemplate;
     use crate::tiny;
+    use std::path::Path;
 
     fn sample() -> (Tokens, Vec<Record>) {
         let tokens = Tokens::of(&tiny::pretrained().unwrap()).unwrap();
         let record = |i: usize| Record {
+            earlier: Vec::new(),
             instruction: format!("How many are {i} and 2?"),
             input: String::new(),
             answer: match i % 100 {
@@ -218,7 +206,7 @@ mod tests {
         let template = PromptTemplate::default();
         let encode =
             |cache: &TokenCache| cache.sequences(&tokens, &records, &template, 90).unwrap();
-        let expected = encode(&TokenCache(None));
+        let expected = encode(&TokenCache::none());
         assert!(expected.usable.len() > 1900 && expected.empty == 20);
         let folder = tempfile::tempdir().unwrap();
         let cache = TokenCache::at(folder.path().join("new"));
@@ -231,11 +219,16 @@ mod tests {
         // Another file of the right form shows that it was read.
         let mut other = expected.clone();
         other.usable.truncate(7);
-        std::fs::write(path, super::encode(&other)).unwrap();
+        let key = path.file_stem().unwrap().to_str().unwrap();
+        let kept = cache.0.as_ref().unwrap();
+        let good = std::fs::read(path).unwrap();
+        kept.write(key, &super::encode(&other)).unwrap();
         assert_eq!(encode(&cache), other);
+        // Content of another form is not.
+        kept.write(key, &super::encode(&other)[1..]).unwrap();
+        assert_eq!(encode(&cache), expected);
 
         // Damage of any kind is mended.
-        let good = super::encode(&expected);
         let mut changed = good.clone();
         changed[100] ^= 1;
         for damaged in [&changed[..], &good[..good.len() - 1], &good[..10], &[]] {
@@ -269,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn two_writers_and_many_files() {
+    fn two_writers_and_a_folder_that_cannot_be_made() {
         let (tokens, records) = sample();
         let folder = tempfile::tempdir().unwrap();
         let cache = TokenCache::at(folder.path());
@@ -280,12 +273,6 @@ mod tests {
             }
         });
         assert_eq!(files(folder.path()).len(), 1);
-        for length in 60..60 + KEPT + 3 {
-            cache
-                .sequences(&tokens, &records, &template, length)
-                .unwrap();
-        }
-        assert_eq!(files(folder.path()).len(), KEPT);
         // A folder that cannot be made keeps nobody from encoding.
         let file = tempfile::NamedTempFile::new().unwrap();
         let cache = TokenCache::at(file.path().join("below"));

@@ -82,7 +82,7 @@ impl Case {
                 all.extend([option.into(), value]);
             }
         }
-        all.extend(["--output".into(), path("out")]);
+        all.extend(["--output".into(), path("out"), "--no-cache".into()]);
         for default in [
             ["--device", "flex"],
             ["--rank", "2"],
@@ -271,6 +271,21 @@ fn configurations_that_do_not_fit() {
         ("head_dim", 31.into(), ["head_dim", "must be even"]),
         ("rope_theta", 0.into(), ["rope_theta", "above 0"]),
         (
+            "partial_rotary_factor",
+            0.5.into(),
+            ["partial_rotary_factor", "0.5 is not supported"],
+        ),
+        (
+            "rope_scaling",
+            serde_json::json!({"rope_type": "yarn"}),
+            ["rope_scaling.factor", "is missing"],
+        ),
+        (
+            "rope_scaling",
+            serde_json::json!({"rope_type": "dynamic", "factor": -2.0}),
+            ["rope_scaling.factor", "above 0"],
+        ),
+        (
             "vocab_size",
             100.into(),
             ["tokenizer.json: vocab", "vocab_size"],
@@ -290,9 +305,9 @@ fn configurations_that_do_not_fit() {
     }
     let case = Case::new();
     case.edit_json("model/config.json", |config| {
-        config["rope_scaling"] = serde_json::json!({"rope_type": "yarn", "factor": 2.0});
+        config["rope_scaling"] = serde_json::json!({"rope_type": "longrope", "factor": 2.0});
     });
-    case.refuses(&[], &["rope_scaling", "`yarn`"]);
+    case.refuses(&[], &["rope_scaling", "`longrope`"]);
     let case = Case::new();
     case.edit_json("model/config.json", |config| {
         config["intermediate_size"] = 300.into()
@@ -438,6 +453,14 @@ fn usage_errors_exit_with_2() {
         (
             vec!["--method", "pissa", "--frame-scale", "unit"],
             "--frame-scale: pissa has no frames",
+        ),
+        (
+            vec!["--method", "lora", "--svd", "krylov"],
+            "--svd: lora has no principal components",
+        ),
+        (
+            vec!["--windows", "spread", "--svd", "krylov"],
+            "--svd: takes --windows leading",
         ),
         (vec!["--fields", "question"], "PROMPT,ANSWER"),
         (vec!["--method", "dora"], "dora"),
@@ -696,8 +719,8 @@ fn the_family_comes_before_its_fields() {
             "gemma3",
         ),
         (
-            r#"{"architectures": ["Phi3ForCausalLM"], "hidden_size": "x"}"#,
-            "Phi3ForCausalLM",
+            r#"{"architectures": ["PhiForCausalLM"], "hidden_size": "x"}"#,
+            "PhiForCausalLM",
         ),
         (r#"{"model_type": "llava", "vocab_size": null}"#, "llava"),
     ] {

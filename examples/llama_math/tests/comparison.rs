@@ -29,7 +29,7 @@ fn the_tokenizer_knows_every_problem() {
     let tokens = Tokens::of(&pretrained).unwrap();
     let (train, test) = problems(5, 3000, 300);
     for record in train.iter().chain(&test) {
-        let text = tiny::template().prompt(record) + &record.answer;
+        let text = tiny::template().text(record) + &record.answer;
         let ids = tokens.encode(&text).unwrap();
         // Token 0 stands for what is not in the vocabulary.
         assert!(!ids.contains(&0), "{text}");

@@ -2,16 +2,24 @@
 
 mod common;
 
+use std::collections::HashMap;
 use std::path::Path;
+use std::time::Instant;
 
+use burn::module::{Module, ParamGroup};
 use burn::tensor::Device;
-use hd_pissa::{FrameScale, GradientMode, Windows};
+use hd_pissa::{
+    Decomposition, FrameScale, GradientMode, HdPissa, HdPissaAdapter, HdPissaConfig, SvdMethod,
+    SvdPrecision, Windows,
+};
 use llama_math::batch::{MicroBatch, Sequence};
 use llama_math::data::{Record, read_records};
 use llama_math::evaluate::{greedy, mean_loss};
-use llama_math::method::{Adaptation, Method};
+use llama_math::loss::LossMean;
+use llama_math::method::{Adaptation, DEFAULT_TARGETS, Method, SvdOption};
+use llama_math::prompt::PromptTemplate;
 use llama_math::schedule::{Decay, Schedule};
-use llama_math::tokenize::{PromptTemplate, Tokens};
+use llama_math::tokenize::Tokens;
 use llama_math::train::{OptimizerSettings, Trainer};
 use llama_math::{Cache, Pretrained};
 use serde_json::Value;
@@ -118,10 +126,7 @@ fn four_recorded_steps() {
         let labels = ids(&case["labels_step_rank"][step][shard]);
         let prompt_len = labels.iter().take_while(|&&label| label == -100).count();
         assert_eq!(labels[prompt_len..], tokens[prompt_len..]);
-        Sequence {
-            tokens: tokens.iter().map(|&id| id as u32).collect(),
-            prompt_len,
-        }
+        Sequence::new(tokens.iter().map(|&id| id as u32).collect(), prompt_len)
     };
 
     let device = Device::flex().autodiff();
@@ -141,8 +146,14 @@ fn four_recorded_steps() {
         alpha: case["alpha"].as_f64(),
         targets: None,
         gradients: GradientMode::PerShard,
+        svd: SvdOption::Exact,
+        svd_cache: None,
     };
-    let mut trainer = Trainer::new(model, &adaptation, OptimizerSettings::default()).unwrap();
+    let settings = OptimizerSettings {
+        loss_mean: LossMean::MicroBatches,
+        ..OptimizerSettings::default()
+    };
+    let mut trainer = Trainer::new(model, &adaptation, settings).unwrap();
     let losses = numbers(&case["official_losses"]);
     let schedule = Schedule {
         peak: case["lr"].as_f64().unwrap(),
@@ -183,6 +194,82 @@ fn four_recorded_steps() {
     assert!(worst <= 0.01);
 }
 
+/// All 210 projections: the block Krylov method against the exact one in double precision.
+#[test]
+fn krylov_frames_are_the_exact_ones() {
+    let Some(folder) = smollm2() else {
+        return;
+    };
+    let device = Device::flex().autodiff();
+    let pretrained = Pretrained::open(&folder).unwrap();
+    let model = pretrained.load(&device).unwrap();
+    // Both factors of every weight, with components as rows.
+    let adapted = |svd: SvdMethod, rank: usize| {
+        let config = HdPissaConfig::new()
+            .with_rank(rank)
+            .with_shards(2)
+            .with_svd(svd)
+            .with_targets(Some(ParamGroup::from_regex(DEFAULT_TARGETS).unwrap()));
+        let mut decompositions = HashMap::new();
+        let start = Instant::now();
+        let adapters = HdPissa::prepare(&model, &config, 0..2, |weight| {
+            decompositions.insert(weight.path, weight.decomposition);
+        });
+        let seconds = start.elapsed().as_secs_f64();
+        let model = model.clone().apply_reparameterization(adapters.unwrap());
+        let factors = model.matrices().into_iter().filter_map(|(path, weight)| {
+            let adapter = weight.reparameterization::<HdPissaAdapter>()?;
+            let rows = adapter.shards.iter().flat_map(|shard| {
+                let a = shard.a.val().inner().transpose();
+                [a, shard.b.val().inner()].map(|rows| {
+                    let width = rows.dims()[1];
+                    let values: Vec<f64> = rows.into_data().iter().collect();
+                    values
+                        .chunks(width)
+                        .map(<[f64]>::to_vec)
+                        .collect::<Vec<_>>()
+                })
+            });
+            Some((path, rows.flatten().collect::<Vec<_>>()))
+        });
+        (factors.collect::<Vec<_>>(), decompositions, seconds)
+    };
+    let product = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
+    for rank in [8, 16] {
+        let (exact, _, _) = adapted(SvdMethod::Exact(SvdPrecision::F64), rank);
+        let (_, _, exact_seconds) = adapted(SvdMethod::Exact(SvdPrecision::F32), rank);
+        let (krylov, decompositions, seconds) = adapted(SvdMethod::Krylov, rank);
+        assert_eq!(krylov.len(), 210);
+        let mut smallest = (1.0, String::new());
+        for ((path, ours), (_, exact)) in krylov.iter().zip(&exact) {
+            for (x, y) in ours.iter().zip(exact) {
+                // Two entries of about the same size can decide the sign.
+                let cosine = product(x, y).abs() / (product(x, x) * product(y, y)).sqrt();
+                if cosine < smallest.0 {
+                    smallest = (cosine, path.clone());
+                }
+            }
+        }
+        let by = |is: fn(&Decomposition) -> bool| decompositions.values().filter(|d| is(d)).count();
+        println!(
+            "{} components: smallest cosine {:.7} ({}); {} weights by Krylov, {} fell back, {} exact; \
+             {seconds:.1} s, exact {exact_seconds:.1} s",
+            2 * rank,
+            smallest.0,
+            smallest.1,
+            by(|d| matches!(d, Decomposition::Krylov { .. })),
+            by(|d| matches!(d, Decomposition::Fallback(_))),
+            by(|d| matches!(d, Decomposition::Exact)),
+        );
+        for (path, decomposition) in &decompositions {
+            if let Decomposition::Fallback(failure) = decomposition {
+                println!("{path}: {failure}");
+            }
+        }
+        assert!(smallest.0 >= 0.999, "{smallest:?}");
+    }
+}
+
 #[test]
 fn the_first_problem_of_gsm8k_has_the_recorded_tokens_and_loss() {
     let (Some(folder), Some(path), Some(data)) = (
@@ -202,7 +289,7 @@ fn the_first_problem_of_gsm8k_has_the_recorded_tokens_and_loss() {
     let ours: Vec<i64> = sequence.tokens.iter().map(|&id| i64::from(id)).collect();
     assert_eq!(ours, ids(&case["input_ids"]));
     assert_eq!(
-        sequence.prompt_len as u64,
+        sequence.targets[0].start as u64,
         case["source_len"].as_u64().unwrap()
     );
 
@@ -252,7 +339,7 @@ fn tokenization_is_the_recorded_one() {
             };
             assert_eq!(ours.tokens[..length], tokens[..length]);
             assert_eq!(
-                ours.prompt_len,
+                ours.targets[0].start,
                 labels.iter().take_while(|&&label| label == -100).count()
             );
             found += 1;

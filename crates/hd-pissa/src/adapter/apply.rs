@@ -14,6 +14,8 @@ use crate::frames::WeightFrames;
 use crate::parallel;
 use crate::path::{Side, factor_id, residual_id};
 use crate::plan::Target;
+use crate::svd::Decomposition;
+use crate::svd_cache::CacheUse;
 use crate::{GradientMode, HdPissaConfig, HdPissaError, MergePrecision};
 
 /// What is known of a weight once its factors are computed.
@@ -33,6 +35,11 @@ pub struct LayerProgress {
     /// Largest absolute inner product of two directions of different shards, on either side of the
     /// weight; rounding error.
     pub orthogonality_error: f64,
+    /// How the frames were found, which a [`Fallback`](Decomposition::Fallback) says of a weight whose block
+    /// Krylov method did not converge.
+    pub decomposition: Decomposition,
+    /// What the cache of decompositions did.
+    pub cache: CacheUse,
     /// Time it took to find the frames, most of it for the decomposition.
     pub elapsed: Duration,
 }
@@ -153,6 +160,8 @@ pub(super) fn frames(
         shape: target.weight.dims(),
         explained_variance: frames.explained_variance.clone(),
         orthogonality_error: frames.orthogonality_error(),
+        decomposition: frames.decomposition,
+        cache: frames.cache.clone(),
         elapsed: start.elapsed(),
     };
     Ok((frames, layer))

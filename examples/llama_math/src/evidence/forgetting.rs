@@ -24,10 +24,7 @@ pub fn text_loss(model: &Llama) -> Result<f64, Error> {
     let (mut rng, template) = (StdRng::seed_from_u64(SEED), tiny::template());
     let text = |_| {
         let text = pretraining_text(&template, &mut rng);
-        Ok(Sequence {
-            tokens: tokens.encode(&text)?,
-            prompt_len: 0,
-        })
+        Ok(Sequence::new(tokens.encode(&text)?, 0))
     };
     let texts: Vec<Sequence> = (0..TEXTS).map(text).collect::<Result<_, Error>>()?;
     Ok(mean_loss(model, &texts, || ()))

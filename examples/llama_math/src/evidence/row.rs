@@ -6,7 +6,7 @@ use clap::ValueEnum;
 use hd_pissa::{FrameScale, GradientMode, Windows};
 use serde::{Deserialize, Serialize};
 
-use crate::method::{Adaptation, Method};
+use crate::method::{Adaptation, Method, SvdOption};
 
 /// A method with its settings.
 #[derive(
@@ -111,6 +111,8 @@ impl Row {
             alpha: None,
             targets: None,
             gradients,
+            svd: SvdOption::Exact,
+            svd_cache: None,
         }
     }
 

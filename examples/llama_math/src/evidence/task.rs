@@ -12,7 +12,8 @@ use crate::data::{Record, read_records};
 use crate::evaluate::{Solver, mean_loss};
 use crate::facts::{facts, recalled};
 use crate::families::{Family, questions};
-use crate::tokenize::{PromptTemplate, Tokens};
+use crate::prompt::PromptTemplate;
+use crate::tokenize::Tokens;
 use crate::{Error, Llama, Pretrained, tiny};
 
 /// Longest sequence and longest answer, in tokens.

@@ -12,6 +12,7 @@ use super::planted::{LayerTraining, Planted};
 use super::row::Row;
 use super::task::{Exam, Files, Kind, Task};
 use crate::batch::BatcherConfig;
+use crate::loss::LossMean;
 use crate::run::{Length, RunConfig};
 use crate::schedule::Decay;
 use crate::spectrum::{mean_ranks, projections};
@@ -125,12 +126,17 @@ impl Trial {
         );
         RunConfig {
             adaptation,
-            optimizer: OptimizerSettings::default(),
+            optimizer: OptimizerSettings {
+                // As the results of the book were measured.
+                loss_mean: LossMean::MicroBatches,
+                ..OptimizerSettings::default()
+            },
             batcher: BatcherConfig {
                 shards: groups,
                 accumulation: 1,
                 batch_size: sequences / groups,
                 shuffle: Some(self.seed),
+                ..BatcherConfig::default()
             },
             length: Length::Steps(self.steps),
             lr: self.lr,

@@ -15,7 +15,7 @@ use super::cost::{Sample, StepTime, Work};
 use super::{median, time_of_merges};
 use crate::batch::{Batcher, BatcherConfig, Sequence};
 use crate::evaluate::mean_loss;
-use crate::method::{Adaptation, Method};
+use crate::method::{Adaptation, Method, SvdOption};
 use crate::problems::problems;
 use crate::progress::Progress;
 use crate::schedule::{Decay, Schedule};
@@ -123,6 +123,7 @@ impl LlamaScaling {
             accumulation: 1,
             batch_size: self.batch_size,
             shuffle: Some(self.seed),
+            ..BatcherConfig::default()
         };
         let mut batcher = Batcher::new(train.to_vec(), batcher)?;
         let adaptation = Adaptation {
@@ -134,6 +135,8 @@ impl LlamaScaling {
             alpha: None,
             targets: None,
             gradients: GradientMode::PerShard,
+            svd: SvdOption::Exact,
+            svd_cache: None,
         };
         let base = pretrained.load(&autodiff)?;
         let start = Instant::now();
@@ -153,9 +156,7 @@ impl LlamaScaling {
                 let [batch] = &batches[..] else {
                     unreachable!("one micro-batch per shard");
                 };
-                let targets = batch.targets();
-                let loss = model.target_loss(batch.tokens(&autodiff), targets);
-                let loss = loss / targets.len() as f64;
+                let loss = batch.loss(&model, &autodiff) / batch.divisor();
                 sum += loss.clone().into_scalar::<f64>();
                 seen += batch.num_tokens();
                 let backward = loss.backward();

@@ -93,6 +93,8 @@ impl Case {
                 arguments.extend([option.into(), value]);
             }
         }
+        // Every run computes what it needs.
+        arguments.push("--no-cache".into());
         // The published form, but for what is chosen.
         let other = ["lora", "pissa", "full"];
         if !further.iter().any(|argument| other.contains(argument)) {
