@@ -13,6 +13,7 @@ use burn::prelude::*;
 use burn::tensor::activation::softmax;
 use hd_pissa::checkpoint::{Checkpoints, Snapshot};
 use hd_pissa::comm::{Communicator, Solo, thread_group};
+use hd_pissa::export::{Peft, RankLimit, WeightChange, read_delta, write_delta, write_peft};
 use hd_pissa::ops::adapter_linear;
 use hd_pissa::{
     GradientMode, HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaModule,
@@ -49,6 +50,45 @@ fn quick_start() -> Result {
     let x = normal([3, 32], &Device::flex());
     assert_close(program::serve(&file, x.clone())?, trained.forward(x), 1e-6);
     program::main()
+}
+
+#[test]
+fn export() -> Result {
+    let device = Device::flex().autodiff();
+    let start = Mlp::new(&device);
+    let (trained, _) = program::fine_tune(start.clone(), 4, &device)?;
+    let (start, config) = (start.valid(), program::config());
+    let folder = tempfile::tempdir()?;
+    let folder = folder.path();
+
+    // ANCHOR: export
+    let mut changes = Vec::new();
+    for (path, before, after) in [
+        ("up.weight", &start.up, &trained.up),
+        ("down.weight", &start.down, &trained.down),
+    ] {
+        let (before, after) = (before.weight.val(), after.weight.val());
+        let frames = config.frames(path, &before)?;
+        let change = WeightChange::new(path, &before, &after, &frames, &RankLimit::default())?;
+        println!("{path}: relative error {:.1e}", change.relative_error());
+        changes.push(change);
+    }
+    write_peft(folder, &changes, &Peft::default())?;
+    write_delta(&folder.join("delta.safetensors"), &changes)?;
+
+    // Later, from the pretrained weights:
+    let changes = read_delta(&folder.join("delta.safetensors"))?;
+    let rebuilt = changes[0].added_to(&start.down.weight.val())?; // changes are in the order of paths
+    // ANCHOR_END: export
+    let [before, after] = [&start, &trained].map(|model| model.down.weight.val());
+    let norm = |x: Tensor<2>| x.square().sum().sqrt().into_scalar::<f32>();
+    let error = norm(rebuilt - after.clone()) / norm(after - before);
+    let stated = changes[0].relative_error();
+    assert!((f64::from(error) - stated).abs() < 1e-4, "{error} {stated}");
+    for change in &changes {
+        assert_eq!(change.rank(), 2 * 4 * 2);
+    }
+    Ok(())
 }
 
 /// A table without its shares of the variance, which depend on random weights.

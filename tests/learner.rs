@@ -1,9 +1,11 @@
 //! HD-PiSSA in Burn's own training loop: the weights of a plain loop, resumption, and the end of a
 //! training.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use burn::data::dataloader::batcher::Batcher;
 use burn::data::dataloader::{DataLoader, DataLoaderBuilder};
@@ -27,7 +29,7 @@ use hd_pissa::comm::Solo;
 use hd_pissa::learner::{HdPissaStrategy, LearnerError};
 use hd_pissa::{
     GradientMode, HdPissaConfig, HdPissaModule, HdPissaOptimizerConfig, MergePrecision,
-    OptimizerError, ShardGradients, SharedGradients,
+    OptimizerError, ShardGradients, SharedGradients, Windows,
 };
 use hd_pissa_tests::{Lean, base, bits};
 
@@ -408,6 +410,179 @@ fn residual_bits_and_rounding_resume_too() {
     let stochastic = MergePrecision::Stochastic { seed: 3 };
     let stochastic = config(GradientMode::PerShard).with_precision(stochastic);
     resumes(stochastic, DType::BF16, 1e-4);
+}
+
+/// Four epochs, with a checkpoint after each.
+fn saving(folder: &Path, train: Arc<dyn DataLoader<Batch>>) -> SupervisedTraining<Net> {
+    SupervisedTraining::new(folder, train, loader(items(5), false))
+        .renderer(Box::new(CliMetricsRenderer::new()))
+        .with_application_logger(None)
+        .with_default_checkpointers()
+        .with_checkpointing_strategy(KeepLastNCheckpoints::new(3))
+        .num_epochs(4)
+}
+
+/// Stands still at its batch number `at`, and says so.
+struct Blocking {
+    made: AtomicUsize,
+    at: usize,
+    marker: PathBuf,
+}
+
+impl Batcher<Item, Batch> for Blocking {
+    fn batch(&self, items: Vec<Item>, device: &Device) -> Batch {
+        if self.made.fetch_add(1, Ordering::Relaxed) == self.at {
+            std::fs::write(&self.marker, "").unwrap();
+            std::thread::sleep(Duration::from_secs(600));
+        }
+        batch(&items, device)
+    }
+}
+
+/// Environment variable with the folder of [`process`].
+const FOLDER: &str = "HD_PISSA_LEARNER_FOLDER";
+const MARKER: &str = "standing";
+
+#[test]
+#[ignore = "the process that another test starts and kills"]
+fn process() {
+    let Some(folder) = std::env::var_os(FOLDER).map(PathBuf::from) else {
+        return;
+    };
+    let batcher = Blocking {
+        made: AtomicUsize::new(0),
+        // 20 batches to an epoch: in the third.
+        at: 40 + 7,
+        marker: folder.join(MARKER),
+    };
+    let train = DataLoaderBuilder::new(batcher).batch_size(BATCH).shuffle(7);
+    let train = train.build(InMemDataset::new(items(60)));
+    let strategy = Arc::new(HdPissaStrategy::new(adam(), linear()));
+    let model = adapted(&start(), config(GradientMode::PerShard));
+    launch(saving(&folder, train), &strategy, model);
+}
+
+/// A process that is killed while it trains, and perhaps while it saves, and another that goes on from the
+/// newest checkpoint that it left.
+#[test]
+fn a_killed_and_resumed_training_equals_an_uninterrupted_one() {
+    let model = || adapted(&start(), config(GradientMode::PerShard));
+    let strategy = |workers| {
+        let strategy = HdPissaStrategy::new(adam(), linear());
+        Arc::new(strategy.with_devices(devices(workers)))
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let whole = saving(folder.path(), loader(items(60), true));
+    let whole = launch(whole, &strategy(1), model());
+    let expected = trained(&whole.model);
+
+    for (workers, damages) in [(1, false), (2, true)] {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path();
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["process", "--exact", "--ignored", "--nocapture"])
+            .env(FOLDER, folder)
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let start = Instant::now();
+        while !folder.join(MARKER).exists() {
+            assert_eq!(child.try_wait().unwrap(), None, "ended early");
+            assert!(start.elapsed() < Duration::from_secs(120));
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let strategy = strategy(workers);
+        // Burn saves on threads of its own.
+        while damages && strategy.newest_checkpoint(folder, &model()) != Ok(Some(2)) {
+            assert!(start.elapsed() < Duration::from_secs(120));
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // On Unix that is SIGKILL.
+        child.kill().unwrap();
+        assert!(!child.wait().unwrap().success());
+
+        let mut epoch = strategy.newest_checkpoint(folder, &model()).unwrap();
+        if damages {
+            // As a kill leaves a file that was being written.
+            let file = format!("checkpoint/model-{}.bpk", epoch.unwrap());
+            let file = std::fs::File::options().write(true).open(folder.join(file));
+            let file = file.unwrap();
+            file.set_len(file.metadata().unwrap().len() / 2).unwrap();
+            let before = epoch;
+            epoch = strategy.newest_checkpoint(folder, &model()).unwrap();
+            assert!(epoch < before);
+        }
+        // None: before the first was saved.
+        println!("resumed after epoch {epoch:?}");
+        let rest = saving(folder, loader(items(60), true));
+        let rest = match epoch {
+            Some(epoch) => rest.checkpoint(epoch),
+            None => rest,
+        };
+        let rest = launch(rest, &strategy, model());
+        assert!(rest.error.is_none(), "{:?}", rest.error);
+        assert_eq!(trained(&rest.model), expected, "{workers}");
+    }
+}
+
+#[test]
+fn checkpoints_that_do_not_fit_are_refused_before_burn_reads_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let strategy = Arc::new(HdPissaStrategy::new(adam(), linear()));
+    let own = config(GradientMode::PerShard);
+    let model = || adapted(&start(), own.clone());
+    assert_eq!(strategy.newest_checkpoint(folder, &model()), Ok(None));
+    let training = saving(folder, loader(items(24), false)).num_epochs(2);
+    launch(training, &strategy, model());
+    assert_eq!(strategy.check_checkpoint(folder, 1, &model()), Ok(()));
+    assert_eq!(strategy.newest_checkpoint(folder, &model()), Ok(Some(2)));
+
+    let file = |name: &str| folder.join("checkpoint").join(name);
+    for other in [
+        own.clone().with_rank(1),
+        own.clone().with_windows(Windows::Spread),
+        config(GradientMode::Shared),
+    ] {
+        let other = adapted(&start(), other);
+        for result in [
+            strategy.check_checkpoint(folder, 2, &other),
+            strategy.newest_checkpoint(folder, &other).map(drop),
+        ] {
+            let error = result.unwrap_err();
+            assert!(
+                matches!(&error, LearnerError::Mismatch { file: at, .. } if *at == file("model-2.bpk")),
+                "{error}"
+            );
+            assert!(error.to_string().contains("model-2.bpk"), "{error}");
+        }
+    }
+    let unreadable = |result: Result<(), LearnerError>, name: &str| {
+        let error = result.unwrap_err();
+        assert!(
+            matches!(&error, LearnerError::Unreadable { file: at, .. } if *at == file(name)),
+            "{error}"
+        );
+    };
+    let missing = strategy.check_checkpoint(folder, 9, &model());
+    unreadable(missing, "model-9.bpk");
+    std::fs::write(file("optim-2.bpk"), "no record").unwrap();
+    let broken = strategy.check_checkpoint(folder, 2, &model());
+    unreadable(broken, "optim-2.bpk");
+    assert_eq!(strategy.newest_checkpoint(folder, &model()), Ok(Some(1)));
+
+    // As a strategy of Burn's own saves it.
+    LrSchedulerRecord::new()
+        .save(file("scheduler-1.bpk"))
+        .unwrap();
+    let error = strategy.newest_checkpoint(folder, &model()).unwrap_err();
+    assert!(
+        matches!(&error, LearnerError::Mismatch { file: at, .. } if *at == file("scheduler-1.bpk")),
+        "{error}"
+    );
+    std::fs::remove_file(file("model-1.bpk")).unwrap();
+    let nothing = strategy.newest_checkpoint(folder, &model()).map(drop);
+    unreadable(nothing, "optim-2.bpk");
 }
 
 #[test]

@@ -56,6 +56,7 @@
 //! | train half-precision weights | [`MergePrecision`] |
 //! | spread shards over threads, devices and machines | [`comm`] |
 //! | save and resume a run | `checkpoint` (feature `checkpoint`) |
+//! | export a LoRA adapter or a small delta | `export` (feature `export`) |
 //! | train in Burn's own loop | `learner` (feature `learner`) |
 //! | compare with PiSSA | [`PissaModule`] |
 //! | write your own layer on the fused operations | [`ops`] |
@@ -87,6 +88,7 @@
 //! | `fusion` | kernel fusion on the GPU backends |
 //! | `autotune` | Burn tries kernels for each shape and keeps the fastest; so does the low-rank product |
 //! | `checkpoint` | the module `checkpoint` |
+//! | `export` | the module `export` |
 //! | `learner` | the module `learner`; it brings `burn-train` |
 //! | `mpi` | workers as MPI processes; it needs an MPI library, its headers and libclang |
 //! | `collectives` | workers that exchange by Burn's collectives: NCCL on CUDA |
@@ -109,6 +111,8 @@ mod cause;
 pub mod checkpoint;
 mod config;
 mod error;
+#[cfg(feature = "export")]
+pub mod export;
 mod frames;
 mod host;
 mod hosting;

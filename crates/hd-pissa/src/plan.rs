@@ -3,9 +3,9 @@
 use std::fmt::{self, Display, Formatter};
 
 use burn::module::{Module, ModuleVisitor, Param, ParamGroup, ParamId};
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Tensor, TensorData};
 
-use crate::frames;
+use crate::frames::{self, WeightFrames};
 use crate::path::REPARAMETERIZATION;
 use crate::svd::Decomposition;
 use crate::{
@@ -102,38 +102,38 @@ impl TargetFinder<'_> {
             .is_some_and(|(name, _)| HEADS.contains(&name.as_str()))
             .then_some(LeftOutReason::Head)
     }
+}
 
-    fn check(&self, path: &str, rank: usize, weight: &Tensor<2>) -> Result<(), HdPissaError> {
-        let path = path.to_string();
-        if rank == 0 {
-            return Err(HdPissaError::ZeroRank { path });
-        }
-        let [d_input, d_output] = weight.dims();
-        let shards = self.selection.shards;
-        if rank.saturating_mul(shards) > d_input.min(d_output) {
-            return Err(HdPissaError::RankTooLarge {
-                path,
-                d_input,
-                d_output,
-                rank,
-                shards,
-            });
-        }
-        if !matches!(weight.dtype(), DType::F32 | DType::F16 | DType::BF16) {
-            return Err(HdPissaError::UnsupportedDtype {
-                path,
-                dtype: weight.dtype(),
-            });
-        }
-        let device = weight.device();
-        if !ops::is_supported(&device) {
-            return Err(HdPissaError::UnsupportedBackend {
-                path,
-                device: format!("{device:?}"),
-            });
-        }
-        Ok(())
+/// Refuses a weight that cannot have `shards` adapters of rank `rank`.
+fn check(path: &str, rank: usize, shards: usize, weight: &Tensor<2>) -> Result<(), HdPissaError> {
+    let path = path.to_string();
+    if rank == 0 {
+        return Err(HdPissaError::ZeroRank { path });
     }
+    let [d_input, d_output] = weight.dims();
+    if rank.saturating_mul(shards) > d_input.min(d_output) {
+        return Err(HdPissaError::RankTooLarge {
+            path,
+            d_input,
+            d_output,
+            rank,
+            shards,
+        });
+    }
+    if !matches!(weight.dtype(), DType::F32 | DType::F16 | DType::BF16) {
+        return Err(HdPissaError::UnsupportedDtype {
+            path,
+            dtype: weight.dtype(),
+        });
+    }
+    let device = weight.device();
+    if !ops::is_supported(&device) {
+        return Err(HdPissaError::UnsupportedBackend {
+            path,
+            device: format!("{device:?}"),
+        });
+    }
+    Ok(())
 }
 
 impl ModuleVisitor for TargetFinder<'_> {
@@ -174,7 +174,7 @@ impl ModuleVisitor for TargetFinder<'_> {
         }
         let rank = (self.selection.rank)(&param.id, &path);
         let weight = Tensor::<2>::from_dispatch(param.base().into_dispatch());
-        match self.check(&path, rank, &weight) {
+        match check(&path, rank, self.selection.shards, &weight) {
             Ok(()) => self.choice.targets.push(Target { path, rank, weight }),
             Err(error) => self.error = Some(error),
         }
@@ -183,27 +183,65 @@ impl ModuleVisitor for TargetFinder<'_> {
 
 impl HdPissaConfig {
     pub(crate) fn choose<M: Module>(&self, model: &M) -> Result<Choice, HdPissaError> {
-        if let (Windows::Random { seed }, FrameScale::Balanced) = (self.windows, self.frame_scale) {
-            return Err(HdPissaError::BalancedRandom { seed });
-        }
-        if let (SvdMethod::Krylov, Windows::Spread | Windows::Trailing) = (self.svd, self.windows) {
-            let windows = self.windows;
-            return Err(HdPissaError::KrylovWindows { windows });
-        }
-        let rank = |id: &ParamId, path: &str| {
-            self.target_ranks
-                .iter()
-                .rev()
-                .find(|entry| entry.targets.matches(id, Some(path)))
-                .map_or(self.rank, |entry| entry.rank)
-        };
+        self.check_frames()?;
         Selection {
             targets: self.targets.as_ref(),
-            rank: &rank,
+            rank: &|id, path| self.rank_of(id, path),
             shards: self.shards,
             alpha: self.alpha,
         }
         .choose(model)
+    }
+
+    fn check_frames(&self) -> Result<(), HdPissaError> {
+        if let (Windows::Random { seed }, FrameScale::Balanced) = (self.windows, self.frame_scale) {
+            return Err(HdPissaError::BalancedRandom { seed });
+        }
+        match (self.svd, self.windows) {
+            (SvdMethod::Krylov, windows @ (Windows::Spread | Windows::Trailing)) => {
+                Err(HdPissaError::KrylovWindows { windows })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn rank_of(&self, id: &ParamId, path: &str) -> usize {
+        let mut entries = self.target_ranks.iter().rev();
+        let found = entries.find(|entry| entry.targets.matches(id, Some(path)));
+        found.map_or(self.rank, |entry| entry.rank)
+    }
+
+    /// The frames of all shards of a weight `[d_input, d_output]`: `a` of shape `[d_input, K·rank]` and `b`
+    /// of shape `[K·rank, d_output]`, shard by shard, in `f32`.
+    ///
+    /// They are those of [`apply_hd_pissa`](crate::HdPissaModule::apply_hd_pissa) for a weight at
+    /// `path`, bit for bit with the same build on the same kind of processor. Of
+    /// [`target_ranks`](Self::target_ranks), those that select weights by path count;
+    /// [`targets`](Self::targets) is not asked.
+    ///
+    /// # Errors
+    ///
+    /// Those of `apply_hd_pissa` about one weight.
+    pub fn frames(&self, path: &str, weight: &Tensor<2>) -> Result<[Tensor<2>; 2], HdPissaError> {
+        self.check_frames()?;
+        if self.shards == 0 {
+            return Err(HdPissaError::ZeroShards);
+        }
+        // The id of no parameter.
+        let rank = self.rank_of(&ParamId::from(0), path);
+        check(path, rank, self.shards, weight)?;
+        let frames = WeightFrames::compute(path, weight, rank, self)?;
+        let [d_input, d_output] = weight.dims();
+        let device = weight.device();
+        let tensor = |values, dims| {
+            let data = TensorData::new(values, dims);
+            Tensor::<2>::from_data(data, (&device, DType::F32))
+        };
+        let windows = (0..self.shards).map(|shard| frames.window(shard));
+        let (a, b) = windows
+            .map(|(a, b)| (tensor(a, [d_input, rank]), tensor(b, [rank, d_output])))
+            .unzip();
+        Ok([Tensor::cat(a, 1), Tensor::cat(b, 0)])
     }
 
     /// What [`apply_hd_pissa`](crate::HdPissaModule::apply_hd_pissa) would do to `model`: a dry

@@ -1,5 +1,6 @@
 //! From token sequences to the micro-batches of a step.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
@@ -7,33 +8,65 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 
-use crate::Error;
+use crate::dealing::Dealing;
+use crate::lengths::group;
+use crate::{Error, Llama};
 
-/// One record as tokens: prompt and answer, of which the prompt is not a target.
+/// One record as tokens, some of which are targets.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sequence {
-    /// Prompt and answer.
+    /// All tokens.
     pub tokens: Vec<u32>,
-    /// Number of leading tokens that are not targets.
-    pub prompt_len: usize,
+    /// The tokens that are predicted, as ranges of their positions, in order. The first token of a
+    /// sequence never is one.
+    pub targets: Vec<Range<usize>>,
 }
 
 impl Sequence {
-    /// Number of tokens that are predicted; the first token of a sequence never is.
+    /// A prompt of `prompt_len` tokens and an answer, whose tokens are the targets.
+    pub fn new(tokens: Vec<u32>, prompt_len: usize) -> Self {
+        let answer = prompt_len..tokens.len();
+        Self::with_targets(tokens, vec![answer])
+    }
+
+    /// Tokens with their targets, which stand in order and do not overlap.
+    pub fn with_targets(tokens: Vec<u32>, targets: Vec<Range<usize>>) -> Self {
+        let mut sequence = Self { tokens, targets };
+        sequence.truncate(usize::MAX);
+        sequence
+    }
+
+    /// Cuts what exceeds `max_length` tokens on the right, and says whether anything did.
+    pub fn truncate(&mut self, max_length: usize) -> bool {
+        let is_cut = self.tokens.len() > max_length;
+        self.tokens.truncate(max_length);
+        for range in &mut self.targets {
+            *range = range.start.max(1)..range.end.min(self.tokens.len());
+        }
+        self.targets.retain(|range| !range.is_empty());
+        is_cut
+    }
+
+    /// Number of tokens that are predicted.
     pub fn num_targets(&self) -> usize {
-        self.tokens.len().saturating_sub(self.prompt_len.max(1))
+        self.targets.iter().map(Range::len).sum()
     }
 }
 
-/// Sequences of one forward pass, padded on the right to the longest.
+/// Sequences of one forward pass, below each other and padded on the right to the longest, or packed into
+/// one row without padding.
 #[derive(Clone, Debug)]
 pub struct MicroBatch {
     tokens: Vec<u32>,
     shape: [usize; 2],
+    /// Of the sequences of a packed row; empty otherwise.
+    lengths: Vec<usize>,
     /// Flattened position and the token that follows there.
     targets: Vec<(usize, u32)>,
     /// Tokens without padding.
     num_tokens: usize,
+    /// What the sum over targets is divided by.
+    divisor: f64,
 }
 
 impl MicroBatch {
@@ -43,33 +76,78 @@ impl MicroBatch {
     pub fn new(rows: &[&Sequence]) -> Self {
         let width = rows.iter().map(|row| row.tokens.len()).max();
         let width = width.expect("a micro-batch has at least one row");
-        let mut tokens = Vec::with_capacity(rows.len() * width);
+        let mut batch = Self::of(rows, |index| index * width);
+        // What stands in the padding has no influence: nothing attends to it.
+        batch.shape = [rows.len(), width];
+        batch
+    }
+
+    /// The sequences one after the other in one row. None attends to another, and each has its positions
+    /// from 0 on, so that losses and gradients are those of [`new`](Self::new).
+    ///
+    /// # Panics
+    ///
+    /// If `rows` is empty.
+    pub fn packed(rows: &[&Sequence]) -> Self {
+        assert!(!rows.is_empty(), "a micro-batch has at least one row");
+        let lengths: Vec<usize> = rows.iter().map(|row| row.tokens.len()).collect();
+        let mut batch = Self::of(rows, |index| lengths[..index].iter().sum());
+        batch.shape = [1, batch.num_tokens];
+        batch.lengths = lengths;
+        batch
+    }
+
+    /// The sequences, each from the place on that `start` gives it.
+    fn of(rows: &[&Sequence], start: impl Fn(usize) -> usize) -> Self {
+        let mut tokens = Vec::new();
         let mut targets = Vec::new();
         for (index, row) in rows.iter().enumerate() {
-            for position in row.prompt_len.max(1)..row.tokens.len() {
-                targets.push((index * width + position - 1, row.tokens[position]));
-            }
+            let start = start(index);
+            tokens.resize(start, 0);
             tokens.extend_from_slice(&row.tokens);
-            // What stands in the padding has no influence: nothing attends to it.
-            tokens.resize((index + 1) * width, 0);
+            for position in row.targets.iter().cloned().flatten() {
+                targets.push((start + position - 1, row.tokens[position]));
+            }
         }
         Self {
             tokens,
-            shape: [rows.len(), width],
+            shape: [0, 0],
+            lengths: Vec::new(),
+            divisor: targets.len() as f64,
             targets,
             num_tokens: rows.iter().map(|row| row.tokens.len()).sum(),
         }
     }
 
     /// The tokens, `[rows, width]`.
-    pub fn tokens(&self, device: &Device) -> Tensor<2, Int> {
-        let tokens: Vec<i64> = self.tokens.iter().map(|&token| i64::from(token)).collect();
+    fn tokens(&self, device: &Device) -> Tensor<2, Int> {
+        let mut tokens: Vec<i64> = self.tokens.iter().map(|&token| i64::from(token)).collect();
+        tokens.resize(self.shape[0] * self.shape[1], 0);
         Tensor::from_data(TensorData::new(tokens, self.shape), device)
     }
 
-    /// The targets, for [`Llama::target_loss`](crate::Llama::target_loss).
+    /// Sum over the targets of the negative log-likelihood that `model` gives them, `[1]`.
+    pub fn loss(&self, model: &Llama, device: &Device) -> Tensor<1> {
+        let tokens = self.tokens(device);
+        match self.lengths.is_empty() {
+            true => model.target_loss(tokens, &self.targets),
+            false => model.packed_target_loss(tokens, &self.lengths, &self.targets),
+        }
+    }
+
+    /// The targets: flattened positions, and the tokens that follow there.
     pub fn targets(&self) -> &[(usize, u32)] {
         &self.targets
+    }
+
+    /// What [`loss`](Self::loss) is divided by in a step: the number of targets, unless the step's mean
+    /// is over tokens.
+    pub fn divisor(&self) -> f64 {
+        self.divisor
+    }
+
+    pub(crate) fn set_divisor(&mut self, divisor: f64) {
+        self.divisor = divisor;
     }
 
     /// Number of tokens without padding.
@@ -89,6 +167,35 @@ pub struct BatcherConfig {
     pub batch_size: usize,
     /// Seed of the shuffle of every epoch; `None` keeps the order of the file.
     pub shuffle: Option<u64>,
+    /// Whether the records of a micro-batch stand in one row, without padding.
+    pub packing: bool,
+    /// Whether micro-batches have records of about the same length.
+    pub by_length: bool,
+}
+
+/// Steps whose records are sorted by length together. More would leave less padding, and less chance.
+const STEPS: usize = 16;
+
+impl BatcherConfig {
+    fn dealing(&self) -> Dealing {
+        Dealing {
+            shards: self.shards,
+            batch_size: self.batch_size,
+        }
+    }
+}
+
+impl Default for BatcherConfig {
+    fn default() -> Self {
+        Self {
+            shards: 1,
+            accumulation: 1,
+            batch_size: 1,
+            shuffle: None,
+            packing: false,
+            by_length: false,
+        }
+    }
 }
 
 /// The micro-batches of every step.
@@ -133,13 +240,12 @@ impl Batcher {
                 reason,
             });
         }
-        let order = shuffled(sequences.len(), config.shuffle, 0);
         Ok(Self {
+            order: order(&sequences, &config, 0),
             sequences,
             config,
             steps_per_epoch,
             epoch: 0,
-            order,
         })
     }
 
@@ -152,54 +258,71 @@ impl Batcher {
     pub fn step(&mut self, step: usize) -> Vec<Vec<MicroBatch>> {
         let epoch = step / self.steps_per_epoch;
         if epoch != self.epoch {
-            self.order = shuffled(self.sequences.len(), self.config.shuffle, epoch);
+            self.order = order(&self.sequences, &self.config, epoch);
             self.epoch = epoch;
         }
         let BatcherConfig {
             shards,
             accumulation,
-            batch_size,
+            packing,
             ..
         } = self.config;
+        let dealing = self.config.dealing();
         let first = step % self.steps_per_epoch * accumulation;
-        (0..shards)
-            .map(|shard| {
-                (first..first + accumulation)
-                    .map(|micro_batch| {
-                        let rows: Vec<&Sequence> = (0..batch_size)
-                            .map(|row| (micro_batch * batch_size + row) * shards + shard)
-                            .map(|place| &self.sequences[self.order[place]])
-                            .collect();
-                        MicroBatch::new(&rows)
-                    })
-                    .collect()
-            })
-            .collect()
+        let micro_batch = |index: usize| {
+            let rows: Vec<&Sequence> = dealing
+                .places(index)
+                .map(|place| &self.sequences[self.order[place]])
+                .collect();
+            match packing {
+                true => MicroBatch::packed(&rows),
+                false => MicroBatch::new(&rows),
+            }
+        };
+        let of_shard = |shard: usize| {
+            let all = first..first + accumulation;
+            all.map(|index| micro_batch(index * shards + shard))
+                .collect()
+        };
+        (0..shards).map(of_shard).collect()
     }
+}
+
+/// The records of an epoch in the order in which shards take them.
+fn order(sequences: &[Sequence], config: &BatcherConfig, epoch: usize) -> Vec<usize> {
+    let mut order = shuffled(sequences.len(), config.shuffle, epoch);
+    if config.by_length {
+        let seed = seed_of(config.shuffle.unwrap_or_default(), epoch);
+        let window = STEPS * config.accumulation * config.dealing().round();
+        let length = |record: usize| sequences[record].tokens.len();
+        group(&mut order, config.dealing(), window, !seed, length);
+    }
+    order
 }
 
 fn shuffled(len: usize, seed: Option<u64>, epoch: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..len).collect();
     if let Some(seed) = seed {
-        // Epochs of neighbouring seeds share no stream.
-        let seed = seed
-            .wrapping_mul(0x9E37_79B9_7F4A_7C15)
-            .wrapping_add(epoch as u64);
-        order.shuffle(&mut StdRng::seed_from_u64(seed));
+        order.shuffle(&mut StdRng::seed_from_u64(seed_of(seed, epoch)));
     }
     order
 }
 
+/// Epochs of neighbouring seeds share no stream.
+fn seed_of(seed: u64, epoch: usize) -> u64 {
+    seed.wrapping_mul(0x9E37_79B9_7F4A_7C15)
+        .wrapping_add(epoch as u64)
+}
+
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
 
     fn sequences(count: u32) -> Vec<Sequence> {
         (0..count)
-            .map(|id| Sequence {
-                tokens: vec![id, id + 100],
-                prompt_len: 1,
-            })
+            .map(|id| Sequence::new(vec![id, id + 100], 1))
             .collect()
     }
 
@@ -214,6 +337,7 @@ mod tests {
             accumulation: 2,
             batch_size: 2,
             shuffle: None,
+            ..BatcherConfig::default()
         };
         // 3 shards of 9 records each, of which a step takes 4; one record of 28 has no shard.
         let mut batcher = Batcher::new(sequences(28), config).unwrap();
@@ -235,6 +359,7 @@ mod tests {
             accumulation: 1,
             batch_size: 2,
             shuffle: Some(7),
+            ..BatcherConfig::default()
         };
         let mut batcher = Batcher::new(sequences(12), config).unwrap();
         let mut epoch = |epoch: usize| -> Vec<u32> {
@@ -259,6 +384,7 @@ mod tests {
             accumulation: 1,
             batch_size: 2,
             shuffle: None,
+            ..BatcherConfig::default()
         };
         assert!(matches!(
             Batcher::new(sequences(7), config),
@@ -269,18 +395,56 @@ mod tests {
     #[test]
     fn targets_are_the_tokens_after_the_prompt() {
         let rows = [
-            Sequence {
-                tokens: vec![1, 2, 3, 4],
-                prompt_len: 2,
-            },
-            Sequence {
-                tokens: vec![5, 6],
-                prompt_len: 0,
-            },
+            Sequence::new(vec![1, 2, 3, 4], 2),
+            Sequence::new(vec![5, 6], 0),
         ];
         let batch = MicroBatch::new(&[&rows[0], &rows[1]]);
-        assert_eq!(batch.tokens, [1, 2, 3, 4, 5, 6, 0, 0]);
+        assert_eq!(
+            (&batch.tokens[..], batch.shape),
+            (&[1, 2, 3, 4, 5, 6][..], [2, 4])
+        );
         assert_eq!(batch.targets(), [(1, 3), (2, 4), (4, 6)]);
         assert_eq!(batch.num_tokens(), 6);
+        let packed = MicroBatch::packed(&[&rows[0], &rows[1]]);
+        assert_eq!(
+            (&packed.tokens[..], packed.shape),
+            (&[1, 2, 3, 4, 5, 6][..], [1, 6])
+        );
+        assert_eq!(packed.targets(), [(1, 3), (2, 4), (4, 6)]);
+    }
+
+    #[test]
+    fn micro_batches_by_length_hold_every_record_once_and_little_padding() {
+        // Lengths that the order of the file tells nothing of.
+        let sequence = |id: u32| Sequence::new(vec![id; 2 + (id as usize * 37) % 50], 1);
+        let sequences: Vec<Sequence> = (0..250).map(sequence).collect();
+        let padding = |by_length: bool| {
+            let config = BatcherConfig {
+                shards: 3,
+                accumulation: 2,
+                batch_size: 4,
+                shuffle: Some(3),
+                by_length,
+                ..BatcherConfig::default()
+            };
+            let mut batcher = Batcher::new(sequences.clone(), config).unwrap();
+            let (mut seen, mut padding, mut widths) = (HashSet::new(), 0, Vec::new());
+            for step in 0..batcher.steps_per_epoch() {
+                for batch in batcher.step(step).into_iter().flatten() {
+                    let [rows, width] = batch.shape;
+                    padding += rows * width - batch.num_tokens();
+                    widths.push(width);
+                    for row in 0..rows {
+                        assert!(seen.insert(batch.tokens[row * width]));
+                    }
+                }
+            }
+            assert_eq!(seen.len(), 240);
+            (padding, widths)
+        };
+        let ((plain, _), (grouped, widths)) = (padding(false), padding(true));
+        assert!(5 * grouped < plain, "{grouped} of {plain}");
+        // Long ones come early and late.
+        assert!(!widths.is_sorted());
     }
 }

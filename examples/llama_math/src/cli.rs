@@ -1,7 +1,7 @@
 //! The command line.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
@@ -11,14 +11,18 @@ use crate::batch::BatcherConfig;
 use crate::compare::Comparison;
 use crate::data::Fields;
 use crate::evidence::children::{self, Children};
+use crate::evidence::report;
+use crate::evidence::reproduce::Settings;
 use crate::evidence::results;
 use crate::evidence::row::Row;
 use crate::evidence::sweep::Sweep;
-use crate::evidence::task::Task;
-use crate::export::{ExportConfig, OutputDtype, Rounding};
-use crate::finetune::{Change, FineTuning, Resume, SaveOptions};
+use crate::evidence::task::{Files, Task};
+use crate::export::{ExportConfig, ExportOptions, OutputDtype, Rounding, VerifyOptions};
+use crate::finetune::{Change, FineTuning, Resume, SaveOptions, TemplateChoice};
+use crate::loss::LossMean;
 use crate::method::{Adaptation, Method, SvdOption, WindowsOption, gradients_name};
 use crate::pretrain::Pretraining;
+use crate::recipe::Recipe;
 use crate::run::{Length, RunConfig};
 use crate::scaling::cost::{Layout, Work};
 use crate::scaling::{Question, Scaling};
@@ -32,6 +36,8 @@ const COMPARISON_OUTPUT: &str = "target/llama_math";
 
 /// The same for the simulations.
 const SCALING_OUTPUT: &str = "target/scaling";
+/// The settings of the results in the book, seen from the root of the repository.
+const REPRODUCE_SETTINGS: &str = "examples/llama_math/reproduce.json";
 /// Queries, keys, values and outputs; gates and ups; downs.
 const LLAMA_2_7B: &str = "4096x4096x128,4096x11008x64,11008x4096x32";
 
@@ -65,6 +71,22 @@ enum Command {
     /// Every training is a process of its own with one compute thread, and leaves a file in the
     /// output: a sweep that is started again goes on where it stopped.
     Sweep(SweepOptions),
+    /// Writes the model of an earlier run in another form: merged in another dtype or in several files, as a
+    /// LoRA adapter, or as a delta.
+    Export(ExportOptions),
+    /// Says whether an output is what was written, and which program loads it.
+    ///
+    /// Compares the files with their digests, and logits with those of the trained model.
+    Verify(VerifyOptions),
+    /// Runs every experiment of a settings file, and writes tables and pictures of the results.
+    ///
+    /// Each training leaves a file in the output: a run that is started again goes on where it stopped.
+    Reproduce(ReproduceOptions),
+    /// Fine-tunes as a file says, or shows what that would take.
+    ///
+    /// A recipe for several processes is started by an MPI launcher, as in `mpirun -np 8 llama_math
+    /// recipe FILE`; paths in it are seen from the working directory.
+    Recipe(RecipeOptions),
     /// One training of a sweep or of the comparison, in a process of its own.
     #[command(hide = true)]
     Trial(TrialOptions),
@@ -72,18 +94,24 @@ enum Command {
 
 #[derive(Args, Debug)]
 struct Options {
-    /// Folder of a Hugging Face checkpoint: Llama 2 or 3, Mistral, Qwen2, SmolLM2
-    #[arg(long, value_name = "DIR", requires_all = ["data", "output"])]
+    /// Folder of a Hugging Face checkpoint, or OWNER/NAME on the Hub (feature `hub`): Llama 2 or 3,
+    /// Mistral, Qwen2, Qwen3, Phi-3, SmolLM2, SmolLM3
+    #[arg(long, value_name = "MODEL", requires_all = ["data", "output"])]
     model: Option<PathBuf>,
-    /// Training data, JSON lines or a JSON array: GSM8K, MetaMathQA or Alpaca fields
-    #[arg(long, value_name = "FILE", requires = "model")]
-    data: Option<PathBuf>,
+    /// Training data, files or folders of JSON lines, JSON arrays, either packed with gzip, or Parquet
+    /// (feature `parquet`), or OWNER/NAME on the Hub (feature `hub`), with the fields of GSM8K,
+    /// MetaMathQA, Alpaca, or with conversations
+    #[arg(long, value_name = "PATH", requires = "model", num_args = 1..)]
+    data: Vec<PathBuf>,
     /// Fields of prompt and answer, for other data
     #[arg(long, value_name = "PROMPT,ANSWER", requires = "model")]
     fields: Option<String>,
     /// File with the prompt, used byte for byte with {instruction} replaced [default: Alpaca's]
     #[arg(long, value_name = "FILE", requires = "model")]
     prompt_template: Option<PathBuf>,
+    /// Write problems too by the checkpoint's chat template, as conversations are
+    #[arg(long, requires = "model", conflicts_with = "prompt_template")]
+    chat: bool,
     /// Longest sequence, prompt and answer together; longer ones are cut on the right
     /// [default: 512]
     #[arg(long, requires = "model", value_parser = at_least(2))]
@@ -98,7 +126,8 @@ struct Options {
     #[arg(long, default_value_t = 8, value_parser = at_least(1))]
     shards: usize,
     /// HD-PiSSA as published: --gradients per-shard --windows leading --frame-scale balanced
-    #[arg(long, requires = "model", conflicts_with_all = ["gradients", "windows", "frame_scale"])]
+    /// --loss-mean micro-batches
+    #[arg(long, requires = "model", conflicts_with_all = ["gradients", "windows", "frame_scale", "loss_mean"])]
     published: bool,
     /// Which gradients a shard of HD-PiSSA learns from: those of its own micro-batches, or the mean
     /// over all micro-batches of a step [default: shared]
@@ -148,6 +177,16 @@ struct Options {
     /// --shards [default: 1; with shared gradients as many as --shards]
     #[arg(long, requires = "model", value_parser = at_least(1))]
     accumulation: Option<usize>,
+    /// Pack the records of a micro-batch into one row without padding; the result is the same
+    #[arg(long, requires = "model")]
+    packing: bool,
+    /// Put records of about the same length into one micro-batch, so that little of it is padding
+    #[arg(long, requires = "model")]
+    group_by_length: bool,
+    /// Over what the loss of a step is the mean: over all its target tokens, or over the means of its
+    /// micro-batches, as published [default: tokens]
+    #[arg(long, requires = "model")]
+    loss_mean: Option<LossMean>,
     /// Largest global gradient norm; of each shard where it has gradients of its own
     #[arg(long, requires = "model", value_parser = positive)]
     clip: Option<f64>,
@@ -207,8 +246,8 @@ struct Options {
         value_delimiter = ','
     )]
     change: Vec<Change>,
-    /// Held-out data for loss and exact match
-    #[arg(long, value_name = "FILE", requires = "model")]
+    /// Held-out data for loss and exact match: a file, a folder, or OWNER/NAME on the Hub
+    #[arg(long, value_name = "PATH", requires = "model")]
     eval: Option<PathBuf>,
     /// Records of --eval that are used
     #[arg(long, requires = "eval", default_value_t = 50, value_parser = at_least(1))]
@@ -298,10 +337,10 @@ struct ScalingOptions {
 #[derive(Args, Debug)]
 struct SweepOptions {
     /// Tasks
-    #[arg(long, value_delimiter = ',', default_values_t = Task::ALL)]
+    #[arg(long, value_delimiter = ',', default_values_t = Task::COMPARED)]
     tasks: Vec<Task>,
     /// Methods
-    #[arg(long, value_delimiter = ',', default_values_t = Row::ALL)]
+    #[arg(long, value_delimiter = ',', default_values_t = Row::SWEPT)]
     rows: Vec<Row>,
     /// Seeds by which learning rates are chosen
     #[arg(long, value_delimiter = ',', default_values_t = [1])]
@@ -333,6 +372,8 @@ impl SweepOptions {
             folder: self.output,
             processes: self.threads.unwrap_or_else(cores),
             device: self.device,
+            files: None,
+            until: None,
             program: children::this_program,
         };
         let sweep = Sweep {
@@ -355,6 +396,99 @@ impl SweepOptions {
 }
 
 #[derive(Args, Debug)]
+struct FilesOptions {
+    /// Folder of a checkpoint, for tasks with records
+    #[arg(long, value_name = "DIR", requires_all = ["data", "test"])]
+    model: Option<PathBuf>,
+    /// Its training data
+    #[arg(long, value_name = "FILE", requires = "model")]
+    data: Option<PathBuf>,
+    /// Its test data
+    #[arg(long, value_name = "FILE", requires = "model")]
+    test: Option<PathBuf>,
+}
+
+impl FilesOptions {
+    fn files(&self) -> Option<Files> {
+        Some(Files {
+            model: self.model.clone()?,
+            train: self.data.clone()?,
+            test: self.test.clone()?,
+        })
+    }
+}
+
+#[derive(Args, Debug)]
+struct ReproduceOptions {
+    /// What is run
+    #[arg(long, value_name = "FILE", default_value = REPRODUCE_SETTINGS)]
+    settings: PathBuf,
+    /// Folder with a file for each training
+    #[arg(long, value_name = "DIR")]
+    output: PathBuf,
+    /// Folder of tables, pictures and numbers [default: that of --output]
+    #[arg(long, value_name = "DIR")]
+    results: Option<PathBuf>,
+    #[command(flatten)]
+    files: FilesOptions,
+    /// Start no training after so many minutes, and write what there is; 0 runs nothing
+    #[arg(long, value_name = "M", value_parser = not_negative)]
+    minutes: Option<f64>,
+    /// Trainings at a time [default: as many as cores]
+    #[arg(long, value_name = "N", value_parser = at_least(1))]
+    threads: Option<usize>,
+    /// Backend
+    #[arg(long)]
+    device: Option<String>,
+}
+
+impl ReproduceOptions {
+    fn run(self) -> Result<(), Error> {
+        let settings = Settings::read(&self.settings)?;
+        let children = Children {
+            folder: self.output,
+            processes: self.threads.unwrap_or_else(cores),
+            device: self.device,
+            files: self.files.files(),
+            until: self.minutes.map(|number| Instant::now() + minutes(number)),
+            program: children::this_program,
+        };
+        let answers = settings.run(&children)?;
+        let folder = self.results.unwrap_or(children.folder);
+        report::write(&folder, &settings, &answers)
+    }
+}
+
+#[derive(Args, Debug)]
+struct RecipeOptions {
+    /// The recipe
+    file: PathBuf,
+    /// Print shapes, memory, bytes and hours, and train nothing. Needs neither model nor data
+    #[arg(long)]
+    dry_run: bool,
+    /// Tokens per second of one GPU, for the hours of a dry run; the default is a guess
+    #[arg(long, value_name = "T", requires = "dry_run", default_value_t = 2000.0, value_parser = positive)]
+    tokens_per_second: f64,
+}
+
+impl RecipeOptions {
+    fn run(self) -> Result<(), Error> {
+        let recipe = Recipe::read(&self.file)?;
+        let program = ["llama_math".to_string()].into_iter();
+        let cli = Cli::parse_from(program.chain(recipe.arguments()));
+        let options = &cli.options;
+        match (&options.model, &options.output) {
+            (Some(model), Some(output)) if self.dry_run => {
+                let run = options.fine_tuning(model, output)?.run;
+                recipe.dry_run(&run, self.tokens_per_second)
+            }
+            (Some(_), _) => cli.run(),
+            _ => Err(Error::field(&self.file, "options / model", "is missing")),
+        }
+    }
+}
+
+#[derive(Args, Debug)]
 struct TrialOptions {
     /// The trial, as JSON
     #[arg(long)]
@@ -362,6 +496,8 @@ struct TrialOptions {
     /// File of the result
     #[arg(long)]
     result: PathBuf,
+    #[command(flatten)]
+    files: FilesOptions,
     /// Backend
     #[arg(long)]
     device: Option<String>,
@@ -500,18 +636,19 @@ impl Cli {
             }
             Some(Command::Scaling(options)) => options.run(),
             Some(Command::Sweep(options)) => options.run(),
+            Some(Command::Export(options)) => options.run(),
+            Some(Command::Verify(options)) => options.run(),
+            Some(Command::Reproduce(options)) => options.run(),
+            Some(Command::Recipe(options)) => options.run(),
             Some(Command::Trial(options)) => {
                 children::end_with_parent();
                 let device = device::parse(options.device.as_deref())?;
-                children::run_trial(&options.settings, &device, &options.result)
+                let files = options.files.files();
+                children::run_trial(&options.settings, &device, files.as_ref(), &options.result)
             }
-            None => match (
-                &self.options.model,
-                &self.options.data,
-                &self.options.output,
-            ) {
-                (Some(model), Some(data), Some(output)) => {
-                    let fine_tuning = self.options.fine_tuning(model, data, output)?;
+            None => match (&self.options.model, &self.options.output) {
+                (Some(model), Some(output)) => {
+                    let fine_tuning = self.options.fine_tuning(model, output)?.fetch()?;
                     let device = self.options.device.as_deref();
                     if self.options.mpi {
                         return mpi::run(&fine_tuning, device);
@@ -569,7 +706,6 @@ impl Options {
     fn fine_tuning(
         &self,
         model: &std::path::Path,
-        data: &std::path::Path,
         output: &std::path::Path,
     ) -> Result<FineTuning, Error> {
         if self.method == Method::HdPissa && self.weight_decay.is_some() {
@@ -651,11 +787,15 @@ impl Options {
         };
         Ok(FineTuning {
             model: model.into(),
-            data: data.into(),
+            data: self.data.clone(),
             fields: self.fields.as_deref().map(Fields::parse).transpose()?,
-            template: self.prompt_template.clone(),
+            template: match (&self.prompt_template, self.chat) {
+                (Some(path), _) => TemplateChoice::File(path.clone()),
+                (None, true) => TemplateChoice::Chat,
+                (None, false) => TemplateChoice::ByData,
+            },
             max_length: self.max_length,
-            eval: self.eval.clone().map(|path| (path, samples)),
+            eval: self.eval.clone().map(|path| (vec![path], samples)),
             max_new_tokens: self.max_new_tokens,
             token_cache: match self.no_cache {
                 true => TokenCache::none(),
@@ -678,12 +818,19 @@ impl Options {
                     clip: self.clip,
                     weight_decay: self.weight_decay.unwrap_or(0.0),
                     wire: self.wire,
+                    loss_mean: match (self.loss_mean, self.published) {
+                        (Some(mean), _) => mean,
+                        (None, true) => LossMean::MicroBatches,
+                        (None, false) => LossMean::Tokens,
+                    },
                 },
                 batcher: BatcherConfig {
                     shards: groups,
                     accumulation: self.accumulation.unwrap_or(self.shards / groups),
                     batch_size: self.batch_size,
                     shuffle: (!self.no_shuffle).then_some(self.seed),
+                    packing: self.packing,
+                    by_length: self.group_by_length,
                 },
                 length,
                 lr: self.lr.unwrap_or(2e-5),
@@ -696,6 +843,7 @@ impl Options {
                 dtype: self.output_dtype,
                 rounding: self.rounding,
                 seed: self.seed,
+                ..ExportConfig::default()
             },
             seed: self.seed,
             saving: SaveOptions {

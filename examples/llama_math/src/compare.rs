@@ -10,7 +10,7 @@ use crate::console::say;
 use crate::evidence::children::{self, Children};
 use crate::evidence::learning_rates::{self, LearningRates};
 use crate::evidence::row::Row;
-use crate::evidence::statistics::Estimate;
+use crate::evidence::statistics::{Estimate, percent};
 use crate::evidence::task::{Exam, Grade, SEQUENCES_PER_STEP, Task};
 use crate::evidence::trial::{Measured, Outcome, Trial, TrialResult};
 use crate::evidence::verdict::{Rival, against, why_unfit};
@@ -108,7 +108,7 @@ impl Comparison {
             }
         };
         let of_task = |task| ROWS.map(|row| trial(task, row));
-        Ok(Task::ALL.into_iter().flat_map(of_task).collect())
+        Ok(Task::COMPARED.into_iter().flat_map(of_task).collect())
     }
 
     /// Runs every method in a child process of this program and writes table and picture.
@@ -125,16 +125,18 @@ impl Comparison {
             folder: staged.path().join("trials"),
             processes: self.processes,
             device: self.device.clone(),
+            files: None,
+            until: None,
             program: children::this_program,
         };
         let results = children.run(&trials, "trainings")?;
 
         let model = tiny::pretrained()?.load(device)?;
         let mut parts = Vec::new();
-        for task in Task::ALL {
+        for task in Task::COMPARED {
             let of_task = |result: &&TrialResult| result.trial.task == task;
             let results: Vec<_> = results.iter().filter(of_task).cloned().collect();
-            let exam = Exam::new(task, self.seed, results[0].trial.items)?;
+            let exam = Exam::new(task, self.seed, results[0].trial.items, None)?;
             parts.push(Part {
                 task,
                 base: exam.grade(&model)?,
@@ -199,7 +201,7 @@ impl Part {
     fn table(&self) -> String {
         let heading = match self.task {
             Task::Problems => "problems: one skill, a small change of the weights",
-            Task::Facts => "facts: random associations, a change of high rank",
+            _ => "facts: random associations, a change of high rank",
         };
         let mut table = format!(
             "{heading}\n{:26} {:>8} {:>10} {:>10} {:>12} {:>8} {:>9} {:>10} {:>8} {:>9} {:>9}\n",
@@ -315,7 +317,7 @@ impl Part {
         }
         let title = match self.task {
             Task::Problems => "Problems; dots: held-out loss",
-            Task::Facts => "Facts",
+            _ => "Facts",
         };
         Panel {
             title: title.into(),
@@ -351,8 +353,4 @@ fn numbers(measured: &Measured, score: &str) -> String {
         measured.seconds,
         measured.tokens_per_second
     )
-}
-
-fn percent(share: f64) -> String {
-    format!("{:.1} %", 100.0 * share)
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use hd_pissa::checkpoint::CheckpointError;
 use hd_pissa::comm::CommError;
+use hd_pissa::export::ExportError;
 use hd_pissa::{HdPissaError, OptimizerError};
 
 /// Why a run stopped. Every message about a file names it, and the field at fault.
@@ -100,6 +101,9 @@ pub enum Error {
     /// A checkpoint could not be written or used.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// The change of a weight could not be found, written or applied.
+    #[error(transparent)]
+    Export(#[from] ExportError),
     /// The exchange between workers failed.
     #[error(transparent)]
     Comm(#[from] CommError),

@@ -7,7 +7,7 @@ use burn::tensor::{Int, Tensor, TensorData};
 use crate::batch::{MicroBatch, Sequence};
 use crate::data::Record;
 use crate::score::final_answer;
-use crate::tokenize::{PromptTemplate, Tokens};
+use crate::tokenize::{Template, Tokens};
 use crate::{Cache, Error, Llama};
 
 /// Greedy decoding with a key/value cache: for each prompt at most `limit` tokens after it, up to the
@@ -66,7 +66,7 @@ pub fn mean_loss(model: &Llama, sequences: &[Sequence], progress: impl Fn()) -> 
     for alike in used.chunk_by(|a, b| a.tokens.len() == b.tokens.len()) {
         for rows in alike.chunks((TOKENS_PER_PASS / alike[0].tokens.len()).max(1)) {
             let batch = MicroBatch::new(rows);
-            let loss = model.target_loss(batch.tokens(&device), batch.targets());
+            let loss = batch.loss(model, &device);
             sum += loss.into_scalar::<f64>();
             count += batch.targets().len();
             rows.iter().for_each(|_| progress());
@@ -91,7 +91,7 @@ pub struct Solver<'a> {
     /// Its tokenizer.
     pub tokens: &'a Tokens,
     /// The prompt.
-    pub template: &'a PromptTemplate,
+    pub template: &'a dyn Template,
     /// Longest answer, in tokens.
     pub max_new_tokens: usize,
 }

@@ -34,10 +34,7 @@ pub fn facts(seed: u64, count: usize, vocabulary: Range<u32>) -> Vec<Sequence> {
         let token = |_| rng.random_range(vocabulary.clone());
         let tokens: Vec<u32> = (0..2 * LENGTH).map(token).collect();
         if keys.insert(tokens[..LENGTH].to_vec()) {
-            facts.push(Sequence {
-                tokens,
-                prompt_len: LENGTH,
-            });
+            facts.push(Sequence::new(tokens, LENGTH));
         }
     }
     facts

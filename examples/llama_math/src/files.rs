@@ -69,7 +69,7 @@ pub(crate) fn kind_of(bytes: &[u8]) -> Option<&'static str> {
         (b"\x28\xb5\x2f\xfd", "a zstandard archive; unpack it first"),
         (b"BZh", "a bzip2 archive; unpack it first"),
         (b"\xfd7zXZ", "an xz archive; unpack it first"),
-        (b"PAR1", "a parquet file; convert it first"),
+        (b"PAR1", "a parquet file"),
         (b"\xff\xfe", "text in UTF-16; convert it to UTF-8"),
         (b"\xfe\xff", "text in UTF-16; convert it to UTF-8"),
         (

@@ -1,17 +1,19 @@
 //! Fine-tunes Llama-family models on word problems, with HD-PiSSA and its baselines.
 //!
 //! `cargo run --release --example llama_math` runs it; this library holds its parts. In reading
-//! order: [`config`], [`rope`], [`model`] and [`pretrained`]; [`data`], [`tokenize`] and
-//! [`batch`]; [`method`], [`schedule`], [`train`] and [`run`]; [`evaluate`] and [`spectrum`]; and
+//! order: [`config`], [`rope`], [`model`] and [`pretrained`]; [`data`], [`tokenize`], [`prompt`],
+//! [`chat`] and [`batch`]; [`method`], [`schedule`], [`train`] and [`run`]; [`evaluate`] and [`spectrum`]; and
 //! what the command line offers: [`finetune`], [`compare`], [`scaling`] and [`pretrain`].
 
 pub mod batch;
 pub mod chart;
+pub mod chat;
 pub mod cli;
 pub mod compare;
 pub mod config;
 mod console;
 pub mod data;
+mod dealing;
 mod decompositions;
 pub mod device;
 mod error;
@@ -19,10 +21,14 @@ pub mod evaluate;
 pub mod evidence;
 pub mod export;
 pub mod facts;
+pub mod families;
 mod files;
 pub mod finetune;
 mod heartbeat;
+pub mod hub;
+mod lengths;
 mod lock;
+pub mod loss;
 pub mod memory;
 pub mod method;
 pub mod model;
@@ -35,6 +41,8 @@ pub mod pretrain;
 pub mod pretrained;
 pub mod problems;
 pub mod progress;
+pub mod prompt;
+pub mod recipe;
 pub mod rope;
 pub mod run;
 pub mod scaling;

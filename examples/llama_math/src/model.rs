@@ -1,4 +1,4 @@
-//! A Llama-family decoder, with every projection an [`HdPissaLinear`].
+//! A decoder of the Llama family or of one like it, with every projection an [`HdPissaLinear`].
 //!
 //! Fields are named so that parameter paths are those of Hugging Face checkpoints.
 
@@ -10,7 +10,7 @@ use hd_pissa::{HdPissaLinear, HdPissaLinearConfig};
 
 use crate::config::LlamaConfig;
 use crate::ops::{Causal, attention_weights, rms_norm, rotate_heads, swiglu, target_loss};
-use crate::rope::{Rotation, frequencies};
+use crate::rope::{Rope, Rotation};
 
 /// A decoder with its language-model head.
 #[derive(Module, Debug)]
@@ -31,7 +31,7 @@ pub struct Decoder {
     /// Norm before the head.
     pub norm: RmsNorm,
     #[module(skip)]
-    frequencies: Vec<f64>,
+    rope: Rope,
     #[module(skip)]
     sliding_window: Option<usize>,
 }
@@ -52,25 +52,43 @@ pub struct Layer {
 /// Grouped-query attention.
 #[derive(Module, Debug)]
 pub struct Attention {
-    /// Queries, `[hidden, heads · head_dim]`.
-    pub q_proj: HdPissaLinear,
-    /// Keys, `[hidden, kv_heads · head_dim]`.
-    pub k_proj: HdPissaLinear,
-    /// Values, `[hidden, kv_heads · head_dim]`.
-    pub v_proj: HdPissaLinear,
+    /// Queries, `[hidden, heads · head_dim]`; `None` where they are fused.
+    pub q_proj: Option<HdPissaLinear>,
+    /// Keys, `[hidden, kv_heads · head_dim]`; `None` where they are fused.
+    pub k_proj: Option<HdPissaLinear>,
+    /// Values, `[hidden, kv_heads · head_dim]`; `None` where they are fused.
+    pub v_proj: Option<HdPissaLinear>,
+    /// Queries, keys and values beside each other, where they are fused.
+    pub qkv_proj: Option<HdPissaLinear>,
     /// Output, `[heads · head_dim, hidden]`.
     pub o_proj: HdPissaLinear,
+    /// Norm of each head of the queries, `[head_dim]`.
+    pub q_norm: Option<RmsNorm>,
+    /// Norm of each head of the keys, `[head_dim]`.
+    pub k_norm: Option<RmsNorm>,
     #[module(skip)]
-    head_dim: usize,
+    shape: Heads,
+}
+
+/// Number and width of heads.
+#[derive(Clone, Copy, Debug)]
+struct Heads {
+    queries: usize,
+    keys: usize,
+    dim: usize,
+    /// Whether positions rotate queries and keys.
+    is_rotary: bool,
 }
 
 /// SwiGLU.
 #[derive(Module, Debug)]
 pub struct Mlp {
-    /// The gate, `[hidden, intermediate]`.
-    pub gate_proj: HdPissaLinear,
-    /// The gated values, `[hidden, intermediate]`.
-    pub up_proj: HdPissaLinear,
+    /// The gate, `[hidden, intermediate]`; `None` where it is fused.
+    pub gate_proj: Option<HdPissaLinear>,
+    /// The gated values, `[hidden, intermediate]`; `None` where they are fused.
+    pub up_proj: Option<HdPissaLinear>,
+    /// Gate and gated values beside each other, where they are fused.
+    pub gate_up_proj: Option<HdPissaLinear>,
     /// Back to the residual stream, `[intermediate, hidden]`.
     pub down_proj: HdPissaLinear,
 }
@@ -91,6 +109,23 @@ impl Cache {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+
+    /// Keys and values of a layer with those that were there before, and keeps them.
+    fn extended(&mut self, layer: usize, keys: Tensor<4>, values: Tensor<4>) -> [Tensor<4>; 2] {
+        let [keys, values] = match self.layers.get(layer).cloned() {
+            Some((old_keys, old_values)) => [
+                Tensor::cat(vec![old_keys, keys], 2),
+                Tensor::cat(vec![old_values, values], 2),
+            ],
+            None => [keys, values],
+        };
+        let held = (keys.clone(), values.clone());
+        match self.layers.get_mut(layer) {
+            Some(entry) => *entry = held,
+            None => self.layers.push(held),
+        }
+        [keys, values]
+    }
 }
 
 impl Llama {
@@ -108,28 +143,43 @@ impl Llama {
                 .with_initializer(initializer.clone())
                 .init(device)
         };
-        let norm = || {
-            RmsNormConfig::new(config.hidden_size)
+        let norm_of = |width| {
+            RmsNormConfig::new(width)
                 .with_epsilon(config.rms_norm_eps)
                 .init(device)
         };
+        let norm = || norm_of(config.hidden_size);
+        let head_norm = || config.qk_norm.then(|| norm_of(config.head_dim));
+        let apart =
+            |d_input, d_output, bias| (!config.is_fused).then(|| linear(d_input, d_output, bias));
+        let fused = |d_input, d_output| config.is_fused.then(|| linear(d_input, d_output, false));
         let hidden = config.hidden_size;
         let queries = config.num_heads * config.head_dim;
         let keys = config.num_kv_heads * config.head_dim;
-        let layer = |_| Layer {
+        let width = config.intermediate_size;
+        let layer = |&is_rotary: &bool| Layer {
             input_layernorm: norm(),
             self_attn: Attention {
-                q_proj: linear(hidden, queries, config.qkv_bias),
-                k_proj: linear(hidden, keys, config.qkv_bias),
-                v_proj: linear(hidden, keys, config.qkv_bias),
+                q_proj: apart(hidden, queries, config.qkv_bias),
+                k_proj: apart(hidden, keys, config.qkv_bias),
+                v_proj: apart(hidden, keys, config.qkv_bias),
+                qkv_proj: fused(hidden, queries + 2 * keys),
                 o_proj: linear(queries, hidden, config.o_bias),
-                head_dim: config.head_dim,
+                q_norm: head_norm(),
+                k_norm: head_norm(),
+                shape: Heads {
+                    queries: config.num_heads,
+                    keys: config.num_kv_heads,
+                    dim: config.head_dim,
+                    is_rotary,
+                },
             },
             post_attention_layernorm: norm(),
             mlp: Mlp {
-                gate_proj: linear(hidden, config.intermediate_size, config.mlp_bias),
-                up_proj: linear(hidden, config.intermediate_size, config.mlp_bias),
-                down_proj: linear(config.intermediate_size, hidden, config.mlp_bias),
+                gate_proj: apart(hidden, width, config.mlp_bias),
+                up_proj: apart(hidden, width, config.mlp_bias),
+                gate_up_proj: fused(hidden, 2 * width),
+                down_proj: linear(width, hidden, config.mlp_bias),
             },
         };
         Self {
@@ -137,9 +187,9 @@ impl Llama {
                 embed_tokens: EmbeddingConfig::new(config.vocab_size, hidden)
                     .with_initializer(initializer.clone())
                     .init(device),
-                layers: (0..config.num_layers).map(layer).collect(),
+                layers: config.rotary.iter().map(layer).collect(),
                 norm: norm(),
-                frequencies: frequencies(config),
+                rope: Rope::new(config),
                 sliding_window: config.sliding_window,
             },
             lm_head: (!config.tied).then(|| linear(hidden, config.vocab_size, false)),
@@ -166,8 +216,22 @@ impl Llama {
     /// A target is a position of the flattened `tokens` and the token that follows there. The head
     /// is applied to those positions alone.
     pub fn target_loss(&self, tokens: Tensor<2, Int>, targets: &[(usize, u32)]) -> Tensor<1> {
-        let device = tokens.device();
-        let hidden = self.model.forward(tokens, None);
+        self.loss_after(self.model.forward(tokens, None), targets)
+    }
+
+    /// As [`target_loss`](Self::target_loss), of sequences of these lengths one after the other in
+    /// `tokens: [1, positions]`. None attends to another, and each has positions from 0 on.
+    pub fn packed_target_loss(
+        &self,
+        tokens: Tensor<2, Int>,
+        lengths: &[usize],
+        targets: &[(usize, u32)],
+    ) -> Tensor<1> {
+        self.loss_after(self.model.forward_packed(tokens, lengths), targets)
+    }
+
+    fn loss_after(&self, hidden: Tensor<3>, targets: &[(usize, u32)]) -> Tensor<1> {
+        let device = hidden.device();
         let [batch, positions, width] = hidden.dims();
         let count = targets.len();
         let indices: Vec<i64> = targets.iter().map(|target| target.0 as i64).collect();
@@ -199,18 +263,18 @@ impl Llama {
         for (index, layer) in self.model.layers.iter().enumerate() {
             let (attention, mlp) = (&layer.self_attn, &layer.mlp);
             for (name, linear) in [
-                ("self_attn.q_proj", &attention.q_proj),
-                ("self_attn.k_proj", &attention.k_proj),
-                ("self_attn.v_proj", &attention.v_proj),
-                ("self_attn.o_proj", &attention.o_proj),
-                ("mlp.gate_proj", &mlp.gate_proj),
-                ("mlp.up_proj", &mlp.up_proj),
-                ("mlp.down_proj", &mlp.down_proj),
+                ("self_attn.q_proj", attention.q_proj.as_ref()),
+                ("self_attn.k_proj", attention.k_proj.as_ref()),
+                ("self_attn.v_proj", attention.v_proj.as_ref()),
+                ("self_attn.qkv_proj", attention.qkv_proj.as_ref()),
+                ("self_attn.o_proj", Some(&attention.o_proj)),
+                ("mlp.gate_proj", mlp.gate_proj.as_ref()),
+                ("mlp.up_proj", mlp.up_proj.as_ref()),
+                ("mlp.gate_up_proj", mlp.gate_up_proj.as_ref()),
+                ("mlp.down_proj", Some(&mlp.down_proj)),
             ] {
-                matrices.push((
-                    format!("model.layers.{index}.{name}.weight"),
-                    &linear.weight,
-                ));
+                let path = format!("model.layers.{index}.{name}.weight");
+                matrices.extend(linear.map(|linear| (path, &linear.weight)));
             }
         }
         let head = self
@@ -232,17 +296,57 @@ impl Decoder {
         let device = self.embed_tokens.weight.lazy_device();
         let positions = tokens.dims()[1];
         let start = cache.as_ref().map_or(0, |cache| cache.len());
-        let rotation = Rotation::new(&self.frequencies, start, positions, &device);
+        let rotation = Rotation::new(&self.rope, start..start + positions, &device);
         let causal = Causal {
             start,
             positions,
             window: self.sliding_window,
         };
+        self.through_layers(tokens, |index, attention, x| {
+            let [queries, mut keys, mut values] = attention.heads(x, &rotation);
+            if let Some(cache) = &mut cache {
+                [keys, values] = cache.extended(index, keys, values);
+            }
+            attention.attend(queries, keys, values, causal)
+        })
+    }
+
+    /// Of sequences of these lengths one after the other in one row.
+    fn forward_packed(&self, tokens: Tensor<2, Int>, lengths: &[usize]) -> Tensor<3> {
+        let device = self.embed_tokens.weight.lazy_device();
+        let positions = lengths.iter().flat_map(|&length| 0..length);
+        let rotation = Rotation::new(&self.rope, positions, &device);
+        self.through_layers(tokens, |_, attention, x| {
+            let [queries, keys, values] = attention.heads(x, &rotation);
+            let mut start = 0;
+            // One block of the diagonal after the other: nothing between sequences is computed.
+            let of_sequence = |&length: &usize| {
+                let part = |x: &Tensor<4>| x.clone().narrow(2, start, length);
+                let (queries, keys, values) = (part(&queries), part(&keys), part(&values));
+                start += length;
+                let causal = Causal {
+                    start: 0,
+                    positions: length,
+                    window: self.sliding_window,
+                };
+                attention.attend(queries, keys, values, causal)
+            };
+            Tensor::cat(lengths.iter().map(of_sequence).collect(), 1)
+        })
+    }
+
+    /// `attend` mixes the positions of a layer: `[batch, positions, hidden]` to
+    /// `[batch, positions, heads · head_dim]`.
+    fn through_layers(
+        &self,
+        tokens: Tensor<2, Int>,
+        mut attend: impl FnMut(usize, &Attention, Tensor<3>) -> Tensor<3>,
+    ) -> Tensor<3> {
         let mut x = self.embed_tokens.forward(tokens);
         for (index, layer) in self.layers.iter().enumerate() {
             let normed = rms_norm(&layer.input_layernorm, x.clone());
-            let cache = cache.as_deref_mut().map(|cache| (cache, index));
-            x = x + layer.self_attn.forward(normed, &rotation, causal, cache);
+            let mixed = attend(index, &layer.self_attn, normed);
+            x = x + layer.self_attn.o_proj.forward(mixed);
             let normed = rms_norm(&layer.post_attention_layernorm, x.clone());
             x = x + layer.mlp.forward(normed);
         }
@@ -251,51 +355,94 @@ impl Decoder {
 }
 
 impl Attention {
-    fn forward(
-        &self,
-        x: Tensor<3>,
-        rotation: &Rotation,
-        causal: Causal,
-        cache: Option<(&mut Cache, usize)>,
-    ) -> Tensor<3> {
+    /// Queries, keys and values in their places, `[batch, heads, positions, head_dim]`.
+    fn heads(&self, x: Tensor<3>, rotation: &Rotation) -> [Tensor<4>; 3] {
         let [batch, positions, _] = x.dims();
-        let queries = rotate_heads(self.q_proj.forward(x.clone()), rotation);
-        let mut keys = rotate_heads(self.k_proj.forward(x.clone()), rotation);
-        let values = self.v_proj.forward(x);
-        let kv_heads = values.dims()[2] / self.head_dim;
-        let values = values.reshape([batch, positions, kv_heads, self.head_dim]);
-        let mut values = values.swap_dims(1, 2);
-        if let Some((cache, layer)) = cache {
-            match cache.layers.get_mut(layer) {
-                Some((old_keys, old_values)) => {
-                    keys = Tensor::cat(vec![old_keys.clone(), keys], 2);
-                    values = Tensor::cat(vec![old_values.clone(), values], 2);
-                    (*old_keys, *old_values) = (keys.clone(), values.clone());
-                }
-                None => cache.layers.push((keys.clone(), values.clone())),
-            }
-        }
+        let Heads { dim, is_rotary, .. } = self.shape;
+        let [queries, keys, values] = self.project(x);
+        let heads = |x: Tensor<3>| {
+            let count = x.dims()[2] / dim;
+            x.reshape([batch, positions, count, dim]).swap_dims(1, 2)
+        };
+        let placed = |x: Tensor<3>| match is_rotary {
+            true => rotate_heads(x, rotation),
+            false => heads(x),
+        };
+        [
+            placed(norm_heads(self.q_norm.as_ref(), queries, dim)),
+            placed(norm_heads(self.k_norm.as_ref(), keys, dim)),
+            heads(values),
+        ]
+    }
 
+    /// The values that the queries look at, `[batch, positions, heads · head_dim]`.
+    fn attend(
+        &self,
+        queries: Tensor<4>,
+        keys: Tensor<4>,
+        values: Tensor<4>,
+        causal: Causal,
+    ) -> Tensor<3> {
+        let [batch, num_heads, positions, dim] = queries.dims();
+        let kv_heads = self.shape.keys;
         // The queries that share a key head stand below each other, so that no key is copied.
-        let num_heads = queries.dims()[1];
         let group = num_heads / kv_heads;
-        let queries = queries.reshape([batch, kv_heads, group * positions, self.head_dim]);
+        let queries = queries.reshape([batch, kv_heads, group * positions, dim]);
         let scores = queries.matmul(keys.transpose());
-        let scale = 1.0 / (self.head_dim as f64).sqrt();
+        let scale = 1.0 / (dim as f64).sqrt();
         let weights = attention_weights(scores, scale, causal);
-        let mixed = weights
+        weights
             .matmul(values)
-            .reshape([batch, num_heads, positions, self.head_dim])
+            .reshape([batch, num_heads, positions, dim])
             .swap_dims(1, 2)
-            .reshape([batch, positions, num_heads * self.head_dim]);
-        self.o_proj.forward(mixed)
+            .reshape([batch, positions, num_heads * dim])
+    }
+
+    /// Queries, keys and values, `[batch, positions, heads · head_dim]`.
+    fn project(&self, x: Tensor<3>) -> [Tensor<3>; 3] {
+        let Heads {
+            queries, keys, dim, ..
+        } = self.shape;
+        match (&self.q_proj, &self.k_proj, &self.v_proj, &self.qkv_proj) {
+            (Some(q), Some(k), Some(v), _) => {
+                [q.forward(x.clone()), k.forward(x.clone()), v.forward(x)]
+            }
+            (.., Some(fused)) => parts(fused.forward(x), [queries * dim, keys * dim, keys * dim]),
+            _ => unreachable!("projections are fused or apart"),
+        }
     }
 }
 
 impl Mlp {
     fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        let gate = self.gate_proj.forward(x.clone());
-        self.down_proj
-            .forward(swiglu(gate, self.up_proj.forward(x)))
+        let [gate, up] = match (&self.gate_proj, &self.up_proj, &self.gate_up_proj) {
+            (Some(gate), Some(up), _) => [gate.forward(x.clone()), up.forward(x)],
+            (.., Some(fused)) => {
+                let both = fused.forward(x);
+                let width = both.dims()[2] / 2;
+                parts(both, [width, width])
+            }
+            _ => unreachable!("projections are fused or apart"),
+        };
+        self.down_proj.forward(swiglu(gate, up))
     }
+}
+
+/// What stands beside each other in the last dimension, of these widths.
+fn parts<const N: usize>(x: Tensor<3>, widths: [usize; N]) -> [Tensor<3>; N] {
+    let mut start = 0;
+    widths.map(|width| {
+        start += width;
+        x.clone().narrow(2, start - width, width)
+    })
+}
+
+/// Each head of `x: [batch, positions, heads · dim]` after its norm, if it has one.
+fn norm_heads(norm: Option<&RmsNorm>, x: Tensor<3>, dim: usize) -> Tensor<3> {
+    let Some(norm) = norm else {
+        return x;
+    };
+    let [batch, positions, width] = x.dims();
+    let heads = x.reshape([batch, positions * (width / dim), dim]);
+    rms_norm(norm, heads).reshape([batch, positions, width])
 }

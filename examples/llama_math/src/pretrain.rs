@@ -96,10 +96,7 @@ impl Pretraining {
             let sequences: Vec<Sequence> = (0..self.batch_size)
                 .map(|_| {
                     let text = format!("{}\n{END}", pretraining_text(&template, &mut rng));
-                    Ok(Sequence {
-                        tokens: tokens.encode(&text)?,
-                        prompt_len: 0,
-                    })
+                    Ok(Sequence::new(tokens.encode(&text)?, 0))
                 })
                 .collect::<Result<_, Error>>()?;
             let batch = MicroBatch::new(&sequences.iter().collect::<Vec<_>>());
@@ -129,7 +126,7 @@ fn tokenizer(seed: u64) -> Value {
     texts.extend(
         records
             .into_iter()
-            .map(|record| template.prompt(&record) + &record.answer),
+            .map(|record| template.text(&record) + &record.answer),
     );
     let mut vocabulary: BTreeSet<String> =
         (0..=LARGEST).map(|number| format!(" {number}")).collect();

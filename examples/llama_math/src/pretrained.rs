@@ -29,7 +29,16 @@ const KNOWN_FILES: [&str; 10] = [
 ];
 
 /// Files that an export of this program writes itself.
-const OWN: [&str; 3] = ["llama_math.json", "metrics.jsonl", "loss.svg"];
+const OWN: [&str; 8] = [
+    "llama_math.json",
+    "metrics.jsonl",
+    "loss.svg",
+    "README.md",
+    "README-base.md",
+    "README-run.md",
+    "SHA256SUMS",
+    "probe.json",
+];
 
 /// Endings of files that hold weights or the state of a training.
 const WEIGHTS: [&str; 13] = [
@@ -48,8 +57,8 @@ const WEIGHTS: [&str; 13] = [
     "tflite",
 ];
 
-const EMBEDDING: &str = "model.embed_tokens.weight";
-const HEAD: &str = "lm_head.weight";
+pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
+pub(crate) const HEAD: &str = "lm_head.weight";
 
 /// A pretrained model whose configuration and tensor headers have been read and checked.
 #[derive(Debug)]
@@ -307,7 +316,7 @@ impl Rest<'_> {
     }
 }
 
-fn is_weights(path: &Path) -> bool {
+pub(crate) fn is_weights(path: &Path) -> bool {
     let ending = path
         .extension()
         .map(|ending| ending.to_string_lossy().to_lowercase());

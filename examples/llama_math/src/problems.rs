@@ -9,12 +9,12 @@ use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
 
 use crate::data::Record;
-use crate::tokenize::PromptTemplate;
+use crate::prompt::PromptTemplate;
 
-const NAMES: [&str; 12] = [
+pub(crate) const NAMES: [&str; 12] = [
     "Ada", "Ben", "Cora", "Dan", "Eva", "Finn", "Gina", "Hugo", "Iris", "Jon", "Kate", "Leo",
 ];
-const ITEMS: [&str; 12] = [
+pub(crate) const ITEMS: [&str; 12] = [
     "apples", "books", "cards", "coins", "eggs", "marbles", "pencils", "plums", "shells", "stamps",
     "stickers", "toys",
 ];
@@ -166,8 +166,8 @@ fn problem(kind: Kind, rng: &mut StdRng) -> ([u32; 3], Record) {
         numbers,
         Record {
             instruction,
-            input: String::new(),
             answer,
+            ..Record::default()
         },
     )
 }
@@ -233,8 +233,8 @@ fn one_step_problem(rng: &mut StdRng) -> Record {
     };
     Record {
         instruction,
-        input: String::new(),
         answer: format!("{answer}\n#### {result}"),
+        ..Record::default()
     }
 }
 
@@ -245,7 +245,7 @@ pub fn pretraining_text(template: &PromptTemplate, rng: &mut StdRng) -> String {
         return (0..8).map(|_| equation(rng)).collect::<Vec<_>>().join(",");
     }
     let record = one_step_problem(rng);
-    template.prompt(&record) + &record.answer
+    template.text(&record) + &record.answer
 }
 
 #[cfg(test)]

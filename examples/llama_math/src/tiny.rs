@@ -1,6 +1,6 @@
 //! The tiny model that is part of this example, and its prompt.
 
-use crate::tokenize::PromptTemplate;
+use crate::prompt::PromptTemplate;
 use crate::{Error, Pretrained};
 
 /// The model that `pretrain` made.

@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 use crate::batch::Sequence;
 use crate::console::complain;
 use crate::data::Record;
-use crate::tokenize::{PromptTemplate, Sequences, Tokens};
+use crate::tokenize::{Sequences, Template, Tokens};
 use crate::weights::hexadecimal;
 use crate::{Error, user_cache};
 
@@ -17,7 +17,7 @@ const FEWEST: usize = 2_000;
 /// What all files may take together, in bytes.
 const MAX_BYTES: u64 = 1 << 30;
 /// First bytes of a file. Another way to encode or to write takes another number.
-const MAGIC: &[u8] = b"llama_math tokens 2\n";
+const MAGIC: &[u8] = b"llama_math tokens 3\n";
 
 /// A folder of encoded records. The name of a file is a hash of all that its content depends on.
 #[derive(Clone, Debug)]
@@ -50,7 +50,7 @@ impl TokenCache {
         &self,
         tokens: &Tokens,
         records: &[Record],
-        template: &PromptTemplate,
+        template: &dyn Template,
         max_length: usize,
     ) -> Result<Sequences, Error> {
         let encode = || tokens.sequences(records, template, max_length);
@@ -81,12 +81,7 @@ impl TokenCache {
 }
 
 /// A hash of everything that the sequences depend on.
-fn key(
-    tokens: &Tokens,
-    records: &[Record],
-    template: &PromptTemplate,
-    max_length: usize,
-) -> String {
+fn key(tokens: &Tokens, records: &[Record], template: &dyn Template, max_length: usize) -> String {
     let mut hash = Sha256::new();
     let mut add = |bytes: &[u8]| {
         hash.update((bytes.len() as u64).to_le_bytes());
@@ -95,9 +90,14 @@ fn key(
     add(MAGIC);
     add(env!("CARGO_PKG_VERSION").as_bytes());
     add(tokens.digest());
-    add(template.text().as_bytes());
+    add(template.key().as_bytes());
     add(&(max_length as u64).to_le_bytes());
     for record in records {
+        for turn in &record.earlier {
+            add(turn.role.name().as_bytes());
+            add(turn.content.as_bytes());
+            add(&[u8::from(turn.is_learned)]);
+        }
         for text in [&record.instruction, &record.input, &record.answer] {
             add(text.as_bytes());
         }
@@ -105,8 +105,8 @@ fn key(
     hexadecimal(&hash.finalize())
 }
 
-/// The first bytes, six numbers of 8 bytes, the two lengths of every sequence and all tokens in 4 bytes
-/// each.
+/// The first bytes, six numbers of 8 bytes, and in 4 bytes each for every sequence the number of its tokens,
+/// that of its ranges of targets, the tokens and the ends of the ranges.
 fn encode(sequences: &Sequences) -> Vec<u8> {
     let Sequences {
         usable,
@@ -120,12 +120,15 @@ fn encode(sequences: &Sequences) -> Vec<u8> {
     for number in [usable.len(), *records, *cut, *joined, *empty, *too_long] {
         bytes.extend((number as u64).to_le_bytes());
     }
-    for sequence in usable {
-        bytes.extend((sequence.tokens.len() as u32).to_le_bytes());
-        bytes.extend((sequence.prompt_len as u32).to_le_bytes());
-    }
-    for token in usable.iter().flat_map(|sequence| &sequence.tokens) {
-        bytes.extend(token.to_le_bytes());
+    let mut add = |number: u32| bytes.extend(number.to_le_bytes());
+    for Sequence { tokens, targets } in usable {
+        add(tokens.len() as u32);
+        add(targets.len() as u32);
+        tokens.iter().for_each(|&token| add(token));
+        for range in targets {
+            add(range.start as u32);
+            add(range.end as u32);
+        }
     }
     bytes
 }
@@ -138,21 +141,31 @@ fn decode(bytes: &[u8]) -> Option<Sequences> {
     let mut next = || numbers.next();
     let (usable, records, cut) = (next()?, next()?, next()?);
     let (joined, empty, too_long) = (next()?, next()?, next()?);
-    let (lengths, tokens) = rest.split_at_checked(usable.checked_mul(8)?)?;
-    let number = |&bytes: &[u8; 4]| u32::from_le_bytes(bytes);
-    let mut tokens = tokens.as_chunks::<4>().0.iter().map(number);
-    let lengths = lengths.as_chunks::<4>().0.iter().map(number);
-    let lengths: Vec<usize> = lengths.map(|length| length as usize).collect();
-    let sequence = |[len, prompt_len]: &[usize; 2]| {
-        let tokens: Vec<u32> = tokens.by_ref().take(*len).collect();
-        (tokens.len() == *len).then_some(Sequence {
+    let (numbers, []) = rest.as_chunks::<4>() else {
+        return None;
+    };
+    let mut numbers = numbers.iter().map(|&bytes| u32::from_le_bytes(bytes));
+    let sequence = |_| {
+        let (len, ranges) = (numbers.next()? as usize, numbers.next()? as usize);
+        let tokens: Vec<u32> = numbers.by_ref().take(len).collect();
+        let ends: Vec<usize> = numbers
+            .by_ref()
+            .take(2 * ranges)
+            .map(|end| end as usize)
+            .collect();
+        let is_whole = tokens.len() == len && ends.len() == 2 * ranges;
+        is_whole.then(|| Sequence {
             tokens,
-            prompt_len: *prompt_len,
+            targets: ends
+                .as_chunks()
+                .0
+                .iter()
+                .map(|&[start, end]| start..end)
+                .collect(),
         })
     };
-    let usable = lengths.as_chunks::<2>().0.iter().map(sequence);
     Some(Sequences {
-        usable: usable.collect::<Option<_>>()?,
+        usable: (0..usable).map(sequence).collect::<Option<_>>()?,
         records,
         cut,
         joined,
@@ -164,12 +177,14 @@ fn decode(bytes: &[u8]) -> Option<Sequences> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::prompt::PromptTemplate;
     use crate::tiny;
     use std::path::Path;
 
     fn sample() -> (Tokens, Vec<Record>) {
         let tokens = Tokens::of(&tiny::pretrained().unwrap()).unwrap();
         let record = |i: usize| Record {
+            earlier: Vec::new(),
             instruction: format!("How many are {i} and 2?"),
             input: String::new(),
             answer: match i % 100 {

@@ -1,10 +1,10 @@
-//! From records to token sequences, by the published conventions.
+//! The tokenizer of a checkpoint, and what becomes of records.
 
-use std::fmt::{self, Display, Formatter};
+use std::fmt::{self, Debug, Display, Formatter};
+use std::ops::Range;
 use std::path::PathBuf;
 
 use rayon::prelude::*;
-use regex::Regex;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 use tokenizers::normalizers::NormalizerWrapper;
@@ -16,73 +16,25 @@ use crate::config::Family;
 use crate::data::Record;
 use crate::{Error, Pretrained, files, panics};
 
-/// The published prompt. Nothing is added between it and the answer.
-pub const ALPACA: &str = "Below is an instruction that describes a task. Write a response that \
-                          appropriately completes the request.\n\n### Instruction:\n\
-                          {instruction}\n\n### Response:";
-const INSTRUCTION: &str = "instruction";
-/// Alpaca's context of an instruction.
-const INPUT: &str = "input";
+/// How records become tokens.
+pub trait Template: Debug + Send + Sync {
+    /// All that the tokens depend on besides tokenizer and record.
+    fn key(&self) -> String;
 
-/// A prompt with a place for the instruction, and perhaps one for its context.
-#[derive(Clone, Debug)]
-pub struct PromptTemplate(String);
-
-impl PromptTemplate {
-    /// A template, which must contain `{instruction}`, may contain `{input}`, and no other name in
-    /// braces.
+    /// Tokens of what comes before the answer.
     ///
     /// # Errors
     ///
-    /// What is wrong with it.
-    pub fn new(text: impl Into<String>) -> Result<Self, String> {
-        let text = text.into();
-        let names = Regex::new(r"\{([A-Za-z_][A-Za-z0-9_]*)\}").expect("the pattern is valid");
-        let mut found = names.captures_iter(&text).map(|found| found[1].to_string());
-        if let Some(name) = found.find(|name| ![INSTRUCTION, INPUT].contains(&name.as_str())) {
-            return Err(format!(
-                "has {{{name}}}; only {{instruction}} and {{input}} are filled"
-            ));
-        }
-        match text.contains("{instruction}") {
-            true => Ok(Self(text)),
-            false => Err("has no {instruction} to replace".into()),
-        }
-    }
+    /// Those of the tokenizer, and [`Error::Field`] for a record that the template refuses.
+    fn prompt(&self, tokens: &Tokens, record: &Record) -> Result<Vec<u32>, Error>;
 
-    /// The template itself.
-    pub fn text(&self) -> &str {
-        &self.0
-    }
-
-    /// The prompt of a record. Its context follows the instruction where the template has no place for
-    /// it.
-    pub fn prompt(&self, record: &Record) -> String {
-        let Record {
-            instruction, input, ..
-        } = record;
-        // In one pass, so that braces in the data stay as they are.
-        let mut parts = self.0.split("{input}");
-        let first = parts.next().unwrap_or_default();
-        let rest: Vec<&str> = parts.collect();
-        let instruction = match rest.is_empty() && !input.is_empty() {
-            true => format!("{instruction}\n\n{input}"),
-            false => instruction.clone(),
-        };
-        let fill = |part: &str| {
-            part.split("{instruction}")
-                .collect::<Vec<_>>()
-                .join(&instruction)
-        };
-        rest.into_iter()
-            .fold(fill(first), |text, part| text + input + &fill(part))
-    }
-}
-
-impl Default for PromptTemplate {
-    fn default() -> Self {
-        Self(ALPACA.into())
-    }
+    /// The whole record, and whether a token joins the beginning of an answer with what comes before
+    /// it; that token is a target.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`prompt`](Self::prompt).
+    fn sequence(&self, tokens: &Tokens, record: &Record) -> Result<(Sequence, bool), Error>;
 }
 
 /// The tokenizer of a pretrained model with what training and decoding need of it.
@@ -154,6 +106,7 @@ impl Tokens {
         };
         let mut end_ids = pretrained.config.eos_tokens.clone();
         end_ids.push(end_id);
+        end_ids.extend(ends_of_generation(pretrained));
         let mut tokens = Self {
             tokenizer,
             path,
@@ -240,26 +193,44 @@ impl Tokens {
         self.end_ids.contains(&token)
     }
 
+    /// Tokens of a text with nothing put around it, and the bytes of the text that each stands for.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`encode`](Self::encode).
+    pub fn encode_with_places(&self, text: &str) -> Result<(Vec<u32>, Vec<Range<usize>>), Error> {
+        let encoding = self.tokenizer.encode(text, false);
+        let encoding =
+            encoding.map_err(|error| Error::field(&self.path, "content", error.to_string()))?;
+        let ids = encoding.get_ids().to_vec();
+        self.check(&ids)?;
+        let places = encoding.get_offsets().iter();
+        Ok((ids, places.map(|&(start, end)| start..end).collect()))
+    }
+
+    /// The token that ends every answer, and its text.
+    pub fn end(&self) -> (u32, &str) {
+        (self.end, &self.end_text)
+    }
+
     /// Tokens of a record's prompt.
     ///
     /// # Errors
     ///
-    /// Those of [`encode`](Self::encode), and [`Error::Field`] for a prompt without a token.
-    pub fn prompt(&self, record: &Record, template: &PromptTemplate) -> Result<Vec<u32>, Error> {
-        let text = template.prompt(record);
-        let ids = self.encode(&text)?;
+    /// Those of the template, and [`Error::Field`] for a prompt without a token.
+    pub fn prompt(&self, record: &Record, template: &dyn Template) -> Result<Vec<u32>, Error> {
+        let ids = template.prompt(self, record)?;
         match ids.is_empty() {
             true => {
-                let reason = format!("makes no token of the prompt {text:?}");
+                let instruction = &record.instruction;
+                let reason = format!("makes no token of the prompt {instruction:?}");
                 Err(Error::field(&self.path, "content", reason))
             }
             false => Ok(ids),
         }
     }
 
-    /// Prompt and answer as one text, the answer followed by a newline and the end token. Targets start
-    /// at the first token in which that differs from the prompt alone. What exceeds `max_length` is
-    /// cut.
+    /// The record as a sequence of at most `max_length` tokens; what exceeds them is cut.
     ///
     /// # Errors
     ///
@@ -267,33 +238,12 @@ impl Tokens {
     pub fn sequence(
         &self,
         record: &Record,
-        template: &PromptTemplate,
+        template: &dyn Template,
         max_length: usize,
     ) -> Result<Sequence, Error> {
-        Ok(self.compare(record, template, max_length)?.0)
-    }
-
-    /// The sequence, and whether its targets begin before the end of the prompt.
-    fn compare(
-        &self,
-        record: &Record,
-        template: &PromptTemplate,
-        max_length: usize,
-    ) -> Result<(Sequence, bool), Error> {
-        let prompt = self.prompt(record, template)?;
-        // An answer that spells its end out has only one too.
-        let mut answer = record.answer.as_str();
-        while let Some(rest) = answer.trim_end().strip_suffix(&self.end_text) {
-            answer = rest.trim_end();
-        }
-        let text = template.prompt(record);
-        let mut tokens = self.encode(&format!("{text}{answer}\n"))?;
-        tokens.push(self.end);
-        tokens.truncate(max_length);
-        let common = prompt.iter().zip(&tokens).take_while(|(x, y)| x == y);
-        let prompt_len = common.count();
-        let is_joined = prompt_len < prompt.len().min(tokens.len());
-        Ok((Sequence { tokens, prompt_len }, is_joined))
+        let (mut sequence, _) = template.sequence(self, record)?;
+        sequence.truncate(max_length);
+        Ok(sequence)
     }
 
     /// The sequences of all records that have an answer and keep a target token, encoded on all cores.
@@ -304,7 +254,7 @@ impl Tokens {
     pub fn sequences(
         &self,
         records: &[Record],
-        template: &PromptTemplate,
+        template: &dyn Template,
         max_length: usize,
     ) -> Result<Sequences, Error> {
         let mut all = Sequences {
@@ -313,21 +263,22 @@ impl Tokens {
         };
         let encode = |record: &Record| match record.answer.trim().is_empty() {
             true => Ok(None),
-            false => self.compare(record, template, max_length).map(Some),
+            false => template.sequence(self, record).map(Some),
         };
         // Errors come in the order of the records.
         let encoded: Vec<Result<_, Error>> = records.par_iter().map(encode).collect();
         for record in encoded {
-            let Some((sequence, is_joined)) = record? else {
+            let Some((mut sequence, is_joined)) = record? else {
                 all.empty += 1;
                 continue;
             };
+            let is_cut = sequence.truncate(max_length);
             if sequence.num_targets() == 0 {
                 all.too_long += 1;
                 continue;
             }
             all.joined += usize::from(is_joined);
-            all.cut += usize::from(sequence.tokens.last() != Some(&self.end));
+            all.cut += usize::from(is_cut);
             all.usable.push(sequence);
         }
         Ok(all)
@@ -383,6 +334,7 @@ fn digest_of(pretrained: &Pretrained) -> Vec<u8> {
         "tokenizer.json",
         "tokenizer_config.json",
         "special_tokens_map.json",
+        "generation_config.json",
     ] {
         let content = pretrained.known_files.get(name);
         hash.update(
@@ -400,7 +352,7 @@ fn digest_of(pretrained: &Pretrained) -> Vec<u8> {
 }
 
 /// `tokenizer_config.json`; empty where there is none.
-fn settings_of(pretrained: &Pretrained) -> Result<Map<String, Value>, Error> {
+pub(crate) fn settings_of(pretrained: &Pretrained) -> Result<Map<String, Value>, Error> {
     let name = "tokenizer_config.json";
     let path = pretrained.path(name);
     match pretrained.known_files.get(name) {
@@ -411,7 +363,7 @@ fn settings_of(pretrained: &Pretrained) -> Result<Map<String, Value>, Error> {
 }
 
 /// The text of a token, which stands for itself or has properties.
-fn text_of(token: &Value) -> Option<&str> {
+pub(crate) fn text_of(token: &Value) -> Option<&str> {
     token.as_str().or_else(|| token.get("content")?.as_str())
 }
 
@@ -426,6 +378,20 @@ fn named_end(pretrained: &Pretrained, settings: &Map<String, Value>) -> Option<S
         let map: Value = serde_json::from_slice(bytes).ok()?;
         Some(text_of(map.get("eos_token")?)?.to_string())
     })
+}
+
+/// The tokens with which a generated text ends. A chat model may have more of them than its
+/// configuration names.
+fn ends_of_generation(pretrained: &Pretrained) -> Vec<u32> {
+    let bytes = pretrained.known_files.get("generation_config.json");
+    let settings = bytes.and_then(|bytes| serde_json::from_slice::<Value>(bytes).ok());
+    let ids = settings.and_then(|mut settings| settings.get_mut("eos_token_id").map(Value::take));
+    let all = match ids {
+        Some(Value::Array(ids)) => ids,
+        one => one.into_iter().collect(),
+    };
+    let id = |id: &Value| u32::try_from(id.as_u64()?).ok();
+    all.iter().filter_map(id).collect()
 }
 
 /// Changes what transformers changes when it reads these files (5.24, as recorded in the tests): the

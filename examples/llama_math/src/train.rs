@@ -17,6 +17,7 @@ use hd_pissa::{
 };
 
 use crate::batch::MicroBatch;
+use crate::loss::LossMean;
 use crate::method::{Adaptation, Method, num_trainable};
 use crate::spectrum::WeightsBefore;
 use crate::{Error, Llama};
@@ -33,6 +34,8 @@ pub struct OptimizerSettings {
     pub weight_decay: f64,
     /// In what precision deltas travel between workers, with HD-PiSSA.
     pub wire: CommunicationDtype,
+    /// Over what the loss of a step is the mean.
+    pub loss_mean: LossMean,
 }
 
 /// A model in training.
@@ -43,6 +46,7 @@ pub struct Trainer {
     device: Device,
     /// Whose micro-batches this worker takes.
     share: Share,
+    loss_mean: LossMean,
 }
 
 /// The micro-batches of a step that a worker takes.
@@ -54,8 +58,15 @@ enum Share {
 }
 
 impl Share {
-    /// Of the micro-batches of all shards, those of this worker: a group for each shard, or one.
-    fn of(&self, mut shards: Vec<Vec<MicroBatch>>) -> Vec<Vec<MicroBatch>> {
+    /// Of the micro-batches of all shards, those of this worker: a group for each shard, or one. Their
+    /// mean loss is that of the shard, or of all shards.
+    fn of(&self, mut shards: Vec<Vec<MicroBatch>>, mean: LossMean) -> Vec<Vec<MicroBatch>> {
+        match self {
+            Self::Shards(_) => shards
+                .iter_mut()
+                .for_each(|shard| mean.apply(shard.iter_mut())),
+            Self::Part { .. } => mean.apply(shards.iter_mut().flatten()),
+        }
         match self {
             Self::Shards(hosted) => shards.drain(hosted.clone()).collect(),
             Self::Part { worker, workers } => {
@@ -97,7 +108,7 @@ impl Optimizer {
 /// What one step did.
 #[derive(Clone, Copy, Debug)]
 pub struct StepReport {
-    /// Mean over the micro-batches of their mean loss per target.
+    /// Mean loss per target, over what [`LossMean`] says, and over the shards.
     pub loss: f64,
     /// Global norm of the gradients before clipping, over all shards.
     pub gradient_norm: f64,
@@ -182,6 +193,7 @@ impl Trainer {
             optimizer,
             device,
             share,
+            loss_mean: settings.loss_mean,
         })
     }
 
@@ -234,7 +246,7 @@ impl Trainer {
     /// Whether a run could go on from here: all parameters are finite, and so are loss and gradients
     /// of one of this worker's micro-batches, given those of all shards.
     pub fn is_sound(&self, shards: Vec<Vec<MicroBatch>>) -> bool {
-        let own = self.share.of(shards);
+        let own = self.share.of(shards, self.loss_mean);
         let micro_batch = &own[0][0];
         /// Zero as long as everything is finite.
         struct Zero(Vec<Tensor<1>>);
@@ -284,7 +296,7 @@ impl Trainer {
         lr: f64,
         shards: Vec<Vec<MicroBatch>>,
     ) -> Result<StepReport, Error> {
-        let groups = &self.share.of(shards)[..];
+        let groups = &self.share.of(shards, self.loss_mean)[..];
         let model = self.model.take().expect("a step puts the model back");
         let mut total = Total {
             step,
@@ -442,7 +454,7 @@ struct Total {
     tokens: usize,
 }
 
-/// For each group of micro-batches the mean of the gradients of their mean loss per target. With HD-PiSSA
+/// For each group of micro-batches the mean of the gradients of their loss per target. With HD-PiSSA
 /// a group is a shard, and `first_shard` the first of them.
 fn mean_gradients<B: Borrow<MicroBatch>>(
     model: &Llama,
@@ -457,7 +469,7 @@ fn mean_gradients<B: Borrow<MicroBatch>>(
     Ok(accumulators.iter_mut().map(|all| all.grads()).collect())
 }
 
-/// Hands the gradients of each micro-batch's mean loss per target, divided by `divisor` of its group, to
+/// Hands the gradients of each micro-batch's loss per target, divided by `divisor` of its group, to
 /// `collect`, in order, with the position of the group.
 fn each_gradient<B: Borrow<MicroBatch>>(
     model: &Llama,
@@ -486,9 +498,7 @@ fn each_gradient<B: Borrow<MicroBatch>>(
                 selected.expect("each group is that of a hosted shard")
             });
             let model = selected.as_ref().unwrap_or(model);
-            let targets = micro_batch.targets();
-            let loss = model.target_loss(micro_batch.tokens(device), targets);
-            let loss = loss / targets.len() as f64;
+            let loss = micro_batch.loss(model, device) / micro_batch.divisor();
             let value: f64 = loss.clone().into_scalar();
             let gradients = value.is_finite().then(|| {
                 let gradients = (loss / count as f64).backward();

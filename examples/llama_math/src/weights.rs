@@ -79,18 +79,9 @@ pub(crate) fn read_tensors(
         read_file(&single, &mut tensors)?;
         return Ok((tensors, [SINGLE.to_string()].into()));
     }
-    let text = files::text(&index)?;
-    let Index { weight_map } = serde_json::from_str(&text)
-        .map_err(|error| Error::field(&index, "weight_map", error.to_string()))?;
+    let weight_map = read_index(&index)?;
     let names: BTreeSet<String> = weight_map.values().cloned().collect();
-    if names.is_empty() {
-        return Err(Error::field(&index, "weight_map", "is empty"));
-    }
     for name in &names {
-        if Path::new(name).file_name() != Some(name.as_ref()) {
-            let reason = format!("`{name}` is not the name of a file in the same folder");
-            return Err(Error::field(&index, "weight_map", reason));
-        }
         read_file(&folder.join(name), &mut tensors)?;
     }
     for (tensor, name) in &weight_map {
@@ -126,6 +117,30 @@ pub(crate) fn read_tensors(
         }
     }
     Ok((tensors, names))
+}
+
+/// The names of the files that an index names.
+#[cfg(feature = "hub")]
+pub(crate) fn names_of_index(path: &Path) -> Result<BTreeSet<String>, Error> {
+    read_index(path).map(|weight_map| weight_map.into_values().collect())
+}
+
+/// The file of each tensor, by its name. All are in the folder of the index.
+fn read_index(path: &Path) -> Result<BTreeMap<String, String>, Error> {
+    let text = files::text(path)?;
+    let Index { weight_map } = serde_json::from_str(&text)
+        .map_err(|error| Error::field(path, "weight_map", error.to_string()))?;
+    if weight_map.is_empty() {
+        return Err(Error::field(path, "weight_map", "is empty"));
+    }
+    let is_in_folder = |name: &&String| Path::new(name).file_name() == Some(name.as_ref());
+    match weight_map.values().find(|name| !is_in_folder(name)) {
+        Some(name) => {
+            let reason = format!("`{name}` is not the name of a file in the same folder");
+            Err(Error::field(path, "weight_map", reason))
+        }
+        None => Ok(weight_map),
+    }
 }
 
 fn read_file(path: &Path, tensors: &mut BTreeMap<String, Entry>) -> Result<(), Error> {

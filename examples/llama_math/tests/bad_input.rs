@@ -271,6 +271,21 @@ fn configurations_that_do_not_fit() {
         ("head_dim", 31.into(), ["head_dim", "must be even"]),
         ("rope_theta", 0.into(), ["rope_theta", "above 0"]),
         (
+            "partial_rotary_factor",
+            0.5.into(),
+            ["partial_rotary_factor", "0.5 is not supported"],
+        ),
+        (
+            "rope_scaling",
+            serde_json::json!({"rope_type": "yarn"}),
+            ["rope_scaling.factor", "is missing"],
+        ),
+        (
+            "rope_scaling",
+            serde_json::json!({"rope_type": "dynamic", "factor": -2.0}),
+            ["rope_scaling.factor", "above 0"],
+        ),
+        (
             "vocab_size",
             100.into(),
             ["tokenizer.json: vocab", "vocab_size"],
@@ -290,9 +305,9 @@ fn configurations_that_do_not_fit() {
     }
     let case = Case::new();
     case.edit_json("model/config.json", |config| {
-        config["rope_scaling"] = serde_json::json!({"rope_type": "yarn", "factor": 2.0});
+        config["rope_scaling"] = serde_json::json!({"rope_type": "longrope", "factor": 2.0});
     });
-    case.refuses(&[], &["rope_scaling", "`yarn`"]);
+    case.refuses(&[], &["rope_scaling", "`longrope`"]);
     let case = Case::new();
     case.edit_json("model/config.json", |config| {
         config["intermediate_size"] = 300.into()
@@ -704,8 +719,8 @@ fn the_family_comes_before_its_fields() {
             "gemma3",
         ),
         (
-            r#"{"architectures": ["Phi3ForCausalLM"], "hidden_size": "x"}"#,
-            "Phi3ForCausalLM",
+            r#"{"architectures": ["PhiForCausalLM"], "hidden_size": "x"}"#,
+            "PhiForCausalLM",
         ),
         (r#"{"model_type": "llava", "vocab_size": null}"#, "llava"),
     ] {

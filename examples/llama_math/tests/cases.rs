@@ -256,8 +256,8 @@ fn the_input_of_a_template_is_filled() {
     case.says(&given, &["8 records, 8 usable"]);
     let records = llama_math::data::read_records(Path::new(&data), None).unwrap();
     let template = std::fs::read_to_string(&prompt).unwrap();
-    let template = llama_math::tokenize::PromptTemplate::new(template).unwrap();
-    let filled = template.prompt(&records[0]);
+    let template = llama_math::prompt::PromptTemplate::new(template).unwrap();
+    let filled = template.text(&records[0]);
     assert_eq!(filled, "Task: Add the numbers.\nGiven: 0 and 1\nReply:");
 }
 

@@ -61,6 +61,8 @@ fn run(folder: &Path) {
         folder: folder.into(),
         processes: 2,
         device: Some("flex".into()),
+        files: None,
+        until: None,
         program: child,
     };
     let findings = sweep().run(&children).unwrap();
@@ -165,7 +167,11 @@ fn a_result_of_other_settings_is_refused() {
         shards: 8,
     };
     assert!(TrialResult::read(&path, &trial).unwrap().is_none());
-    trial.run(&Device::flex()).unwrap().write(&path).unwrap();
+    trial
+        .run(&Device::flex(), None)
+        .unwrap()
+        .write(&path)
+        .unwrap();
     assert!(TrialResult::read(&path, &trial).unwrap().is_some());
     let longer = Trial { steps: 3, ..trial };
     let error = TrialResult::read(&path, &longer).unwrap_err().to_string();
@@ -185,6 +191,8 @@ fn a_child_that_fails_ends_the_sweep_with_what_it_said() {
         folder: root.path().into(),
         processes: 2,
         device: Some("no such device".into()),
+        files: None,
+        until: None,
         program: child,
     };
     let error = sweep().run(&children).unwrap_err().to_string();
@@ -206,16 +214,25 @@ fn facts_are_learned_and_recall_is_counted() {
         rank: 4,
         shards: 8,
     };
-    let result = trial.run(&Device::flex()).unwrap();
+    let result = trial.run(&Device::flex(), None).unwrap();
     let Outcome::Trained(measured) = &result.outcome else {
         panic!("{:?}", result.outcome);
     };
     assert_eq!(measured.correct, 32, "loss {}", measured.loss);
     assert!(measured.loss < 0.1);
     assert_eq!(
-        numbers(&trial.run(&Device::flex()).unwrap()),
+        numbers(&trial.run(&Device::flex(), None).unwrap()),
         numbers(&result)
     );
+    // What the model knew suffers, compared with the model before any step.
+    let untrained = Trial { steps: 0, ..trial };
+    let untrained = untrained.run(&Device::flex(), None).unwrap();
+    let Outcome::Trained(untrained) = &untrained.outcome else {
+        panic!("{:?}", untrained.outcome);
+    };
+    assert_eq!(untrained.correct, 0);
+    let (before, after) = (untrained.text_loss.unwrap(), measured.text_loss.unwrap());
+    assert!(before < 1.0 && after > 1.5 * before, "{before} {after}");
     let before = Sweep {
         seeds: vec![9],
         ..sweep()
@@ -235,7 +252,7 @@ fn a_training_that_diverges_is_a_result() {
         rank: 4,
         shards: 8,
     };
-    let result = trial.run(&Device::flex()).unwrap();
+    let result = trial.run(&Device::flex(), None).unwrap();
     assert!(matches!(result.outcome, Outcome::Diverged(_)));
     assert_eq!((result.score(), result.loss()), (0.0, f64::INFINITY));
 }

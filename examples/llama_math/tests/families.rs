@@ -12,14 +12,20 @@ use safetensors::SafeTensors;
 
 use common::{floats, integers, largest, largest_difference, tokens};
 
-const FAMILIES: [&str; 7] = [
+const FAMILIES: [&str; 13] = [
     "llama2",
     "llama3",
     "llama3_older_keys",
     "llama_biases",
+    "llama_dynamic",
+    "llama_yarn",
     "mistral",
+    "phi3",
     "qwen2",
+    "qwen3",
+    "qwen3_yarn",
     "smollm2",
+    "smollm3",
 ];
 
 fn fixture(name: &str) -> PathBuf {
@@ -44,7 +50,11 @@ fn logits_are_those_of_transformers() {
         println!("{name}: largest error {error:.1e} of the largest logit");
         assert!(error <= 1e-4, "{name}: {error:e}");
 
-        // Fed in parts through the cache, the last logits are the same.
+        // Fed in parts through the cache, the last logits are the same; where the frequencies depend on
+        // the length, keys in the cache keep the ones from before, in transformers too.
+        if name == "llama_dynamic" {
+            continue;
+        }
         let mut cache = Cache::default();
         let mut last = Vec::new();
         for part in [&ids[..6], &ids[6..7], &ids[7..12], &ids[12..]] {

@@ -10,6 +10,7 @@ use hd_pissa::{FrameScale, GradientMode, Windows};
 use llama_math::Pretrained;
 use llama_math::batch::{MicroBatch, Sequence};
 use llama_math::export::ExportConfig;
+use llama_math::loss::LossMean;
 use llama_math::method::{Adaptation, Method, SvdOption};
 use llama_math::schedule::{Decay, Schedule};
 use llama_math::train::{OptimizerSettings, Trainer};
@@ -120,7 +121,7 @@ fn training_reaches_the_recorded_weights_by(svd: SvdOption) {
                 .zip(&tokens[prompt_len..])
                 .all(|(&l, &t)| l == i64::from(t))
         );
-        Sequence { tokens, prompt_len }
+        Sequence::new(tokens, prompt_len)
     };
     let micro_batch = |step: usize, micro_batch: usize, shard: usize| {
         let first = ((step * accumulation + micro_batch) * shards + shard) * rows;
@@ -143,7 +144,11 @@ fn training_reaches_the_recorded_weights_by(svd: SvdOption) {
         svd_cache: None,
     };
     let model = pretrained.load(&device).unwrap();
-    let mut trainer = Trainer::new(model, &adaptation, OptimizerSettings::default()).unwrap();
+    let settings = OptimizerSettings {
+        loss_mean: LossMean::MicroBatches,
+        ..OptimizerSettings::default()
+    };
+    let mut trainer = Trainer::new(model, &adaptation, settings).unwrap();
     let schedule = Schedule {
         peak: case["lr"].as_f64().unwrap(),
         decay: Decay::Cosine,

@@ -15,9 +15,11 @@ use hd_pissa::{
 use llama_math::batch::{MicroBatch, Sequence};
 use llama_math::data::{Record, read_records};
 use llama_math::evaluate::{greedy, mean_loss};
+use llama_math::loss::LossMean;
 use llama_math::method::{Adaptation, DEFAULT_TARGETS, Method, SvdOption};
+use llama_math::prompt::PromptTemplate;
 use llama_math::schedule::{Decay, Schedule};
-use llama_math::tokenize::{PromptTemplate, Tokens};
+use llama_math::tokenize::Tokens;
 use llama_math::train::{OptimizerSettings, Trainer};
 use llama_math::{Cache, Pretrained};
 use serde_json::Value;
@@ -124,10 +126,7 @@ fn four_recorded_steps() {
         let labels = ids(&case["labels_step_rank"][step][shard]);
         let prompt_len = labels.iter().take_while(|&&label| label == -100).count();
         assert_eq!(labels[prompt_len..], tokens[prompt_len..]);
-        Sequence {
-            tokens: tokens.iter().map(|&id| id as u32).collect(),
-            prompt_len,
-        }
+        Sequence::new(tokens.iter().map(|&id| id as u32).collect(), prompt_len)
     };
 
     let device = Device::flex().autodiff();
@@ -150,7 +149,11 @@ fn four_recorded_steps() {
         svd: SvdOption::Exact,
         svd_cache: None,
     };
-    let mut trainer = Trainer::new(model, &adaptation, OptimizerSettings::default()).unwrap();
+    let settings = OptimizerSettings {
+        loss_mean: LossMean::MicroBatches,
+        ..OptimizerSettings::default()
+    };
+    let mut trainer = Trainer::new(model, &adaptation, settings).unwrap();
     let losses = numbers(&case["official_losses"]);
     let schedule = Schedule {
         peak: case["lr"].as_f64().unwrap(),
@@ -286,7 +289,7 @@ fn the_first_problem_of_gsm8k_has_the_recorded_tokens_and_loss() {
     let ours: Vec<i64> = sequence.tokens.iter().map(|&id| i64::from(id)).collect();
     assert_eq!(ours, ids(&case["input_ids"]));
     assert_eq!(
-        sequence.prompt_len as u64,
+        sequence.targets[0].start as u64,
         case["source_len"].as_u64().unwrap()
     );
 
@@ -336,7 +339,7 @@ fn tokenization_is_the_recorded_one() {
             };
             assert_eq!(ours.tokens[..length], tokens[..length]);
             assert_eq!(
-                ours.prompt_len,
+                ours.targets[0].start,
                 labels.iter().take_while(|&&label| label == -100).count()
             );
             found += 1;

@@ -5,7 +5,8 @@ use std::path::Path;
 
 use llama_math::Pretrained;
 use llama_math::data::Record;
-use llama_math::tokenize::{PromptTemplate, Tokens};
+use llama_math::prompt::PromptTemplate;
+use llama_math::tokenize::Tokens;
 use serde_json::{Value, json};
 
 /// One of the recorded variants.
@@ -105,8 +106,8 @@ fn ids_are_those_of_transformers() {
 fn every_sequence_ends_with_exactly_one_end() {
     let record = |answer: &str| Record {
         instruction: "How many eggs?".into(),
-        input: String::new(),
         answer: answer.into(),
+        ..Record::default()
     };
     let templates = [
         "{instruction}\nA:",
@@ -122,17 +123,17 @@ fn every_sequence_ends_with_exactly_one_end() {
             let name = variant.name();
             assert_eq!((ends, sequence.tokens.last()), (1, Some(&end)), "{name}");
             // All of the answer is a target, and the end is: what is decoded from there holds it.
-            let targets = &sequence.tokens[sequence.prompt_len..];
+            let targets = &sequence.tokens[sequence.targets[0].start..];
             let text = tokens.decode(targets).unwrap();
             assert!(text.contains("He has 3 eggs\n#### 3"), "{name}: {text:?}");
             // Nothing but the prompt comes before.
             let prompt = tokens.prompt(&plain, &template).unwrap();
             assert_eq!(
-                sequence.tokens[..sequence.prompt_len],
-                prompt[..sequence.prompt_len]
+                sequence.tokens[..sequence.targets[0].start],
+                prompt[..sequence.targets[0].start]
             );
             assert!(prompt.last() != Some(&end), "{name}");
-            assert!(prompt.len() - sequence.prompt_len <= 1, "{name}");
+            assert!(prompt.len() - sequence.targets[0].start <= 1, "{name}");
         }
         // An answer that spells the end out.
         let spelled = variant.0["tokenizer_config"]["eos_token"].as_str().unwrap();
@@ -151,8 +152,8 @@ fn a_token_that_joins_prompt_and_answer_is_a_target_and_counted() {
     let tokens = variants[9].tokens();
     let records = [Record {
         instruction: "How many".into(),
-        input: String::new(),
         answer: "eggs are there now".into(),
+        ..Record::default()
     }];
     let count = |template: &str| {
         let template = PromptTemplate::new(template).unwrap();

@@ -13,7 +13,8 @@ use half::{bf16, f16};
 use llama_math::Pretrained;
 use llama_math::data::read_records;
 use llama_math::evaluate::mean_loss;
-use llama_math::tokenize::{PromptTemplate, Tokens};
+use llama_math::prompt::PromptTemplate;
+use llama_math::tokenize::Tokens;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
@@ -241,9 +242,10 @@ fn every_other_file_is_carried_over_or_named() {
         assert_eq!(read(&case.output()), read(Path::new(model)), "{name}");
     }
     #[cfg(unix)]
-    assert!(
-        case.output().join("README.md").is_file(),
-        "a link is followed"
+    assert_eq!(
+        std::fs::read(case.output().join("README-base.md")).unwrap(),
+        std::fs::read(case.root.path().join("data.jsonl")).unwrap(),
+        "a link is followed, and the page has another name"
     );
     let line = said
         .lines()

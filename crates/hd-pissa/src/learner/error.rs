@@ -1,11 +1,12 @@
 //! Errors that end a training in Burn's loop.
 
+use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use burn::train::train::WorkerFailure;
 use burn::train::{Interrupter, TrainingError};
 
-use crate::OptimizerError;
+use crate::{Cause, OptimizerError};
 
 /// The error that ended a training; see [`HdPissaStrategy::error`](super::HdPissaStrategy::error).
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -25,6 +26,26 @@ pub enum LearnerError {
         /// The cause.
         #[source]
         cause: OptimizerError,
+    },
+    /// A file of a checkpoint is missing or damaged.
+    #[error("{}: {cause}; go on after an earlier epoch", file.display())]
+    Unreadable {
+        /// The file.
+        file: PathBuf,
+        /// Why it cannot be read.
+        cause: Cause,
+    },
+    /// A checkpoint is of another model, of other adapters, or of another strategy.
+    #[error(
+        "{}: does not fit this training: {cause}; take the model and the adapters that it was saved \
+         with",
+        file.display()
+    )]
+    Mismatch {
+        /// The file.
+        file: PathBuf,
+        /// What does not fit.
+        cause: Cause,
     },
     /// A forward, backward or validation pass of the model panicked. The weights are those of the last
     /// step.

@@ -5,6 +5,7 @@ mod epochs;
 mod error;
 mod layout;
 mod parts;
+mod saved;
 mod state;
 mod strategy;
 

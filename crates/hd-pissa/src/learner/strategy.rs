@@ -66,7 +66,8 @@ use crate::{HdPissaOptimizer, HdPissaOptimizerConfig, HdPissaOptimizerRecord, Op
 /// on Flex. Shuffled loaders continue with the order of epoch `n + 1` if you build them again with
 /// the same seed. They must have no threads of their own, which hand out batches in no fixed order.
 /// Burn panics on a checkpoint that it cannot read, or of other shards or frames, before the
-/// strategy sees it.
+/// strategy sees it. [`newest_checkpoint`](Self::newest_checkpoint) finds one that fits, or returns a
+/// typed error.
 ///
 /// # Errors
 ///
@@ -78,9 +79,9 @@ use crate::{HdPissaOptimizer, HdPissaOptimizerConfig, HdPissaOptimizerRecord, Op
 /// `SupervisedTraining::gradient_checkpointing` affects only Burn's own strategies. Put the model
 /// on a device with `autodiff_checkpointed` instead.
 pub struct HdPissaStrategy {
-    optimizer: ModuleOptimizer,
+    pub(super) optimizer: ModuleOptimizer,
     scheduler: ModuleLrScheduler,
-    config: HdPissaOptimizerConfig,
+    pub(super) config: HdPissaOptimizerConfig,
     devices: Vec<Device>,
     time_limit: Duration,
     error: FirstError,

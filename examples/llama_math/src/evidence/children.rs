@@ -9,9 +9,11 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Mutex;
+use std::time::Instant;
 
 use burn::tensor::Device;
 
+use super::task::Files;
 use super::trial::{Trial, TrialResult};
 use crate::Error;
 use crate::progress::Progress;
@@ -25,6 +27,10 @@ pub struct Children {
     pub processes: usize,
     /// Name of their device.
     pub device: Option<String>,
+    /// What tasks with records are about.
+    pub files: Option<Files>,
+    /// When no more are started.
+    pub until: Option<Instant>,
     /// Starts this program with other arguments.
     pub program: fn(&[OsString]) -> std::io::Result<Command>,
 }
@@ -41,7 +47,8 @@ pub fn this_program(arguments: &[OsString]) -> std::io::Result<Command> {
 }
 
 impl Children {
-    /// Runs the trials that have no result yet, and returns the results of all, in their order.
+    /// Runs the trials that have no result yet, and returns the results of all, in their order;
+    /// without those that there was no time for.
     ///
     /// # Errors
     ///
@@ -62,7 +69,11 @@ impl Children {
         let done = trials.len() - waiting.len();
         let progress = Progress::resumed(label, trials.len(), done, false);
         let waiting = Mutex::new(waiting);
-        let next = || waiting.lock().expect("nothing panics there").pop_front();
+        let is_late = || self.until.is_some_and(|until| Instant::now() >= until);
+        let next = || match is_late() {
+            true => None,
+            false => waiting.lock().expect("nothing panics there").pop_front(),
+        };
         std::thread::scope(|scope| {
             let (sender, finished) = std::sync::mpsc::channel();
             for _ in 0..self.processes.max(1) {
@@ -92,9 +103,7 @@ impl Children {
             Ok(())
         })?;
         progress.finish();
-        let all = results.into_iter().flatten().collect::<Vec<_>>();
-        debug_assert_eq!(all.len(), trials.len());
-        Ok(all)
+        Ok(results.into_iter().flatten().collect())
     }
 
     fn path(&self, trial: &Trial) -> PathBuf {
@@ -112,6 +121,15 @@ impl Children {
         arguments.extend([settings.into(), "--result".into(), path.clone().into()]);
         if let Some(device) = &self.device {
             arguments.extend(["--device".into(), device.into()]);
+        }
+        if let Some(Files { model, train, test }) = &self.files {
+            arguments.extend([
+                "--model".into(),
+                model.into(),
+                "--data".into(),
+                train.into(),
+            ]);
+            arguments.extend(["--test".into(), test.into()]);
         }
         let mut command = (self.program)(&arguments).map_err(|error| failed(error.to_string()))?;
         command.env("RAYON_NUM_THREADS", "1");
@@ -141,12 +159,17 @@ impl Children {
 /// # Errors
 ///
 /// Those of the trial.
-pub fn run_trial(settings: &str, device: &Device, result: &Path) -> Result<(), Error> {
+pub fn run_trial(
+    settings: &str,
+    device: &Device,
+    files: Option<&Files>,
+    result: &Path,
+) -> Result<(), Error> {
     let trial: Trial = serde_json::from_str(settings).map_err(|error| Error::Option {
         option: "settings",
         reason: error.to_string(),
     })?;
-    trial.run(device)?.write(result)
+    trial.run(device, files)?.write(result)
 }
 
 /// Ends this process when its standard input ends, together with the process that started it.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::row::Row;
-use super::task::Task;
+use super::task::{Kind, Task};
 use super::trial::TrialResult;
 
 /// Rates that every row is tried at before more are added.
@@ -35,12 +35,17 @@ impl Rate {
 
 /// The first rates of a row.
 pub fn first(task: Task, row: Row) -> Vec<Rate> {
-    let least = match (task, row) {
+    let least = match (task.kind(), row) {
+        (Kind::Layer(_), Row::Lora | Row::Pissa) => 2e-3,
+        (Kind::Layer(_), Row::LoraWide | Row::PissaWide | Row::LoraDouble) => 1e-3,
+        (Kind::Layer(_), _) => 2e-4,
+        (Kind::Records, _) => 1e-4,
         (_, Row::Lora | Row::Pissa) => 5e-3,
-        (_, Row::Published | Row::LoraWide | Row::PissaWide) => 2e-3,
+        (_, Row::Published | Row::PerShardRandom) => 2e-3,
+        (_, Row::LoraWide | Row::PissaWide | Row::LoraDouble) => 2e-3,
         (_, Row::Full) => 1e-3,
-        (Task::Problems, _) => 1e-3,
-        (Task::Facts, _) => 2e-3,
+        (Kind::Questions(_), _) => 1e-3,
+        (Kind::Facts, _) => 2e-3,
     };
     let Rate(place) = Rate::nearest(least);
     (place..).take(AT_LEAST).map(Rate).collect()
@@ -116,6 +121,8 @@ mod tests {
             correct,
             numeric_rank: 1.0,
             effective_rank: 1.0,
+            ranks: vec![],
+            text_loss: None,
             trainable: 1,
             seconds: 1.0,
             tokens_per_second: 1.0,

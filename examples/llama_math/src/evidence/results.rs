@@ -4,13 +4,15 @@ use std::fmt::Write;
 use std::path::Path;
 
 use super::learning_rates::{Best, LearningRates};
+use super::machine::machine;
 use super::rates;
 use super::row::Row;
-use super::statistics::Estimate;
-use super::sweep::{Finding, Sweep};
+use super::search::Finding;
+use super::statistics::{Estimate, percent};
+use super::sweep::Sweep;
 use super::task::{SEQUENCES_PER_STEP, Task};
 use super::trial::{Outcome, TrialResult};
-use super::verdict::{Rival, against, why_unfit};
+use super::verdict::{against, compared, unfit};
 use crate::Error;
 use crate::chart::{self, Curve, Panel, Scale, Stroke};
 
@@ -45,8 +47,8 @@ pub fn write(
 
 fn learning_rates(sweep: &Sweep, findings: &[Finding]) -> LearningRates {
     let best = findings.iter().map(|finding| Best {
-        task: finding.task,
-        row: finding.row,
+        task: finding.entry.task,
+        row: finding.entry.row,
         lr: finding.lr(),
     });
     LearningRates {
@@ -58,30 +60,16 @@ fn learning_rates(sweep: &Sweep, findings: &[Finding]) -> LearningRates {
 }
 
 /// How HD-PiSSA's rows stand against the others, a sentence each.
-pub fn verdicts(task: Task, findings: &[Finding], base: f64, sweep: &Sweep) -> Vec<String> {
-    let of_task = findings.iter().filter(|finding| finding.task == task);
+fn verdicts(task: Task, findings: &[Finding], base: f64) -> Vec<String> {
+    let of_task = findings.iter().filter(|finding| finding.entry.task == task);
     let of_task: Vec<&Finding> = of_task.collect();
-    let full = of_task.iter().find(|finding| finding.row == Row::Full);
-    let full = full.map(|full| Estimate::of(&full.scores()).mean);
-    if let Some(reason) = full.and_then(|full| why_unfit(base, full)) {
+    if let Some(reason) = unfit(&of_task, base) {
         return vec![format!("Nothing can be said: {reason}.")];
     }
-    let title = |finding: &Finding| finding.row.title(sweep.rank, sweep.shards);
-    let subjects = of_task.iter().filter(|finding| finding.row.is_hd_pissa());
-    let sentences = subjects.map(|subject| {
-        let others = of_task.iter().filter(|other| {
-            !other.row.is_hd_pissa()
-                || (other.row == Row::Published && subject.row != Row::Published)
-        });
-        let rivals: Vec<Rival> = others
-            .map(|other| Rival {
-                name: title(other),
-                difference: Estimate::of_differences(&subject.scores(), &other.scores()),
-            })
-            .collect();
-        against(&title(subject), &rivals) + "."
-    });
-    sentences.collect()
+    let sentences = compared(&of_task).into_iter();
+    sentences
+        .map(|(subject, rivals)| against(&subject.entry.title(), &rivals) + ".")
+        .collect()
 }
 
 fn table(sweep: &Sweep, findings: &[Finding], base: &[(Task, f64)]) -> String {
@@ -102,19 +90,14 @@ fn table(sweep: &Sweep, findings: &[Finding], base: &[(Task, f64)]) -> String {
         machine()
     );
     for &task in &sweep.tasks {
-        let of_task = findings.iter().filter(|finding| finding.task == task);
+        let of_task = findings.iter().filter(|finding| finding.entry.task == task);
         let of_task: Vec<&Finding> = of_task.collect();
         let base = base.iter().find(|(of, _)| *of == task);
         let base = base.map_or(0.0, |(_, share)| *share);
         let (steps, items) = task.length(sweep.quick);
-        let what = match task {
-            Task::Problems => {
-                format!("Problems of two steps: {steps} steps, {items} test problems")
-            }
-            Task::Facts => format!("Random facts: {steps} steps, {items} facts"),
-        };
-        let _ = writeln!(text, "\n### {what}\n");
-        for sentence in verdicts(task, findings, base, sweep) {
+        let what = task.heading(items);
+        let _ = writeln!(text, "\n### {what}: {steps} steps\n");
+        for sentence in verdicts(task, findings, base) {
             let _ = writeln!(text, "- {sentence}");
         }
         let _ = writeln!(
@@ -158,7 +141,7 @@ fn line(sweep: &Sweep, finding: &Finding) -> String {
     let rank = ranks.sum::<f64>() / measured.len().max(1) as f64;
     format!(
         "| {} | {:e} | {tried} | {} | {} ± {:.1} | {:.3} ± {:.3} | {trainable} | {rank:.1} |",
-        finding.row.title(sweep.rank, sweep.shards),
+        finding.entry.row.title(sweep.rank, sweep.shards),
         finding.lr(),
         each.join(", "),
         percent(share.mean),
@@ -168,31 +151,16 @@ fn line(sweep: &Sweep, finding: &Finding) -> String {
     )
 }
 
-fn percent(share: f64) -> String {
-    format!("{:.1} %", 100.0 * share)
-}
-
-/// The processor, as far as the system tells.
-fn machine() -> String {
-    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let names = text.lines().filter_map(|line| line.split_once(':'));
-    let mut names = names.filter(|(key, _)| key.trim() == "model name");
-    match names.next() {
-        Some((_, name)) => format!("Processor: {}.", name.trim()),
-        None => String::new(),
-    }
-}
-
 fn picture(sweep: &Sweep, findings: &[Finding]) -> String {
     let panel = |&task: &Task| {
-        let of_task = findings.iter().filter(|finding| finding.task == task);
+        let of_task = findings.iter().filter(|finding| finding.entry.task == task);
         let curves = of_task.map(|finding| {
             let tried = rates::tried(&finding.tried).into_iter();
             let points = tried.map(|tried| (tried.rate.value(), 100.0 * tried.score));
             Curve {
-                name: finding.row.short(sweep.rank, sweep.shards),
-                color: finding.row.color(),
-                stroke: match finding.row {
+                name: finding.entry.row.short(sweep.rank, sweep.shards),
+                color: finding.entry.row.color(),
+                stroke: match finding.entry.row {
                     Row::LoraWide | Row::PissaWide => Stroke::Dashed,
                     _ => Stroke::Dotted,
                 },

@@ -23,6 +23,8 @@ pub enum Row {
     Published,
     /// The same frames; every shard learns from all micro-batches.
     SharedLeading,
+    /// Every shard learns from its own micro-batches; random directions, frames of unit scale.
+    PerShardRandom,
     /// Shared gradients, components spread over the whole spectrum, frames of unit scale.
     SharedSpread,
     /// Shared gradients, random directions, frames of unit scale.
@@ -33,13 +35,31 @@ pub enum Row {
     LoraWide,
     /// PiSSA with as many trainable parameters as HD-PiSSA.
     PissaWide,
+    /// LoRA whose rank is the largest that an update of HD-PiSSA has, twice that of `LoraWide`.
+    LoraDouble,
     /// Every parameter.
     Full,
 }
 
 impl Row {
     /// All of them, in the order of tables.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 12] = [
+        Self::Lora,
+        Self::Pissa,
+        Self::Published,
+        Self::PerShardRandom,
+        Self::SharedLeading,
+        Self::SharedSpread,
+        Self::SharedRandom,
+        Self::SharedTrailing,
+        Self::LoraWide,
+        Self::PissaWide,
+        Self::LoraDouble,
+        Self::Full,
+    ];
+
+    /// Those of a sweep.
+    pub const SWEPT: [Self; 10] = [
         Self::Lora,
         Self::Pissa,
         Self::Published,
@@ -60,17 +80,26 @@ impl Row {
         let (per_shard, shared) = (GradientMode::PerShard, GradientMode::Shared);
         let narrow = |method| (method, rank, leading, balanced, per_shard);
         let wide = |method| (method, rank * shards, leading, balanced, per_shard);
+        let double = (
+            Method::Lora,
+            2 * rank * shards,
+            leading,
+            balanced,
+            per_shard,
+        );
         let sharing = |windows, scale| (Method::HdPissa, rank, windows, scale, shared);
         let (method, rank, windows, frame_scale, gradients) = match self {
             Self::Lora => narrow(Method::Lora),
             Self::Pissa => narrow(Method::Pissa),
             Self::Published => narrow(Method::HdPissa),
+            Self::PerShardRandom => (Method::HdPissa, rank, random, unit, per_shard),
             Self::SharedLeading => sharing(leading, balanced),
             Self::SharedSpread => sharing(spread, unit),
             Self::SharedRandom => sharing(random, unit),
             Self::SharedTrailing => sharing(trailing, unit),
             Self::LoraWide => wide(Method::Lora),
             Self::PissaWide => wide(Method::Pissa),
+            Self::LoraDouble => double,
             Self::Full => narrow(Method::Full),
         };
         Adaptation {
@@ -94,12 +123,14 @@ impl Row {
             Self::Lora => format!("LoRA r {rank}"),
             Self::Pissa => format!("PiSSA r {rank}"),
             Self::Published => "HD-PiSSA, published".into(),
+            Self::PerShardRandom => "HD-PiSSA, per shard, random".into(),
             Self::SharedLeading => "HD-PiSSA, shared".into(),
             Self::SharedSpread => "HD-PiSSA, shared, spread".into(),
             Self::SharedRandom => "HD-PiSSA, shared, random".into(),
             Self::SharedTrailing => "HD-PiSSA, shared, trailing".into(),
             Self::LoraWide => format!("LoRA r {wide}"),
             Self::PissaWide => format!("PiSSA r {wide}"),
+            Self::LoraDouble => format!("LoRA r {}", 2 * wide),
             Self::Full => "full".into(),
         }
     }
@@ -110,6 +141,7 @@ impl Row {
     pub fn short(self, rank: usize, shards: usize) -> String {
         let name = match self {
             Self::Published => "HD published",
+            Self::PerShardRandom => "HD per shard",
             Self::SharedLeading => "HD shared",
             Self::SharedSpread => "HD spread",
             Self::SharedRandom => "HD random",
@@ -122,14 +154,20 @@ impl Row {
     /// The number of the colour of its curves.
     pub fn color(self) -> usize {
         match self {
-            Self::Lora | Self::LoraWide => 0,
+            Self::Lora | Self::LoraWide | Self::LoraDouble => 0,
             Self::Pissa | Self::PissaWide => 2,
             Self::Published => 4,
             Self::SharedLeading | Self::SharedRandom => 1,
-            Self::SharedSpread => 3,
+            Self::SharedSpread | Self::PerShardRandom => 3,
             Self::SharedTrailing => 6,
             Self::Full => 5,
         }
+    }
+
+    /// Whether each shard learns from micro-batches of its own.
+    pub fn splits_data(self) -> bool {
+        let adaptation = self.adaptation(1, 1, 0);
+        adaptation.method == Method::HdPissa && !adaptation.shares_gradients()
     }
 
     /// Whether this is HD-PiSSA in one of its forms.
@@ -151,13 +189,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn wide_rows_have_the_rank_of_all_shards_and_one_row_alone_splits_the_data() {
+    fn wide_rows_have_the_rank_of_all_shards_and_two_rows_split_the_data() {
         for row in Row::ALL {
             let adaptation = row.adaptation(3, 5, 1);
-            let is_wide = [Row::LoraWide, Row::PissaWide].contains(&row);
-            assert_eq!(adaptation.rank, if is_wide { 15 } else { 3 }, "{row}");
-            let splits = adaptation.method == Method::HdPissa && !adaptation.shares_gradients();
-            assert_eq!(splits, row == Row::Published, "{row}");
+            let rank = match row {
+                Row::LoraWide | Row::PissaWide => 15,
+                Row::LoraDouble => 30,
+                _ => 3,
+            };
+            assert_eq!(adaptation.rank, rank, "{row}");
+            assert_eq!(
+                row.splits_data(),
+                [Row::Published, Row::PerShardRandom].contains(&row)
+            );
         }
     }
 

@@ -81,6 +81,11 @@ impl Estimate {
     }
 }
 
+/// A share in percent, for tables.
+pub fn percent(share: f64) -> String {
+    format!("{:.1} %", 100.0 * share)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,13 +1,12 @@
-//! A sweep: the best learning rate of every row on every task by its tuning seeds, then other
-//! seeds at that rate.
+//! A sweep: a search over the methods that the run without arguments compares, and more.
 
 use burn::tensor::Device;
 
 use super::children::Children;
-use super::rates::{self, Rate};
 use super::row::Row;
+use super::search::{Entry, Finding, Search};
 use super::task::{Exam, Task};
-use super::trial::{Trial, TrialResult};
+use super::trial::TrialResult;
 use crate::console::say;
 use crate::{Error, tiny};
 
@@ -30,31 +29,6 @@ pub struct Sweep {
     pub quick: bool,
 }
 
-/// What a sweep found about a row on a task.
-#[derive(Clone, Debug)]
-pub struct Finding {
-    /// The task.
-    pub task: Task,
-    /// The row.
-    pub row: Row,
-    /// The results of the tuning seeds, by rate.
-    pub tried: Vec<TrialResult>,
-    /// The results of the other seeds at the best rate.
-    pub fresh: Vec<TrialResult>,
-}
-
-impl Finding {
-    /// The best rate.
-    pub fn lr(&self) -> f64 {
-        rates::best(&self.tried).value()
-    }
-
-    /// The shares of right answers, by seed.
-    pub fn scores(&self) -> Vec<f64> {
-        self.fresh.iter().map(TrialResult::score).collect()
-    }
-}
-
 impl Sweep {
     /// Runs what has no result yet.
     ///
@@ -62,51 +36,24 @@ impl Sweep {
     ///
     /// Those of the trials.
     pub fn run(&self, children: &Children) -> Result<Vec<Finding>, Error> {
-        let mut findings: Vec<Finding> = Vec::new();
-        for &task in &self.tasks {
-            for &row in &self.rows {
-                findings.push(Finding {
-                    task,
-                    row,
-                    tried: Vec::new(),
-                    fresh: Vec::new(),
-                });
+        let entry = |task: Task, row| {
+            let (steps, items) = task.length(self.quick);
+            Entry {
+                task,
+                row,
+                steps,
+                items,
+                rank: self.rank,
+                shards: self.shards,
             }
-        }
-        let mut trials = Vec::new();
-        for finding in &findings {
-            let rates = rates::first(finding.task, finding.row).into_iter();
-            trials.extend(rates.flat_map(|rate| self.tuning(finding, rate)));
-        }
-        while !trials.is_empty() {
-            for result in children.run(&trials, "rates")? {
-                let is_of = |finding: &&mut Finding| finding.has(&result.trial);
-                let finding = findings.iter_mut().find(is_of).expect("a trial of ours");
-                finding.tried.push(result);
-            }
-            trials.clear();
-            for finding in &findings {
-                let rate = rates::next(&finding.tried);
-                trials.extend(rate.into_iter().flat_map(|rate| self.tuning(finding, rate)));
-            }
-        }
-        for finding in &mut findings {
-            let tried = &mut finding.tried;
-            tried.sort_by(|a, b| a.trial.lr.total_cmp(&b.trial.lr));
-        }
-        let fresh = |finding: &Finding| {
-            let lr = finding.lr();
-            let seeds = self.seeds.iter();
-            seeds
-                .map(|&seed| self.trial(finding, lr, seed))
-                .collect::<Vec<_>>()
         };
-        let trials: Vec<Trial> = findings.iter().flat_map(fresh).collect();
-        for result in children.run(&trials, "seeds")? {
-            let is_of = |finding: &&mut Finding| finding.has(&result.trial);
-            let finding = findings.iter_mut().find(is_of).expect("a trial of ours");
-            finding.fresh.push(result);
-        }
+        let of_task = |&task| self.rows.iter().map(move |&row| (entry(task, row), None));
+        let search = Search {
+            entries: self.tasks.iter().flat_map(of_task).collect(),
+            tuning_seeds: self.tuning_seeds.clone(),
+            seeds: self.seeds.clone(),
+        };
+        let findings = search.run(children)?;
         for finding in &findings {
             say!("{}", line(finding));
         }
@@ -123,37 +70,8 @@ impl Sweep {
         let mut seeds = self.seeds.iter().chain(&self.tuning_seeds);
         let seed = seeds.next().copied().unwrap_or_default();
         let model = tiny::pretrained()?.load(device)?;
-        let grade = Exam::new(task, seed, items)?.grade(&model)?;
+        let grade = Exam::new(task, seed, items, None)?.grade(&model)?;
         Ok(grade.correct as f64 / items as f64)
-    }
-
-    /// The trials of a rate that decide whether it is the best.
-    fn tuning(&self, finding: &Finding, rate: Rate) -> Vec<Trial> {
-        let seeds = self.tuning_seeds.iter();
-        seeds
-            .map(|&seed| self.trial(finding, rate.value(), seed))
-            .collect()
-    }
-
-    fn trial(&self, finding: &Finding, lr: f64, seed: u64) -> Trial {
-        let Finding { task, row, .. } = *finding;
-        let (steps, items) = task.length(self.quick);
-        Trial {
-            task,
-            row,
-            lr,
-            seed,
-            steps,
-            items,
-            rank: self.rank,
-            shards: self.shards,
-        }
-    }
-}
-
-impl Finding {
-    fn has(&self, trial: &Trial) -> bool {
-        (self.task, self.row) == (trial.task, trial.row)
     }
 }
 
@@ -166,10 +84,10 @@ fn line(finding: &Finding) -> String {
         each.collect::<Vec<_>>().join(", ")
     };
     let Finding {
-        task,
-        row,
+        entry: Entry { task, row, .. },
         tried,
         fresh,
+        ..
     } = finding;
     format!("{task} {row}: {} | {}", shown(tried), shown(fresh))
 }

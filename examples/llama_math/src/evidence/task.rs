@@ -1,28 +1,34 @@
-//! What the tiny model is trained on, and how its answers count.
+//! What is trained on, and how the tiny model's answers count.
 
 use std::fmt::{self, Display, Formatter};
+use std::path::PathBuf;
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use super::planted::{Direction, Planted};
 use crate::batch::Sequence;
-use crate::data::Record;
+use crate::data::{Record, read_records};
 use crate::evaluate::{Solver, mean_loss};
 use crate::facts::{facts, recalled};
-use crate::problems::problems;
+use crate::families::{Family, questions};
+use crate::prompt::PromptTemplate;
 use crate::tokenize::Tokens;
-use crate::{Error, Llama, tiny};
+use crate::{Error, Llama, Pretrained, tiny};
 
 /// Longest sequence and longest answer, in tokens.
 const MAX_LENGTH: usize = 128;
 const MAX_NEW_TOKENS: usize = 48;
-const TRAIN_PROBLEMS: usize = 6000;
-/// Test problems whose loss is measured during the training.
+/// The same for the records of files.
+const MAX_LENGTH_OF_RECORDS: usize = 192;
+const MAX_NEW_TOKENS_OF_RECORDS: usize = 160;
+const TRAIN_QUESTIONS: usize = 6000;
+/// Test questions whose loss is measured during the training.
 const WATCHED: usize = 50;
-/// Sequences of a step, with every method.
+/// Sequences of a step of the tiny model, with every method.
 pub const SEQUENCES_PER_STEP: usize = 32;
 
-/// A task for the tiny model.
+/// A task for the tiny model, or for one layer.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, ValueEnum, Serialize, Deserialize,
 )]
@@ -32,37 +38,136 @@ pub enum Task {
     Problems,
     /// As many random associations as fit, a change of high rank: tested on the same.
     Facts,
+    /// Sums of four numbers.
+    Sums,
+    /// The largest of five numbers.
+    Largest,
+    /// The smallest of five numbers.
+    Smallest,
+    /// How often a word stands in a list.
+    Count,
+    /// What one of four people has.
+    Lookup,
+    /// The next number of a series.
+    Series,
+    /// Problems, sums, largest, smallest, count, lookup and series at once.
+    Mixture,
+    /// A checkpoint on problems of GSM8K, tested on others; takes [`Files`].
+    Gsm8k,
+    /// One layer of side 128, and a change of it between random directions.
+    PlantedRandom,
+    /// One layer of side 128, and a change of it between its own leading directions.
+    PlantedAligned,
+    /// One layer of side 512, and a change of it between random directions.
+    PlantedWide,
+}
+
+/// What a task consists of.
+#[derive(Clone, Copy, Debug)]
+pub enum Kind {
+    /// Questions of these families.
+    Questions(&'static [Family]),
+    /// Facts.
+    Facts,
+    /// The records of files.
+    Records,
+    /// A change of one layer.
+    Layer(Planted),
+}
+
+impl Kind {
+    /// Whether the tiny model is trained.
+    pub fn is_of_tiny_model(self) -> bool {
+        matches!(self, Self::Questions(_) | Self::Facts)
+    }
+}
+
+/// A checkpoint and the records that it is trained and tested on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Files {
+    /// Folder of the checkpoint.
+    pub model: PathBuf,
+    /// Records to train on.
+    pub train: PathBuf,
+    /// Records to test on.
+    pub test: PathBuf,
 }
 
 impl Task {
-    /// Both.
-    pub const ALL: [Self; 2] = [Self::Problems, Self::Facts];
+    /// Those of the run without arguments, and of a sweep.
+    pub const COMPARED: [Self; 2] = [Self::Problems, Self::Facts];
 
-    /// Steps, and test problems or facts, of a run, or of a quick one.
+    /// What it consists of.
+    pub fn kind(self) -> Kind {
+        let (random, aligned) = (Direction::Random, Direction::Aligned);
+        let layer = |size, direction| Kind::Layer(Planted { size, direction });
+        Kind::Questions(match self {
+            Self::Facts => return Kind::Facts,
+            Self::Gsm8k => return Kind::Records,
+            Self::PlantedRandom => return layer(128, random),
+            Self::PlantedAligned => return layer(128, aligned),
+            Self::PlantedWide => return layer(512, random),
+            Self::Problems => &[Family::Problems],
+            Self::Sums => &[Family::Sums],
+            Self::Largest => &[Family::Largest],
+            Self::Smallest => &[Family::Smallest],
+            Self::Count => &[Family::Count],
+            Self::Lookup => &[Family::Lookup],
+            Self::Series => &[Family::Series],
+            Self::Mixture => &Family::ALL,
+        })
+    }
+
+    /// Steps, and test problems, facts or the rank of a planted change, of a run, or of a quick one.
     pub fn length(self, quick: bool) -> (usize, usize) {
-        match (self, quick) {
-            (Self::Problems, false) => (250, 200),
-            (Self::Facts, false) => (400, 256),
-            (Self::Problems, true) => (8, 10),
+        match (self.kind(), quick) {
+            (Kind::Questions(_), false) => (250, 200),
+            (Kind::Facts, false) => (400, 256),
+            (Kind::Records, false) => (60, 200),
+            (Kind::Layer(_), false) => (300, 32),
+            (Kind::Questions(_), true) => (8, 10),
             // A step takes no fact twice.
-            (Self::Facts, true) => (20, SEQUENCES_PER_STEP),
+            (Kind::Facts, true) => (20, SEQUENCES_PER_STEP),
+            (Kind::Records, true) => (2, 2),
+            (Kind::Layer(_), true) => (10, 8),
         }
     }
 
-    /// What a share of right answers is called.
+    /// What a share of right answers, or of what was to be learned, is called.
     pub fn measure(self) -> &'static str {
-        match self {
-            Self::Problems => "exact match",
-            Self::Facts => "recall",
+        match self.kind() {
+            Kind::Questions(_) | Kind::Records => "exact match",
+            Kind::Facts => "recall",
+            Kind::Layer(_) => "learned",
+        }
+    }
+
+    /// What it is, for headings, with so many of what its length counts.
+    pub fn heading(self, items: usize) -> String {
+        match (self, self.kind()) {
+            (Self::Problems, _) => format!("Problems of two steps, {items} tested"),
+            (Self::Mixture, _) => format!("Seven families at once, {items} questions tested"),
+            (_, Kind::Questions(_)) => format!("Family “{self}” alone, {items} questions tested"),
+            (_, Kind::Records) => format!("A checkpoint on GSM8K, {items} held-out problems"),
+            (_, Kind::Facts) => format!("Random facts, {items}"),
+            (_, Kind::Layer(planted)) => planted.heading(items),
+        }
+    }
+
+    /// Sequences of a step, with every method.
+    pub fn sequences_per_step(self) -> usize {
+        match self.kind() {
+            Kind::Records => 8,
+            _ => SEQUENCES_PER_STEP,
         }
     }
 
     /// In how many micro-batches those methods take a step's sequences that need none of their own
-    /// for each of `shards` shards. Facts are all of one length, so that one is as good as many.
+    /// for each of `shards` shards. Where all are of one length, one is as good as many.
     pub fn micro_batches(self, shards: usize) -> usize {
-        match self {
-            Self::Problems => shards,
-            Self::Facts => 1,
+        match self.kind() {
+            Kind::Questions(_) | Kind::Records => shards,
+            Kind::Facts | Kind::Layer(_) => 1,
         }
     }
 }
@@ -75,10 +180,13 @@ impl Display for Task {
     }
 }
 
-/// The data of a task.
+/// The model and the data of a task.
 pub struct Exam {
     task: Task,
+    /// The model that is trained.
+    pub pretrained: Pretrained,
     tokens: Tokens,
+    template: PromptTemplate,
     /// What is trained on.
     pub train: Vec<Sequence>,
     /// What the loss is measured on.
@@ -99,32 +207,65 @@ pub struct Grade {
 }
 
 impl Exam {
-    /// The data of this seed, with so many test problems or facts.
+    /// The data of this seed, with so many test problems or facts; `files` for a task that takes them.
     ///
     /// # Errors
     ///
-    /// None for the embedded model.
-    pub fn new(task: Task, seed: u64, items: usize) -> Result<Self, Error> {
-        let pretrained = tiny::pretrained()?;
-        let tokens = Tokens::of(&pretrained)?;
-        let (train, test, records) = match task {
-            Task::Problems => {
-                let (train, test) = problems(seed, TRAIN_PROBLEMS, items);
-                let template = tiny::template();
-                let sequences =
-                    |records: &[Record]| tokens.sequences(records, &template, MAX_LENGTH);
-                (sequences(&train)?.usable, sequences(&test)?.usable, test)
+    /// Those of the files; none for the embedded model.
+    ///
+    /// # Panics
+    ///
+    /// For a task of one layer.
+    pub fn new(task: Task, seed: u64, items: usize, files: Option<&Files>) -> Result<Self, Error> {
+        let (pretrained, template) = match (task.kind(), files) {
+            (Kind::Records, None) => {
+                let reason = format!("{task} takes a checkpoint and records");
+                return Err(Error::Option {
+                    option: "model",
+                    reason,
+                });
             }
-            Task::Facts => {
+            (Kind::Records, Some(files)) => {
+                let pretrained = Pretrained::open(&files.model)?;
+                (pretrained, PromptTemplate::default())
+            }
+            _ => (tiny::pretrained()?, tiny::template()),
+        };
+        let tokens = Tokens::of(&pretrained)?;
+        let sequences = |records: &[Record], length| -> Result<Vec<Sequence>, Error> {
+            Ok(tokens.sequences(records, &template, length)?.usable)
+        };
+        let (train, test, records) = match (task.kind(), files) {
+            (Kind::Questions(families), _) => {
+                let (train, test) = questions(families, seed, TRAIN_QUESTIONS, items);
+                (
+                    sequences(&train, MAX_LENGTH)?,
+                    sequences(&test, MAX_LENGTH)?,
+                    test,
+                )
+            }
+            (Kind::Facts, _) => {
                 // Every token but those for the unknown and for the end.
                 let vocabulary = 2..pretrained.config.vocab_size as u32;
                 let facts = facts(seed, items, vocabulary);
                 (facts.clone(), facts, Vec::new())
             }
+            (Kind::Records, Some(files)) => {
+                let train = read_records(&files.train, None)?;
+                let mut test = read_records(&files.test, None)?;
+                test.truncate(items);
+                let length = MAX_LENGTH_OF_RECORDS;
+                (sequences(&train, length)?, sequences(&test, length)?, test)
+            }
+            (Kind::Records, None) | (Kind::Layer(_), _) => {
+                panic!("{task} has no data for a language model")
+            }
         };
         Ok(Self {
             task,
+            pretrained,
             tokens,
+            template,
             train,
             test,
             records,
@@ -139,9 +280,9 @@ impl Exam {
     /// Mean loss per target token of a model in validation mode, on the first test problems or on all
     /// facts.
     pub fn loss(&self, model: &Llama) -> f64 {
-        let first = match self.task {
-            Task::Problems => self.test.len().min(WATCHED),
-            Task::Facts => self.test.len(),
+        let first = match self.task.kind() {
+            Kind::Questions(_) | Kind::Records => self.test.len().min(WATCHED),
+            _ => self.test.len(),
         };
         mean_loss(model, &self.test[..first], || ())
     }
@@ -153,14 +294,18 @@ impl Exam {
     /// Those of the tokenizer.
     pub fn grade(&self, model: &Llama) -> Result<Grade, Error> {
         let loss = mean_loss(model, &self.test, || ());
-        let (correct, answers) = match self.task {
-            Task::Facts => (recalled(model, &self.test), Vec::new()),
-            Task::Problems => {
+        let (correct, answers) = match self.task.kind() {
+            Kind::Facts | Kind::Layer(_) => (recalled(model, &self.test), Vec::new()),
+            Kind::Questions(_) | Kind::Records => {
+                let is_tiny = self.task.kind().is_of_tiny_model();
                 let solver = Solver {
                     model,
                     tokens: &self.tokens,
-                    template: &tiny::template(),
-                    max_new_tokens: MAX_NEW_TOKENS,
+                    template: &self.template,
+                    max_new_tokens: match is_tiny {
+                        true => MAX_NEW_TOKENS,
+                        false => MAX_NEW_TOKENS_OF_RECORDS,
+                    },
                 };
                 let answers = solver.answers(&self.records)?;
                 let marked = answers

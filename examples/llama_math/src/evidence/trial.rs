@@ -7,21 +7,24 @@ use burn::module::Module;
 use burn::tensor::Device;
 use serde::{Deserialize, Serialize};
 
+use super::forgetting;
+use super::planted::{LayerTraining, Planted};
 use super::row::Row;
-use super::task::{Exam, SEQUENCES_PER_STEP, Task};
+use super::task::{Exam, Files, Kind, Task};
 use crate::batch::BatcherConfig;
+use crate::loss::LossMean;
 use crate::run::{Length, RunConfig};
 use crate::schedule::Decay;
 use crate::spectrum::{mean_ranks, projections};
 use crate::train::OptimizerSettings;
-use crate::{Error, Llama, tiny};
+use crate::{Error, Llama, memory};
 
 /// Answers that are kept.
 const SHOWN: usize = 3;
 /// How often the loss is measured during the training.
 const WATCHED: usize = 10;
 
-/// Everything that the result of a training depends on.
+/// Everything that the result of a training depends on, but for the content of files.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Trial {
     /// What is trained on.
@@ -34,7 +37,7 @@ pub struct Trial {
     pub seed: u64,
     /// Steps.
     pub steps: usize,
-    /// Test problems, or facts.
+    /// Test problems, facts, or the rank of a planted change.
     pub items: usize,
     /// Rank of a shard.
     pub rank: usize,
@@ -68,14 +71,19 @@ pub struct Measured {
     pub losses: Vec<f64>,
     /// Step and loss on the first test problems, or on the facts, every few steps.
     pub held_out: Vec<(usize, f64)>,
-    /// Mean loss per target token on the test problems, or on the facts.
+    /// Mean loss per target token on the test problems, or on the facts; for a layer the share of the
+    /// change that is missing.
     pub loss: f64,
-    /// Right answers.
+    /// Right answers; 0 for a layer, which gives none.
     pub correct: usize,
     /// Mean numeric rank of the update of a projection.
     pub numeric_rank: f64,
     /// Mean effective rank of the update of a projection.
     pub effective_rank: f64,
+    /// Step and effective rank, every few steps of a layer.
+    pub ranks: Vec<(usize, f64)>,
+    /// Mean loss per token on texts of the tiny model's pre-training; none for others.
+    pub text_loss: Option<f64>,
     /// Parameters that gradients moved.
     pub trainable: usize,
     /// Seconds of preparation and steps.
@@ -89,37 +97,46 @@ pub struct Measured {
 }
 
 impl Trial {
-    /// A name for files and messages, the same for no two trials of a sweep.
+    /// A name for files and messages, of everything that it depends on.
     pub fn name(&self) -> String {
         let Self {
             task,
             row,
             lr,
             seed,
-            ..
+            steps,
+            items,
+            rank,
+            shards,
         } = self;
-        format!("{task}-{row}-lr{lr:e}-seed{seed}")
+        format!("{task}-{row}-lr{lr:e}-seed{seed}-of{items}-steps{steps}-k{shards}-r{rank}")
     }
 
     /// The settings of the training. In every step every method sees the same sequences.
     pub fn config(&self) -> RunConfig {
         let adaptation = self.row.adaptation(self.rank, self.shards, self.seed);
-        let groups = match self.row {
-            Row::Published => self.shards,
-            _ => self.task.micro_batches(self.shards),
+        let groups = match self.row.splits_data() {
+            true => self.shards,
+            false => self.task.micro_batches(self.shards),
         };
+        let sequences = self.task.sequences_per_step();
         assert!(
-            SEQUENCES_PER_STEP.is_multiple_of(groups),
+            sequences.is_multiple_of(groups),
             "{groups} shards do not divide a step's sequences"
         );
         RunConfig {
             adaptation,
-            optimizer: OptimizerSettings::default(),
+            optimizer: OptimizerSettings {
+                // As the results of the book were measured.
+                loss_mean: LossMean::MicroBatches,
+                ..OptimizerSettings::default()
+            },
             batcher: BatcherConfig {
                 shards: groups,
                 accumulation: 1,
-                batch_size: SEQUENCES_PER_STEP / groups,
+                batch_size: sequences / groups,
                 shuffle: Some(self.seed),
+                ..BatcherConfig::default()
             },
             length: Length::Steps(self.steps),
             lr: self.lr,
@@ -128,17 +145,17 @@ impl Trial {
         }
     }
 
-    /// Trains the tiny model and measures it.
+    /// Trains the tiny model, the layer or the checkpoint of `files`, and measures it.
     ///
     /// # Errors
     ///
-    /// Those of the training, but no divergence.
+    /// Those of the training, but no divergence, and those of the files.
     ///
     /// # Panics
     ///
-    /// If the number of shards does not divide [`SEQUENCES_PER_STEP`].
-    pub fn run(&self, device: &Device) -> Result<TrialResult, Error> {
-        let outcome = match self.measure(device) {
+    /// If the number of shards does not divide [`Task::sequences_per_step`].
+    pub fn run(&self, device: &Device, files: Option<&Files>) -> Result<TrialResult, Error> {
+        let outcome = match self.measure(device, files) {
             Ok(measured) if measured.loss.is_finite() => Outcome::Trained(Box::new(measured)),
             Ok(measured) => Outcome::Diverged(format!("the final loss is {}", measured.loss)),
             Err(error) if error.is_divergence() => Outcome::Diverged(error.to_string()),
@@ -150,11 +167,13 @@ impl Trial {
         })
     }
 
-    fn measure(&self, device: &Device) -> Result<Measured, Error> {
-        let exam = Exam::new(self.task, self.seed, self.items)?;
-        let pretrained = tiny::pretrained()?;
+    fn measure(&self, device: &Device, files: Option<&Files>) -> Result<Measured, Error> {
+        if let Kind::Layer(planted) = self.task.kind() {
+            return self.measure_layer(planted, device);
+        }
+        let exam = Exam::new(self.task, self.seed, self.items, files)?;
         device.seed(self.seed);
-        let model = pretrained.load(&device.clone().autodiff())?;
+        let model = exam.pretrained.load(&device.clone().autodiff())?;
         let held_out = Mutex::new(Vec::new());
         let watch = |step: usize, model: &Llama| {
             if step.is_multiple_of((self.steps / WATCHED).max(1)) {
@@ -168,7 +187,7 @@ impl Trial {
             .train(model, exam.train.clone(), &self.name(), watch)?;
 
         let model = trained.model.valid().materialize();
-        let before = projections(&pretrained.load(device)?);
+        let before = projections(&exam.pretrained.load(device)?);
         let (numeric_rank, effective_rank) = mean_ranks(&before, &projections(&model));
         let grade = exam.grade(&model)?;
         Ok(Measured {
@@ -178,6 +197,11 @@ impl Trial {
             correct: grade.correct,
             numeric_rank,
             effective_rank,
+            ranks: Vec::new(),
+            text_loss: match self.task.kind().is_of_tiny_model() {
+                true => Some(forgetting::text_loss(&model)?),
+                false => None,
+            },
             trainable: trained.trainable,
             seconds: trained.preparation + trained.seconds,
             tokens_per_second: trained.tokens_per_second,
@@ -185,12 +209,42 @@ impl Trial {
             answers: grade.answers.into_iter().take(SHOWN).collect(),
         })
     }
+
+    fn measure_layer(&self, planted: Planted, device: &Device) -> Result<Measured, Error> {
+        let training = LayerTraining {
+            planted,
+            change: self.items,
+            adaptation: self.row.adaptation(self.rank, self.shards, self.seed),
+            lr: self.lr,
+            steps: self.steps,
+            seed: self.seed,
+        };
+        let learned = training.run(device)?;
+        Ok(Measured {
+            losses: learned.losses,
+            held_out: learned.by_steps,
+            loss: learned.missed,
+            correct: 0,
+            numeric_rank: learned.last.numeric as f64,
+            effective_rank: learned.last.effective,
+            ranks: learned.ranks,
+            text_loss: None,
+            trainable: learned.trainable,
+            seconds: learned.seconds,
+            tokens_per_second: learned.rows_per_second,
+            peak_memory: memory::peak(),
+            answers: Vec::new(),
+        })
+    }
 }
 
 impl TrialResult {
-    /// Share of right answers; none after a divergence.
+    /// Share of right answers, or of a planted change that was learned; none after a divergence.
     pub fn score(&self) -> f64 {
         match &self.outcome {
+            Outcome::Trained(measured) if matches!(self.trial.task.kind(), Kind::Layer(_)) => {
+                1.0 - measured.loss
+            }
             Outcome::Trained(measured) => measured.correct as f64 / self.trial.items as f64,
             Outcome::Diverged(_) => 0.0,
         }

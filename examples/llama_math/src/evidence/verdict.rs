@@ -1,5 +1,7 @@
 //! What a table shows, in words, whichever way its numbers fall. Losses come first.
 
+use super::row::Row;
+use super::search::Finding;
 use super::statistics::Estimate;
 
 /// Less than this share of right answers is a failure, and so is no more than the base has.
@@ -32,6 +34,36 @@ pub fn why_unfit(base: f64, full: f64) -> Option<String> {
     None
 }
 
+/// Why the findings about one task say nothing about methods, if so, given the share of right answers
+/// of the untrained model.
+pub fn unfit(findings: &[&Finding], base: f64) -> Option<String> {
+    let is_full = |finding: &&&Finding| finding.entry.row == Row::Full && finding.is_complete();
+    let full = findings.iter().find(is_full)?;
+    why_unfit(base, Estimate::of(&full.scores()).mean)
+}
+
+/// Every form of HD-PiSSA with those that it is compared with, paired by seed: all methods that are
+/// not HD-PiSSA, and the published form. Findings without results are left out.
+pub fn compared<'a>(findings: &[&'a Finding]) -> Vec<(&'a Finding, Vec<Rival>)> {
+    let complete = findings.iter().filter(|finding| finding.is_complete());
+    let complete: Vec<&Finding> = complete.copied().collect();
+    let subjects = complete
+        .iter()
+        .filter(|subject| subject.entry.row.is_hd_pissa());
+    let with_rivals = subjects.map(|&subject| {
+        let is_rival = |other: &&&Finding| {
+            let is_published = other.entry.row == Row::Published;
+            !other.entry.row.is_hd_pissa() || (is_published && subject.entry.row != Row::Published)
+        };
+        let rivals = complete.iter().filter(is_rival).map(|other| Rival {
+            name: other.entry.title(),
+            difference: Estimate::of_differences(&subject.scores(), &other.scores()),
+        });
+        (subject, rivals.collect())
+    });
+    with_rivals.collect()
+}
+
 /// How a method stands against others. A difference counts if its 95 % interval leaves out zero.
 pub fn against(subject: &str, rivals: &[Rival]) -> String {
     let part = |words: &str, counts: fn(Estimate) -> bool| {
@@ -54,7 +86,7 @@ pub fn against(subject: &str, rivals: &[Rival]) -> String {
 }
 
 /// A difference of shares in points.
-fn points(difference: Estimate) -> String {
+pub fn points(difference: Estimate) -> String {
     let Estimate { mean, half_width } = difference;
     format!("{:+.1} ± {:.1} points", 100.0 * mean, 100.0 * half_width)
 }

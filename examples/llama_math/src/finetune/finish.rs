@@ -7,9 +7,10 @@ use hd_pissa::checkpoint::Checkpoints;
 
 use super::inputs::Inputs;
 use super::options::FineTuning;
+use super::report::{file_name, summary};
 use super::resume::{ended, remove_checkpoints};
-use crate::console::say;
-use crate::export::Exported;
+use crate::console::{complain, say};
+use crate::export::{Card, Exported, Form, Probe, write_sums};
 use crate::output::Staged;
 use crate::run::{METRICS, Trained};
 use crate::stop::Stop;
@@ -28,8 +29,10 @@ impl FineTuning {
         // Adapters are merged, as in what is written.
         let model = trained.model.valid().materialize();
         let device = model.device();
-        let exported = self.write(&inputs, &model, &trained.lines);
-        let exported = exported.map_err(|error| match error {
+        let probe = Probe::new(&model, inputs.pretrained.config.max_positions);
+        let card = self.card(&inputs, &trained);
+        let exported = self.write(&inputs, &model, &trained.lines, &probe, &card);
+        let (exported, mut card) = exported.map_err(|error| match error {
             Error::NotMoved { .. } => error,
             error => ended(error, checkpoints),
         })?;
@@ -49,23 +52,64 @@ impl FineTuning {
         // What is measured is what lies on the disk.
         let model = Pretrained::open(&self.output)?.load(&device)?;
         let loss = held_out.loss(&model);
-        say!("held-out loss after: {loss:.4}, of the weights as they are written");
+        let figure = format!("held-out loss after: {loss:.4}, of the weights as they are written");
+        say!("{figure}");
+        card.figures.push(figure);
+        self.rewrite(&card);
         match self.max_new_tokens {
             0 => Ok(()),
-            limit => held_out.answer(&model, &inputs.tokens, &inputs.template, limit),
+            limit => {
+                let (model, template) = (&model, &*inputs.template);
+                let figure = held_out.answer(model, &inputs.tokens, template, limit)?;
+                card.figures.push(figure);
+                self.rewrite(&card);
+                Ok(())
+            }
+        }
+    }
+
+    /// The page of the output, as far as it is known before the weights are rounded.
+    fn card(&self, inputs: &Inputs, trained: &Trained) -> Card {
+        Card {
+            folder: self.output.clone(),
+            base: self.model.clone(),
+            data: Some(self.data_name(file_name)),
+            form: Form::Merged,
+            settings: self.of_output(&inputs.settings),
+            figures: summary(trained),
+            layers: Vec::new(),
+        }
+    }
+
+    /// Adds to the page of an output that is in its place.
+    fn rewrite(&self, card: &Card) {
+        if let Err(error) = card.write(&self.output) {
+            complain!("README.md lacks the last figures: {error}");
         }
     }
 
     /// Writes the model and the lines of its metrics as the output; elsewhere if that fails, which is
     /// an error that says where.
-    fn write(&self, inputs: &Inputs, model: &Llama, metrics: &str) -> Result<Exported, Error> {
+    fn write(
+        &self,
+        inputs: &Inputs,
+        model: &Llama,
+        metrics: &str,
+        probe: &Probe,
+        card: &Card,
+    ) -> Result<(Exported, Card), Error> {
         let settings = serde_json::to_value(self.of_output(&inputs.settings));
         let settings = settings.expect("a map of texts has a JSON form");
         let write = |folder: &Path| {
             let exported = inputs.pretrained.export(model, folder, &self.export)?;
             let path = folder.join(METRICS);
             std::fs::write(&path, metrics).map_err(Error::io(path))?;
-            Ok(exported)
+            probe.write(folder)?;
+            let mut card = card.clone();
+            card.figures.extend(exported.figure());
+            card.write(folder)?;
+            write_sums(folder)?;
+            Ok((exported, card))
         };
         let staged = Staged::new(&self.output, self.overwrite).and_then(|staged| {
             let exported = write(staged.path())?;

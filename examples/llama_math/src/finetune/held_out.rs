@@ -7,7 +7,7 @@ use crate::console::say;
 use crate::data::Record;
 use crate::evaluate::{Solver, mean_loss};
 use crate::progress::Progress;
-use crate::tokenize::{PromptTemplate, Tokens};
+use crate::tokenize::{Template, Tokens};
 use crate::{Error, Llama};
 
 /// Held-out records with their sequences.
@@ -26,7 +26,7 @@ impl HeldOut {
         path: &Path,
         records: Vec<Record>,
         tokens: &Tokens,
-        template: &PromptTemplate,
+        template: &dyn Template,
         max_length: usize,
     ) -> Result<Self, Error> {
         let sequences = tokens.sequences(&records, template, max_length)?;
@@ -51,14 +51,14 @@ impl HeldOut {
     }
 
     /// Answers every record with at most `max_new_tokens` tokens, and says how many answers are
-    /// right.
+    /// right; that is what it returns, in words.
     pub(super) fn answer(
         &self,
         model: &Llama,
         tokens: &Tokens,
-        template: &PromptTemplate,
+        template: &dyn Template,
         max_new_tokens: usize,
-    ) -> Result<(), Error> {
+    ) -> Result<String, Error> {
         let solver = Solver {
             model,
             tokens,
@@ -79,14 +79,15 @@ impl HeldOut {
         }
         progress.finish();
         let total = self.records.len();
-        match total - scored {
-            0 => say!("exact match: {correct} of {total}"),
-            left => say!("exact match: {correct} of {scored}; {left} have no number to compare"),
-        }
+        let figure = match total - scored {
+            0 => format!("exact match: {correct} of {total}"),
+            left => format!("exact match: {correct} of {scored}; {left} have no number to compare"),
+        };
+        say!("{figure}");
         for (record, answer) in shown {
             say!("\n{}\n-> {}", record.instruction, answer.text.trim());
         }
         say!("");
-        Ok(())
+        Ok(figure)
     }
 }

@@ -1,7 +1,6 @@
 //! What a run reads and checks before it trains.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Arc;
 
 use hd_pissa::checkpoint::Checkpoint;
@@ -10,16 +9,18 @@ use sha2::{Digest, Sha256};
 use super::held_out::HeldOut;
 use super::options::FineTuning;
 use crate::batch::Sequence;
-use crate::data::read_records;
+use crate::data::{Data, Split};
 use crate::output::Staged;
 use crate::run::Training;
-use crate::tokenize::{PromptTemplate, Tokens};
+use crate::tokenize::{Template, Tokens};
 use crate::weights::hexadecimal;
-use crate::{Error, Pretrained, files};
+use crate::{Error, Pretrained};
 
 /// What a run reads before it trains.
 pub(super) struct Inputs {
-    pub(super) template: PromptTemplate,
+    pub(super) template: Box<dyn Template>,
+    /// Whether the checkpoint has no chat template, where one is used.
+    pub(super) writes_by_default: bool,
     pub(super) pretrained: Pretrained,
     pub(super) tokens: Tokens,
     pub(super) max_length: usize,
@@ -35,21 +36,26 @@ pub(super) struct Inputs {
 impl FineTuning {
     /// Reads the files of the run and checks them, also against the checkpoint to go on from.
     pub(super) fn read(&self, saved: Option<Checkpoint>) -> Result<Inputs, Error> {
-        let template = read_template(self.template.as_deref())?;
         let pretrained = Pretrained::open(&self.model)?;
         let tokens = Tokens::of(&pretrained)?;
         let max_length = self.max_length(&pretrained)?;
-        let records = read_records(&self.data, self.fields.as_ref())?;
-        let cache = &self.token_cache;
-        let data = cache.sequences(&tokens, &records, &template, max_length)?;
-        let held_out = match &self.eval {
-            Some((path, samples)) => {
-                let mut records = read_records(path, self.fields.as_ref())?;
-                records.truncate(*samples);
-                Some(HeldOut::new(path, records, &tokens, &template, max_length)?)
+        let fields = self.fields.as_ref();
+        let data = Data::read(&self.data, Split::Train, fields)?;
+        let eval = match &self.eval {
+            Some((paths, samples)) => {
+                let mut eval = Data::read(paths, Split::HeldOut, fields)?;
+                eval.records.truncate(*samples);
+                Some((&paths[0], eval))
             }
             None => None,
         };
+        let all: Vec<&Data> = eval.iter().map(|(_, eval)| eval).chain([&data]).collect();
+        let (template, writes_by_default) = self.template(&pretrained, &all)?;
+        let cache = &self.token_cache;
+        let data = cache.sequences(&tokens, &data.records, &*template, max_length)?;
+        let held_out = eval
+            .map(|(path, eval)| HeldOut::new(path, eval.records, &tokens, &*template, max_length));
+        let held_out = held_out.transpose()?;
         let summary = data.to_string();
         let digest = digest_of(&data.usable);
         let sequences: Arc<[Sequence]> = data.usable.into();
@@ -62,6 +68,7 @@ impl FineTuning {
         Staged::check_room(&self.output, size)?;
         Ok(Inputs {
             template,
+            writes_by_default,
             pretrained,
             tokens,
             max_length,
@@ -74,7 +81,7 @@ impl FineTuning {
     }
 
     fn max_length(&self, pretrained: &Pretrained) -> Result<usize, Error> {
-        let largest = pretrained.config.max_positions;
+        let largest = pretrained.config.longest();
         match self.max_length {
             Some(length) if length > largest => {
                 let path = pretrained.path("config.json");
@@ -87,20 +94,20 @@ impl FineTuning {
     }
 }
 
-fn read_template(path: Option<&Path>) -> Result<PromptTemplate, Error> {
-    let Some(path) = path else {
-        return Ok(PromptTemplate::default());
-    };
-    let text = files::text(path)?;
-    PromptTemplate::new(text).map_err(|reason| Error::field(path, "content", reason))
-}
-
-/// SHA-256 of everything that the steps see of the data.
+/// SHA-256 of everything that the steps see of the data. A record whose targets are its end has the digest
+/// that it had before there were others.
 fn digest_of(sequences: &[Sequence]) -> String {
     let mut hash = Sha256::new();
     for sequence in sequences {
-        for number in [sequence.tokens.len(), sequence.prompt_len] {
-            hash.update((number as u64).to_le_bytes());
+        let Sequence { tokens, targets } = sequence;
+        let mut add = |number: usize| hash.update((number as u64).to_le_bytes());
+        add(tokens.len());
+        add(targets.first().map_or(0, |range| range.start));
+        if targets.len() != 1 || targets[0].end != tokens.len() {
+            targets.iter().for_each(|range| {
+                add(range.start);
+                add(range.end);
+            });
         }
         for token in &sequence.tokens {
             hash.update(token.to_le_bytes());

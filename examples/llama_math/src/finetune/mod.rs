@@ -8,5 +8,6 @@ mod report;
 mod resume;
 mod run;
 mod settings;
+mod template;
 
-pub use options::{Change, FineTuning, Resume, SaveOptions};
+pub use options::{Change, FineTuning, Resume, SaveOptions, TemplateChoice};

@@ -14,11 +14,18 @@ impl FineTuning {
     pub(super) fn announce(&self, inputs: &Inputs, workers: usize) {
         say!(
             "{}: {} within {} tokens",
-            self.data.display(),
+            self.data_name(|path| path.display().to_string()),
             inputs.summary,
             inputs.max_length
         );
         let pretrained = &inputs.pretrained;
+        if inputs.writes_by_default {
+            say!(
+                "{}: has no chat template; turns are written as `<|user|>`, a line break, and what is \
+                 said",
+                pretrained.folder.display()
+            );
+        }
         if pretrained.is_untied {
             say!(
                 "{}: lm_head.weight differs from the embedding that tie_word_embeddings names; it is \
@@ -64,8 +71,8 @@ impl FineTuning {
         }
         if let Some(share) = exported.survived {
             say!(
-                "{:.1} % of the update survives the rounding of the written weights{}",
-                100.0 * share,
+                "{}{}",
+                exported.figure().unwrap_or_default(),
                 match share < 0.99 && self.export.rounding == Rounding::Nearest {
                     true => "; --output-dtype f32 keeps all of it, --rounding stochastic its mean",
                     false => "",
@@ -74,11 +81,20 @@ impl FineTuning {
         }
     }
 
+    /// The data, by the name of the first file or folder.
+    pub(super) fn data_name(&self, name: impl Fn(&Path) -> String) -> String {
+        match &self.data[..] {
+            [one] => name(one),
+            [first, rest @ ..] => format!("{} and {} more", name(first), rest.len()),
+            [] => String::new(),
+        }
+    }
+
     /// Draws the losses beside the weights.
     pub(super) fn draw_losses(&self, metrics: &[StepMetrics]) {
         let losses: Vec<f64> = metrics.iter().map(|metrics| metrics.loss).collect();
         let method = self.run.adaptation.method.to_string();
-        let title = format!("{method} on {}", file_name(&self.data));
+        let title = format!("{method} on {}", self.data_name(file_name));
         let picture = self.output.join("loss.svg");
         if let Err(error) = picture::losses(&picture, &title, &losses) {
             complain!("without a picture: {error}");
@@ -87,9 +103,9 @@ impl FineTuning {
 }
 
 /// What the steps took, and what they did to the loss.
-pub(super) fn print_summary(method: &str, trained: &Trained) {
-    say!(
-        "{method}: {} steps in {:.1} s after {:.1} s of preparation, {:.0} tokens/s, {} trainable \
+pub(super) fn summary(trained: &Trained) -> Vec<String> {
+    let mut lines = vec![format!(
+        "{} steps in {:.1} s after {:.1} s of preparation, {:.0} tokens/s, {} trainable \
          parameters, peak memory {}",
         trained.metrics.len(),
         trained.seconds,
@@ -97,14 +113,14 @@ pub(super) fn print_summary(method: &str, trained: &Trained) {
         trained.tokens_per_second,
         trained.trainable,
         mebibytes(trained.peak_memory)
-    );
+    )];
     if let (Some(first), Some(last)) = (trained.metrics.first(), trained.metrics.last()) {
-        say!(
+        lines.push(format!(
             "training loss: {:.4} in the first step, {:.4} in the last",
-            first.loss,
-            last.loss
-        );
+            first.loss, last.loss
+        ));
     }
+    lines
 }
 
 /// A number of bytes, for people.
@@ -115,7 +131,7 @@ fn mebibytes(bytes: Option<u64>) -> String {
     }
 }
 
-fn file_name(path: &Path) -> String {
+pub(super) fn file_name(path: &Path) -> String {
     path.file_name()
         .unwrap_or(path.as_os_str())
         .to_string_lossy()

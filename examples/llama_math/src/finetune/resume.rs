@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use hd_pissa::checkpoint::{Checkpoint, Checkpoints};
 use serde_json::Value;
 
-use super::options::{FineTuning, Resume};
+use super::options::{FineTuning, Resume, TemplateChoice};
 use crate::Error;
 use crate::console::{complain, say};
 use crate::lock::Lock;
@@ -36,9 +36,13 @@ impl FineTuning {
     /// the one to go on from.
     pub(super) fn check_places(&self, checkpoints: &Checkpoints) -> Result<Places, Error> {
         let folder = checkpoints.folder();
-        let mut kept = vec![&*self.model, &*self.data, folder, Path::new(".")];
-        kept.extend(self.template.as_deref());
-        kept.extend(self.eval.as_ref().map(|(path, _)| &**path));
+        let mut kept = vec![&*self.model, folder, Path::new(".")];
+        kept.extend(self.data.iter().map(|path| &**path));
+        if let TemplateChoice::File(path) = &self.template {
+            kept.push(path);
+        }
+        let eval = self.eval.iter().flat_map(|(paths, _)| paths);
+        kept.extend(eval.map(|path| &**path));
         if normalized(&self.output).starts_with(normalized(folder)) {
             let reason = format!(
                 "is inside {}, the folder of the checkpoints",

@@ -7,7 +7,7 @@ use hd_pissa::comm::{Communicator, Solo};
 
 use super::inputs::Inputs;
 use super::options::FineTuning;
-use super::report::print_summary;
+use super::report::summary;
 use super::resume::{Places, ended, remove_checkpoints};
 use super::settings::compare_with_first;
 use crate::console::say;
@@ -87,7 +87,8 @@ impl FineTuning {
         }
         match outcome.map_err(|error| ended(error, &checkpoints))? {
             Outcome::Finished(trained) => {
-                print_summary(&method, &trained);
+                let lines = summary(&trained);
+                say!("{method}: {}", lines.join("\n"));
                 self.finish(inputs, *trained, &checkpoints, &stop)
             }
             Outcome::Stopped {

@@ -10,7 +10,7 @@ use hd_pissa::checkpoint::{Checkpoint, CheckpointError};
 use serde_json::{Value, json};
 
 use super::options::{Change, FineTuning};
-use crate::export::ExportConfig;
+use crate::export::{ExportConfig, FORMAT, Format};
 use crate::method::{SvdOption, gradients_name};
 use crate::run::RunConfig;
 use crate::team::Team;
@@ -19,6 +19,8 @@ use crate::{Error, Pretrained};
 const GRADIENTS: &str = "--gradients";
 const WINDOWS: &str = "--windows";
 const FRAME_SCALE: &str = "--frame-scale";
+const LOSS_MEAN: &str = "--loss-mean";
+const PACKING: &str = "--packing";
 
 impl FineTuning {
     /// What a run that resumes must have in common with this one, by option. Text, so that it
@@ -41,16 +43,20 @@ impl FineTuning {
         } = &self.run;
         let optional = |value: Option<f64>| value.map_or("none".into(), |value| value.to_string());
         let targets = adaptation.targets.as_deref().unwrap_or("the default ones");
-        let order = batcher
-            .shuffle
-            .map_or("of the file".into(), |_| "shuffled".into());
+        let mut order: String = match batcher.shuffle {
+            Some(_) => "shuffled".into(),
+            None => "of the file".into(),
+        };
+        if batcher.by_length {
+            order += ", by length";
+        }
         let windows = match adaptation.windows {
             // Its seed is that of the run.
             Windows::Random { .. } => "random".into(),
             windows => format!("{windows:?}").to_lowercase(),
         };
         let frame_scale = format!("{:?}", adaptation.frame_scale).to_lowercase();
-        let settings: [(&str, String); 21] = [
+        let settings: [(&str, String); 23] = [
             ("--model (SHA-256)", pretrained.digest()?),
             ("--data, as tokens (SHA-256)", tokens),
             ("--max-length", max_length.to_string()),
@@ -67,7 +73,9 @@ impl FineTuning {
             ("--wire", optimizer.wire.to_string()),
             ("--accumulation", batcher.accumulation.to_string()),
             ("--batch-size", batcher.batch_size.to_string()),
+            (PACKING, if batcher.packing { "yes" } else { "no" }.into()),
             ("order of the data", order),
+            (LOSS_MEAN, optimizer.loss_mean.name().into()),
             ("--seed", self.seed.to_string()),
             ("--steps", total.to_string()),
             ("--lr", lr.to_string()),
@@ -99,6 +107,8 @@ impl FineTuning {
         let mut all = settings.clone();
         all.insert("--output-dtype".into(), name(&|| dtype.to_possible_value()));
         all.insert("--rounding".into(), name(&|| rounding.to_possible_value()));
+        // Of an export other forms are known.
+        all.insert(FORMAT.into(), Format::Merged.to_string());
         all
     }
 
@@ -143,6 +153,8 @@ impl FineTuning {
             (GRADIENTS, "per-shard"),
             (WINDOWS, "leading"),
             (FRAME_SCALE, "balanced"),
+            (LOSS_MEAN, "micro-batches"),
+            (PACKING, "no"),
         ] {
             if !saved.settings().contains_key(setting) && compared[setting] == published {
                 compared.remove(setting);

@@ -123,6 +123,7 @@ pub fn target_loss(logits: Tensor<2>, labels: Vec<u32>) -> Tensor<1> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rope::Rope;
     use burn::nn::RmsNormConfig;
     use burn::tensor::{Device, Distribution};
 
@@ -214,7 +215,9 @@ mod tests {
     #[test]
     fn rotated_heads() {
         let device = Device::flex().autodiff();
-        let rotation = Rotation::new(&[1.0, 0.3, 0.01], 2, 7, &device);
+        let mut config = crate::tiny::pretrained().unwrap().config.clone();
+        config.head_dim = 6;
+        let rotation = Rotation::new(&Rope::new(&config), 2..9, &device);
         agrees([2, 7, 5 * 6], |x| {
             let rotation = Rotation {
                 cos: rotation.cos.clone().cast(x.dtype()),

@@ -123,6 +123,7 @@ impl LlamaScaling {
             accumulation: 1,
             batch_size: self.batch_size,
             shuffle: Some(self.seed),
+            ..BatcherConfig::default()
         };
         let mut batcher = Batcher::new(train.to_vec(), batcher)?;
         let adaptation = Adaptation {
@@ -155,9 +156,7 @@ impl LlamaScaling {
                 let [batch] = &batches[..] else {
                     unreachable!("one micro-batch per shard");
                 };
-                let targets = batch.targets();
-                let loss = model.target_loss(batch.tokens(&autodiff), targets);
-                let loss = loss / targets.len() as f64;
+                let loss = batch.loss(&model, &autodiff) / batch.divisor();
                 sum += loss.clone().into_scalar::<f64>();
                 seen += batch.num_tokens();
                 let backward = loss.backward();

@@ -1,34 +1,15 @@
 //! `config.json` of a pretrained model in the Hugging Face layout.
 
+mod keys;
+mod rope;
+
 use std::path::Path;
 
-use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::{Error, files};
-
-/// How the frequencies of rotary embeddings are changed for long contexts.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum RopeScaling {
-    /// Not at all.
-    Default,
-    /// Positions divided by `factor`.
-    Linear {
-        /// The divisor.
-        factor: f64,
-    },
-    /// Llama 3: low frequencies are divided by `factor`, high ones kept, those between blended.
-    Llama3 {
-        /// The divisor of low frequencies.
-        factor: f64,
-        /// Wavelengths above `original_context / low_freq_factor` are low frequencies.
-        low_freq_factor: f64,
-        /// Wavelengths below `original_context / high_freq_factor` are high frequencies.
-        high_freq_factor: f64,
-        /// Context length of the pre-training.
-        original_context: f64,
-    },
-}
+use keys::{Fault, Keys};
+pub use rope::RopeScaling;
 
 /// Shape of a Llama-family decoder.
 #[derive(Debug, Clone, PartialEq)]
@@ -65,52 +46,22 @@ pub struct LlamaConfig {
     pub o_bias: bool,
     /// Whether the feed-forward projections have a bias.
     pub mlp_bias: bool,
+    /// Whether each head of queries and keys has a norm.
+    pub qk_norm: bool,
+    /// Whether q, k and v are one projection, and gate and up another.
+    pub is_fused: bool,
+    /// Whether heads are rotated, for each layer.
+    pub rotary: Vec<bool>,
     /// A position attends to this many positions at most, itself included.
     pub sliding_window: Option<usize>,
     /// Tokens that end a text.
     pub eos_tokens: Vec<u32>,
 }
 
-/// What is wrong with a key.
-type Fault = (String, String);
+/// Larger sizes are mistakes.
+const MOST: usize = 1 << 24;
 
-/// The values of `config.json` by key.
-struct Keys<'a> {
-    map: &'a Map<String, Value>,
-    /// What stands before a key in messages.
-    prefix: &'static str,
-}
-
-impl<'a> Keys<'a> {
-    /// The value of a key; `None` where it is missing or null.
-    fn get<T: Deserialize<'a>>(&self, key: &str) -> Result<Option<T>, Fault> {
-        match self.map.get(key) {
-            None | Some(Value::Null) => Ok(None),
-            Some(value) => T::deserialize(value).map(Some).map_err(|error| {
-                (
-                    format!("{}{key}", self.prefix),
-                    format!("is {value}: {error}"),
-                )
-            }),
-        }
-    }
-
-    fn need<T: Deserialize<'a>>(&self, key: &str) -> Result<T, Fault> {
-        let missing = || (format!("{}{key}", self.prefix), "is missing".into());
-        self.get(key)?.ok_or_else(missing)
-    }
-
-    /// The object under a key.
-    fn object(&self, key: &'static str, prefix: &'static str) -> Result<Option<Self>, Fault> {
-        match self.map.get(key) {
-            None | Some(Value::Null) => Ok(None),
-            Some(Value::Object(map)) => Ok(Some(Self { map, prefix })),
-            Some(value) => Err((key.into(), format!("is {value}, not an object"))),
-        }
-    }
-}
-
-/// Decoders this example knows. Llama covers SmolLM2.
+/// Decoders this example knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Family {
     /// Llama 2 and 3, SmolLM2.
@@ -119,6 +70,12 @@ pub enum Family {
     Mistral,
     /// Qwen2.
     Qwen2,
+    /// Qwen3.
+    Qwen3,
+    /// SmolLM3.
+    SmolLm3,
+    /// Phi-3.
+    Phi3,
 }
 
 impl LlamaConfig {
@@ -142,6 +99,7 @@ impl LlamaConfig {
     fn of(keys: &Keys<'_>) -> Result<Self, Fault> {
         // First, so that nobody is told about the keys of a family that is not supported.
         let family = family(keys)?;
+        let is_smollm3 = family == Family::SmolLm3;
         if keys
             .map
             .get("quantization_config")
@@ -156,37 +114,55 @@ impl LlamaConfig {
             return Err(("hidden_act".into(), reason));
         }
         let sliding_window = match family {
-            Family::Mistral => keys.get("sliding_window")?,
-            Family::Qwen2 if keys.get("use_sliding_window")? == Some(true) => {
-                let reason = "is not supported for qwen2";
+            Family::Mistral | Family::Phi3 => keys.get("sliding_window")?,
+            Family::Qwen2 | Family::Qwen3 | Family::SmolLm3
+                if keys.get("use_sliding_window")? == Some(true) =>
+            {
+                let reason = "is not supported for this architecture";
                 return Err(("use_sliding_window".into(), reason.into()));
             }
             _ => None,
         };
-        let (rope_theta, rope_scaling) = rope(keys)?;
+        let max_positions = keys.get("max_position_embeddings")?.unwrap_or(2048);
+        let default_theta = if is_smollm3 { 2_000_000.0 } else { 10_000.0 };
+        let (rope_theta, rope_scaling) = rope::rope(keys, default_theta, max_positions)?;
+        let has_o_bias = matches!(family, Family::Llama | Family::Qwen3 | Family::SmolLm3);
+        let num_layers = keys.need("num_hidden_layers")?;
         let attention_bias = keys.get("attention_bias")?.unwrap_or(false);
         let hidden_size = keys.need("hidden_size")?;
         let num_heads: usize = keys.need("num_attention_heads")?;
+        // Where a key is missing, what transformers takes for the family.
         let config = Self {
             family,
             vocab_size: keys.need("vocab_size")?,
             hidden_size,
             intermediate_size: keys.need("intermediate_size")?,
-            num_layers: keys.need("num_hidden_layers")?,
+            num_layers,
             num_heads,
-            num_kv_heads: keys.get("num_key_value_heads")?.unwrap_or(num_heads),
+            num_kv_heads: keys.get("num_key_value_heads")?.unwrap_or(match family {
+                Family::SmolLm3 => 4,
+                _ => num_heads,
+            }),
             head_dim: match keys.get("head_dim")? {
                 Some(dim) => dim,
+                None if family == Family::Qwen3 => 128,
                 None => hidden_size / num_heads.max(1),
             },
-            max_positions: keys.get("max_position_embeddings")?.unwrap_or(2048),
-            rms_norm_eps: keys.get("rms_norm_eps")?.unwrap_or(1e-6),
+            max_positions,
+            rms_norm_eps: keys.get("rms_norm_eps")?.unwrap_or(match family {
+                Family::Phi3 => 1e-5,
+                _ => 1e-6,
+            }),
             rope_theta,
             rope_scaling,
-            tied: keys.get("tie_word_embeddings")?.unwrap_or(false),
-            qkv_bias: family == Family::Qwen2 || (family == Family::Llama && attention_bias),
-            o_bias: family == Family::Llama && attention_bias,
-            mlp_bias: family == Family::Llama && keys.get("mlp_bias")?.unwrap_or(false),
+            tied: keys.get("tie_word_embeddings")?.unwrap_or(is_smollm3),
+            qkv_bias: family == Family::Qwen2 || (has_o_bias && attention_bias),
+            o_bias: has_o_bias && attention_bias,
+            mlp_bias: matches!(family, Family::Llama | Family::SmolLm3)
+                && keys.get("mlp_bias")?.unwrap_or(false),
+            qk_norm: family == Family::Qwen3,
+            is_fused: family == Family::Phi3,
+            rotary: rotary(keys, family, num_layers)?,
             sliding_window,
             eos_tokens: match keys.map.get("eos_token_id") {
                 Some(Value::Array(_)) => keys.need("eos_token_id")?,
@@ -196,6 +172,14 @@ impl LlamaConfig {
         let fault = |(key, reason): (&str, String)| (key.to_string(), reason);
         config.check().map_err(fault)?;
         Ok(config)
+    }
+
+    /// The longest sequence that the rotary embeddings are made for.
+    pub fn longest(&self) -> usize {
+        match self.rope_scaling {
+            RopeScaling::Dynamic { factor } => (self.max_positions as f64 * factor) as usize,
+            _ => self.max_positions,
+        }
     }
 
     fn check(&self) -> Result<(), (&'static str, String)> {
@@ -209,7 +193,7 @@ impl LlamaConfig {
             ("head_dim", self.head_dim),
             ("max_position_embeddings", self.max_positions),
         ] {
-            if value == 0 || value > 1 << 24 {
+            if value == 0 || value > MOST {
                 return Err((key, format!("is {value}; it must be from 1 to 2^24")));
             }
         }
@@ -245,69 +229,38 @@ fn family(keys: &Keys<'_>) -> Result<Family, Fault> {
         "llama" | "LlamaForCausalLM" => return Ok(Family::Llama),
         "mistral" | "MistralForCausalLM" => return Ok(Family::Mistral),
         "qwen2" | "Qwen2ForCausalLM" => return Ok(Family::Qwen2),
+        "qwen3" | "Qwen3ForCausalLM" => return Ok(Family::Qwen3),
+        "smollm3" | "SmolLM3ForCausalLM" => return Ok(Family::SmolLm3),
+        "phi3" | "Phi3ForCausalLM" => return Ok(Family::Phi3),
         "" => "is missing, and so is architectures".into(),
         other => format!("unsupported, unknown architecture `{other}`"),
     };
-    let known = "supported are llama (Llama 2 and 3, SmolLM2), mistral and qwen2";
+    let known =
+        "supported are llama (Llama 2 and 3, SmolLM2), mistral, qwen2, qwen3, smollm3 and phi3";
     Err(("model_type".into(), format!("{found}; {known}")))
 }
 
-/// Older files hold `rope_theta` and `rope_scaling`, those of transformers 5 `rope_parameters`.
-fn rope(keys: &Keys<'_>) -> Result<(f64, RopeScaling), Fault> {
-    let rope = match keys.object("rope_parameters", "rope_parameters.")? {
-        Some(rope) => Some(rope),
-        None => keys.object("rope_scaling", "rope_scaling.")?,
-    };
-    let own = match &rope {
-        Some(rope) => rope.get("rope_theta")?,
-        None => None,
-    };
-    let theta: f64 = match own {
-        Some(theta) => theta,
-        None => keys.get("rope_theta")?.unwrap_or(10_000.0),
-    };
-    if !(theta.is_finite() && theta > 0.0) {
-        let reason = format!("is {theta}; it must be above 0");
-        return Err(("rope_theta".into(), reason));
+/// Which layers rotate heads: of SmolLM3 those that `no_rope_layers` marks with 1, else all but every
+/// fourth, or as `no_rope_layer_interval` says.
+fn rotary(keys: &Keys<'_>, family: Family, layers: usize) -> Result<Vec<bool>, Fault> {
+    let layers = layers.min(MOST);
+    if family != Family::SmolLm3 {
+        return Ok(vec![true; layers]);
     }
-    let Some(rope) = rope else {
-        return Ok((theta, RopeScaling::Default));
-    };
-    let key = |name: &str| format!("{}{name}", rope.prefix);
-    let part: Option<f64> = rope.get("partial_rotary_factor")?;
-    if let Some(part) = part.filter(|&part| part != 1.0) {
-        let reason = format!("{part} is not supported");
-        return Err((key("partial_rotary_factor"), reason));
+    let key = "no_rope_layers";
+    match keys.get::<Vec<u8>>(key)? {
+        Some(marks) if marks.len() < layers => {
+            let reason = format!("has {} entries for {layers} layers", marks.len());
+            Err((key.into(), reason))
+        }
+        Some(marks) => Ok(marks[..layers].iter().map(|&mark| mark != 0).collect()),
+        None => {
+            let interval = keys
+                .get("no_rope_layer_interval")?
+                .unwrap_or(4_usize)
+                .max(1);
+            let layer = |index: usize| !(index + 1).is_multiple_of(interval);
+            Ok((0..layers).map(layer).collect())
+        }
     }
-    let need = |name: &str| match rope.need::<f64>(name)? {
-        value if value.is_finite() && value > 0.0 => Ok(value),
-        value => Err((key(name), format!("is {value}; it must be above 0"))),
-    };
-    // transformers writes both names of the same thing.
-    let names: [Option<String>; 2] = [rope.get("rope_type")?, rope.get("type")?];
-    let name = match &names {
-        [Some(new), Some(old)] if new != old => {
-            let reason = format!("is `{new}`, and type beside it is `{old}`");
-            return Err((key("rope_type"), reason));
-        }
-        [Some(name), _] | [None, Some(name)] => name,
-        [None, None] => "default",
-    };
-    let scaling = match name {
-        "default" => RopeScaling::Default,
-        "linear" => RopeScaling::Linear {
-            factor: need("factor")?,
-        },
-        "llama3" => RopeScaling::Llama3 {
-            factor: need("factor")?,
-            low_freq_factor: need("low_freq_factor")?,
-            high_freq_factor: need("high_freq_factor")?,
-            original_context: need("original_max_position_embeddings")?,
-        },
-        other => {
-            let reason = format!("`{other}` is not supported");
-            return Err((key("rope_type"), reason));
-        }
-    };
-    Ok((theta, scaling))
 }

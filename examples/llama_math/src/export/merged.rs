@@ -1,7 +1,6 @@
 //! A trained model in the layout of the pretrained one: weights in the dtype that is asked for, and
 //! every other file of the model it came from.
 
-use std::collections::HashMap;
 use std::path::Path;
 
 use burn::module::{Module, ModuleVisitor, Param};
@@ -10,10 +9,11 @@ use clap::ValueEnum;
 use half::{bf16, f16};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use safetensors::{Dtype, SafeTensorError};
+use safetensors::Dtype;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use super::shards::{write_file, write_folder};
 use crate::pretrained::TensorName;
 use crate::weights::{Encoded, SINGLE, encode, transpose};
 use crate::{Error, Llama, Pretrained};
@@ -42,8 +42,14 @@ pub enum Rounding {
     Stochastic,
 }
 
+/// The page of a model, and where that of the pretrained one goes.
+pub(crate) const README: &str = "README.md";
+pub(crate) const BASE_README: &str = "README-base.md";
+/// Where an export has that of the run.
+pub(crate) const RUN_README: &str = "README-run.md";
+
 /// How an export is written.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct ExportConfig {
     /// The dtype of weights.
     pub dtype: OutputDtype,
@@ -51,6 +57,20 @@ pub struct ExportConfig {
     pub rounding: Rounding,
     /// Seed of the stochastic rounding.
     pub seed: u64,
+    /// Most bytes of a weight file. What takes more is written in several, with an index.
+    pub max_shard_size: u64,
+}
+
+impl Default for ExportConfig {
+    /// As the files of the pretrained model, rounded to the nearest value; 5 GB in a file.
+    fn default() -> Self {
+        Self {
+            dtype: OutputDtype::default(),
+            rounding: Rounding::default(),
+            seed: 0,
+            max_shard_size: 5_000_000_000,
+        }
+    }
 }
 
 /// What an export did.
@@ -61,6 +81,16 @@ pub struct Exported {
     pub survived: Option<f64>,
     /// Files that could not be carried over, with the reason.
     pub left_out: Vec<String>,
+}
+
+impl Exported {
+    /// How much of the update is there, in words.
+    pub(crate) fn figure(&self) -> Option<String> {
+        let share = 100.0 * self.survived?;
+        Some(format!(
+            "{share:.1} % of the update survives the rounding of the written weights"
+        ))
+    }
 }
 
 impl ExportConfig {
@@ -180,7 +210,7 @@ impl Pretrained {
             }
             encoded.push(encoded_as(name, shape, &written, dtype, &path)?);
         }
-        write(encoded, &path)?;
+        write_folder(encoded, folder, config.max_shard_size)?;
         for (name, bytes) in &self.known_files {
             let path = folder.join(name);
             let content = match name.as_str() {
@@ -190,8 +220,11 @@ impl Pretrained {
             std::fs::write(&path, content).map_err(Error::io(&path))?;
         }
         let mut left_out = Vec::new();
-        for name in &self.other_files {
-            let (from, to) = (self.folder.join(name), folder.join(name));
+        let card = (Path::new(README), Path::new(BASE_README));
+        let card = self.folder.join(README).is_file().then_some(card);
+        let others = self.other_files.iter().map(|name| (&**name, &**name));
+        for (name, new_name) in others.chain(card) {
+            let (from, to) = (self.folder.join(name), folder.join(new_name));
             let parent = to.parent().unwrap_or(folder);
             let copied = std::fs::create_dir_all(parent).and_then(|()| std::fs::copy(&from, &to));
             // The model is worth more than a file beside it.
@@ -213,7 +246,9 @@ impl Pretrained {
             (values * size(config.dtype(Some(entry.dtype)))) as u64
         });
         let known_files = self.known_files.values().map(|bytes| bytes.len() as u64);
-        let others = self.other_files.iter().filter_map(|name| {
+        let card = Path::new(README);
+        let others = self.other_files.iter().map(|name| &**name).chain([card]);
+        let others = others.filter_map(|name| {
             let found = self.folder.join(name).metadata().ok()?;
             Some(found.len())
         });
@@ -238,7 +273,7 @@ pub fn write_weights(
         let values = config.round(&values, dtype, &name);
         encoded_as(name, shape, &values, dtype, path)
     });
-    write(tensors.collect::<Result<_, _>>()?, path)
+    write_file(tensors.collect::<Result<_, _>>()?, path)
 }
 
 fn encoded_as(
@@ -261,15 +296,6 @@ fn encoded_as(
             bytes,
         },
     ))
-}
-
-fn write(tensors: Vec<(String, Encoded)>, path: &Path) -> Result<(), Error> {
-    let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-    let views = tensors.iter().map(|(name, encoded)| (name, encoded));
-    safetensors::serialize_to_file(views, Some(metadata), path).map_err(|error| match error {
-        SafeTensorError::IoError(source) => Error::io(path)(source),
-        other => Error::field(path, "content", other.to_string()),
-    })
 }
 
 /// Name, shape and values of every parameter as the files hold them.
