@@ -128,10 +128,10 @@ fn trained(
 fn a_step_of_many_micro_batches_is_that_of_a_large_one() {
     let sequences = sequences();
     let rows: Vec<&Sequence> = sequences.iter().collect();
-    let one = vec![vec![MicroBatch::new(&rows)]];
+    let one = [vec![MicroBatch::new(&rows)]];
     let each = rows.iter().map(|row| MicroBatch::new(&[row]));
-    let four = vec![each.collect::<Vec<_>>()];
-    let two = vec![vec![
+    let four = [each.collect::<Vec<_>>()];
+    let two = [vec![
         MicroBatch::packed(&rows[..3]),
         MicroBatch::new(&rows[3..]),
     ]];

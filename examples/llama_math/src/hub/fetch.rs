@@ -138,12 +138,12 @@ fn list(root: &Path, folder: &Path, files: &mut Vec<String>) -> std::io::Result<
 /// What went wrong, in the words of people.
 fn shown(error: &ApiError) -> String {
     let text = error.to_string();
-    let hint = match () {
-        () if text.contains("401") || text.contains("403") => {
-            " (no such name, or one that takes a token: `hf auth login`)"
-        }
-        () if text.contains("404") => " (no such name, revision or file)",
-        () => "",
+    let hint = if text.contains("401") || text.contains("403") {
+        " (no such name, or one that takes a token: `hf auth login`)"
+    } else if text.contains("404") {
+        " (no such name, revision or file)"
+    } else {
+        ""
     };
     format!("{text}{hint}")
 }
