@@ -569,9 +569,17 @@ fn panel(experiment: &Experiment, measure: Measure, name: &str, parts: &[&Answer
             band,
         });
         if measure == Measure::Missed {
-            let forms = found.iter().filter_map(|(part, finding)| {
-                let form = closed_form(&finding.entry)?;
-                Some((part.at, factor * form))
+            let ranks = found.iter().map(|(part, _)| part.items);
+            let (least, most) = (ranks.clone().min(), ranks.max());
+            let next = |&rank: &usize| Some(rank + (rank / 4).max(1));
+            let between = std::iter::successors(least, next);
+            let between = between.take_while(|rank| Some(*rank) < most).chain(most);
+            let forms = between.filter_map(|items| {
+                let entry = Entry {
+                    items,
+                    ..first.entry
+                };
+                Some((items as f64, factor * closed_form(&entry)?))
             });
             curves.push(Curve {
                 name: String::new(),

@@ -83,7 +83,8 @@ pub struct Part {
 pub enum Measure {
     /// Share of right answers.
     Score,
-    /// The share of a planted change that is missing, beside its closed form.
+    /// The share of a planted change that is missing, beside its closed form; the axis of a picture is
+    /// the rank of the change.
     Missed,
     /// Right answers for each thousand trainable values.
     PerParameter,
