@@ -103,7 +103,8 @@ mod tests {
                 ..computed.clone()
             };
             let expected = factors(&computed);
-            assert_eq!(expected.len(), 14);
+            // 7 projections in each of 4 blocks.
+            assert_eq!(expected.len(), 28);
             assert_eq!(factors(&cached), expected);
             let files = count(&cache);
             assert_eq!(factors(&cached), expected);

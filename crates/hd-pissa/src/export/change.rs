@@ -1,4 +1,4 @@
-//! The change of a weight: its part of first order, in closed form or truncated.
+//! The change of a weight: its first-order part, in closed form or truncated.
 
 use burn::tensor::{DType, Tensor, TensorData};
 use faer::{Mat, MatRef};
@@ -7,8 +7,8 @@ use sha2::{Digest, Sha256};
 use super::{ExportError, RankLimit};
 use crate::parallel::on_one_thread;
 
-/// The change `D = W_T − W_0` of a weight, as a product `left · right` of two thin matrices, and how far
-/// that product is from `D`.
+/// The change `D = W_T − W_0` of a weight as a product `left · right` of two thin matrices, with the
+/// relative error of that product.
 ///
 /// Let `U` and `V` be orthonormal bases of the columns of the frames `A` and of the rows of the frames
 /// `B`. Then
@@ -185,8 +185,8 @@ fn first_order(change: &Mat<f64>, a: &Mat<f64>, b: &Mat<f64>) -> [Mat<f64>; 2] {
     [left, right]
 }
 
-/// The same product, with both factors of a component of the same length: so that 16 bits hold both as
-/// well as one.
+/// The same product, with factors of equal length in each component. A cast to 16 bits then loses as little
+/// as possible.
 fn balanced(left: Mat<f64>, right: Mat<f64>) -> [Mat<f64>; 2] {
     let ratio = |i: usize| {
         let ratio = (right.row(i).norm_l2() / left.col(i).norm_l2()).sqrt();

@@ -1,10 +1,10 @@
-//! Why a change cannot be written, read or applied.
+//! Errors of exports.
 
 use std::path::{Path, PathBuf};
 
 use crate::Cause;
 
-/// Why a change of a weight cannot be found, written, read or applied.
+/// An error while a change of a weight is computed, written, read or applied.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ExportError {
@@ -18,7 +18,7 @@ pub enum ExportError {
         /// What it may be.
         allowed: &'static str,
     },
-    /// The weight is not the same size before and after, or its frames are those of another one.
+    /// The shapes of base, trained weight and frames do not fit.
     #[error("{what} of `{path}` has the shape {found:?}; the base is {expected:?}")]
     ShapeMismatch {
         /// Path of the weight.
@@ -42,7 +42,7 @@ pub enum ExportError {
         /// Path of the weight.
         path: String,
     },
-    /// The weight is another than the one that was trained.
+    /// The given weight is not the base of the change.
     #[error(
         "`{path}` is not the weight that was trained: its SHA-256 is {found}, that of the base \
          {expected}; take the base model of the training"
@@ -55,8 +55,7 @@ pub enum ExportError {
         /// Digest of the weight that was given.
         found: String,
     },
-    /// PEFT adapts layers by their name; a parameter that is not the `weight` of one has no place in
-    /// it.
+    /// The parameter is not called `weight`. PEFT adapts layers by their names.
     #[error("`{path}` is not called `weight`, so that PEFT has no adapter for it")]
     NoLayer {
         /// Path of the parameter.

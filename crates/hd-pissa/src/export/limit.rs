@@ -1,19 +1,20 @@
-//! How many components of a change are kept.
+//! Limits on the rank of an exported change.
 
 use super::ExportError;
 
-/// How many components of a change are kept.
+/// The number of components that an exported change keeps.
 ///
-/// The change of first order has the rank `2·K·r`. If that is within the limits, it is written as it is,
-/// without a decomposition. Otherwise its leading singular triples are.
+/// The first-order part of a change has rank `2·K·r`. If the limits allow that rank, the change keeps all of it,
+/// without a decomposition. Otherwise it keeps the leading singular triples.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RankLimit {
-    /// So many components, or all if there are fewer.
+    /// This many components, or all if there are fewer.
     pub rank: Option<usize>,
-    /// The fewest components that hold this share of the squared norm of the change of first order,
-    /// above 0 and at most 1.
+    /// The fewest components that hold this share of the squared norm of the first-order part. Above 0
+    /// and at most 1.
     pub energy: Option<f64>,
-    /// No more than so many, whatever the energy. 256 unless changed: what inference servers take.
+    /// The largest number of components, also with `energy`. The default is 256: inference servers accept
+    /// that rank.
     pub max_rank: usize,
 }
 
@@ -28,7 +29,7 @@ impl Default for RankLimit {
 }
 
 impl RankLimit {
-    /// Nothing is left out.
+    /// Keeps all components.
     pub const NONE: Self = Self {
         rank: None,
         energy: None,

@@ -1,12 +1,11 @@
-//! What a training changed, in files that travel: a weight's change as a product of two thin matrices.
+//! The change of each trained weight as a product of two thin matrices, and files of it.
 //!
-//! Frames do not move while a model trains. The first-order part of all updates of a weight together is
+//! Frames do not move while a model trains. The first-order part of all updates of a weight is
 //! therefore `A·X + Y·B`, with the frames `A: [d_input, K·r]` and `B: [K·r, d_output]` of all shards and
-//! some `X` and `Y`: a matrix of rank `2·K·r`. [`WeightChange`] finds it from the weight before and after
-//! the training. It needs no singular value decomposition, and nothing from the training but the
-//! [configuration](crate::HdPissaConfig). [`write_peft`] writes changes as a LoRA adapter that Python's
-//! PEFT opens, [`write_delta`] as one file from which [`WeightChange::added_to`] rebuilds the trained
-//! weight.
+//! some `X` and `Y`. This matrix has rank `2·K·r`. [`WeightChange`] computes it from the weight before and
+//! after the training and from the [configuration](crate::HdPissaConfig), without a singular value
+//! decomposition of the change. [`write_peft`] writes changes as a LoRA adapter that Python's PEFT opens.
+//! [`write_delta`] writes one file, from which [`WeightChange::added_to`] rebuilds the trained weight.
 //!
 //! ```
 //! use burn::nn::LinearConfig;

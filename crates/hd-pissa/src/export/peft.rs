@@ -13,7 +13,7 @@ const WEIGHTS: &str = "adapter_model.safetensors";
 const ALPHA: [&str; 2] = ["lora_alpha", "alpha_pattern"];
 const RANK: [&str; 2] = ["r", "rank_pattern"];
 
-/// What a PEFT adapter says of itself.
+/// Entries of a PEFT adapter's configuration.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Peft {
     /// Name or folder of the base model, as PEFT's `AutoPeftModel` looks for it.

@@ -1,4 +1,4 @@
-//! Checkpoints of Burn's loop, read before the loop does: whether a training can go on from one.
+//! Checks of the checkpoints of Burn's loop, before the loop reads them.
 
 use std::path::{Path, PathBuf};
 
@@ -21,9 +21,9 @@ const OPTIMIZER: &str = "optim";
 const SCHEDULER: &str = "scheduler";
 
 impl HdPissaStrategy {
-    /// Whether a training of `model` can go on after `epoch` with `SupervisedTraining::checkpoint(epoch)`,
-    /// which panics where it cannot. `folder` is that of the `SupervisedTraining`, and the checkpointers are
-    /// Burn's default ones. `model` has its adapters; its values do not matter.
+    /// Checks that a training of `model` can resume with `SupervisedTraining::checkpoint(epoch)`, which
+    /// panics on a checkpoint that does not fit. `folder` is the folder of the `SupervisedTraining`, with Burn's
+    /// default checkpointers. `model` has its adapters; its values do not matter.
     ///
     /// # Errors
     ///
@@ -63,8 +63,8 @@ impl HdPissaStrategy {
         load().map_err(|cause| LearnerError::Optimizer { worker: 0, cause })
     }
 
-    /// The newest epoch in `folder` that a training of `model` can go on after; `None` if no checkpoint is
-    /// there. Passes over those that cannot be read.
+    /// The newest epoch in `folder` from which a training of `model` can resume; `None` if there is no
+    /// checkpoint. Skips checkpoints that cannot be read.
     ///
     /// # Errors
     ///

@@ -1,4 +1,4 @@
-//! What an earlier run or export has made: its record, and the model in it.
+//! The folder of an earlier run or export: its record, and the model in it.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use regex::Regex;
 use serde::Deserialize;
 
 use super::format::Format;
-use crate::method::{DEFAULT_TARGETS, Method};
+use crate::method::{DEFAULT_TARGETS, Method, SvdOption};
 use crate::output::RECORD;
 use crate::pretrained::TensorName;
 use crate::{Error, Llama, Pretrained, files};
@@ -134,7 +134,12 @@ impl Made {
             "unit" => FrameScale::Unit,
             other => return Err(self.refuse("--frame-scale", format!("is `{other}`"))),
         };
+        let svd = match self.settings.get("--svd").map(String::as_str) {
+            Some("krylov") => SvdOption::Krylov,
+            _ => SvdOption::Exact,
+        };
         let config = HdPissaConfig::new()
+            .with_svd(svd.into())
             .with_rank(self.number("--rank")?)
             .with_shards(self.number("--shards")?)
             .with_windows(windows)

@@ -1,4 +1,4 @@
-//! A trained model in files: as a model like the pretrained one, as a LoRA adapter, or as a delta.
+//! A trained model in files: merged, as a LoRA adapter, or as a delta.
 
 mod card;
 mod command;

@@ -9,7 +9,7 @@ use super::command::Export;
 use super::format::Format;
 use super::merged::{ExportConfig, OutputDtype, Rounding};
 use super::verify::Verify;
-use crate::{Error, device};
+use crate::{Error, device, hub};
 
 /// Options of `export`.
 #[derive(Args, Debug)]
@@ -20,7 +20,7 @@ pub struct ExportOptions {
     /// The form
     #[arg(long)]
     format: Format,
-    /// Folder of the pretrained model that was trained
+    /// Folder of the pretrained model that was trained, or its name on the Hub
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
     /// Folder of the export
@@ -66,7 +66,7 @@ impl ExportOptions {
         let device = device::parse(self.device.as_deref())?;
         let export = Export {
             source: self.source,
-            base: self.model,
+            base: hub::model(&self.model)?,
             output: self.output,
             overwrite: self.overwrite,
             format: self.format,
@@ -93,7 +93,8 @@ pub struct VerifyOptions {
     /// Folder that a run or an export has written
     #[arg(value_name = "DIR")]
     folder: PathBuf,
-    /// Folder of the pretrained model that was trained; a LoRA adapter or a delta needs it
+    /// Folder of the pretrained model that was trained, or its name on the Hub; a LoRA adapter or a
+    /// delta needs it
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
     /// Backend
@@ -111,7 +112,7 @@ impl VerifyOptions {
         let device = device::parse(self.device.as_deref())?;
         let verify = Verify {
             folder: self.folder,
-            base: self.model,
+            base: self.model.as_deref().map(hub::model).transpose()?,
             device,
         };
         verify.run()
