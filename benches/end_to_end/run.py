@@ -66,7 +66,7 @@ def ours(args, setting, folder, way):
     threads = 1 if way == "one thread" else args.threads
     command = [args.llama_math, "--model", args.model, "--data", os.path.join(folder, "data.jsonl"), "--output", output,
                "--method", "hd-pissa", "--shards", str(shards), "--rank", "16", "--max-length", str(length),
-               "--steps", str(args.steps), "--no-shuffle", "--device", "flex", "--threads", str(threads)]
+               "--steps", str(args.steps), "--no-shuffle", "--no-cache", "--device", "flex", "--threads", str(threads)]
     environment = {**os.environ, "RAYON_NUM_THREADS": str(threads)}
 
     def call(extra):
