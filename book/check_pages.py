@@ -191,7 +191,7 @@ def picture(chromium, file, dark):
         target = os.path.join(folder, "picture.png")
         scheme = [f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
         subprocess.run([chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/profile",
-                        "--window-size=400,300", "--default-background-color=" + ("1e2024ff" if dark else "ffffffff"), *scheme, f"--screenshot={target}", "file://" + file],
+                        "--window-size=500,900", "--default-background-color=" + ("1e2024ff" if dark else "ffffffff"), *scheme, f"--screenshot={target}", "file://" + file],
                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True, timeout=120)
         return brightness(open(target, "rb").read())
 
@@ -232,10 +232,10 @@ def complaints(chromium, folder):
             if file.endswith(".svg") and not file.startswith("favicon") and "fonts" not in place:
                 path = os.path.join(place, file)
                 mean, _, ink = picture(chromium, path, True)
-                if mean > 110 or ink < 0.003:
+                if mean > 110 or ink < 0.002:
                     yield f"{os.path.relpath(path, folder)}: on a dark system brightness {mean:.0f}, {ink:.1%} of it bright"
                 mean, ink, _ = picture(chromium, path, False)
-                if mean < 145 or ink < 0.003:
+                if mean < 145 or ink < 0.002:
                     yield f"{os.path.relpath(path, folder)}: on a light system brightness {mean:.0f}, {ink:.1%} of it dark"
 
 
