@@ -3,8 +3,8 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use burn::data::dataloader::batcher::Batcher;
@@ -127,10 +127,19 @@ fn device() -> Device {
     Device::flex().autodiff()
 }
 
+/// The same model in every test and process. Tests run on threads that share the random numbers, so
+/// one at a time seeds them and draws all values, which Burn does on first use.
 fn start() -> Lean {
+    static DRAWING: Mutex<()> = Mutex::new(());
+    let _one_at_a_time = DRAWING.lock().unwrap();
     let device = device();
     device.seed(5);
-    Lean::new(&device)
+    let model = Lean::new(&device);
+    for layer in [&model.first, &model.second] {
+        layer.weight.val();
+        layer.bias.as_ref().map(|bias| bias.val());
+    }
+    model
 }
 
 fn adapted(start: &Lean, config: HdPissaConfig) -> Net {
