@@ -16,7 +16,7 @@ const LARGEST_SINE: f64 = 0.0316;
 /// No residual counts as less than this share of the largest singular value: the products round.
 const ROUNDING: f64 = f32::EPSILON as f64;
 
-/// Leading triples of a matrix, all of which meet the test of convergence.
+/// Leading triples of a matrix. All of them meet the test of convergence.
 pub(crate) struct Leading {
     /// `[d_input, count]`
     pub(crate) u: Mat<f64>,
@@ -76,8 +76,8 @@ fn largest_dimension(side: usize) -> usize {
     side.min(side / 2 + 64)
 }
 
-/// The leading `count` triples of `weight: [d_input, d_output]`, an `f32` tensor without autodiff of which
-/// [`is_worth_it`] holds.
+/// The leading `count` triples of `weight: [d_input, d_output]`. The weight is an `f32` tensor without autodiff,
+/// and [`is_worth_it`] must hold.
 ///
 /// A block Golub-Kahan process with full reorthogonalization on both sides. Its start depends on `name` and
 /// the shape alone.
@@ -184,8 +184,8 @@ impl Process {
         self.images(vectors, !self.is_transposed)
     }
 
-    /// Products with the weight, or with its transpose. In this order a CPU reads the weight as it lies in
-    /// memory.
+    /// Products with the weight, or with its transpose. Vectors are rows, so a CPU reads the weight in the
+    /// order of its memory.
     fn images(&self, vectors: &Tensor<2>, by_transpose: bool) -> Tensor<2> {
         let (weight, vectors) = (self.weight.clone(), vectors.clone());
         match by_transpose {

@@ -12,7 +12,7 @@ use crate::dealing::Dealing;
 use crate::lengths::group;
 use crate::{Error, Llama};
 
-/// One record as tokens, some of which are targets.
+/// One record as tokens. Some of them are targets.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sequence {
     /// All tokens.

@@ -340,7 +340,7 @@ struct SweepOptions {
     #[arg(long, value_delimiter = ',', default_values_t = Task::COMPARED)]
     tasks: Vec<Task>,
     /// Methods
-    #[arg(long, value_delimiter = ',', default_values_t = Row::SWEPT)]
+    #[arg(long, value_delimiter = ',', default_values_t = Row::swept())]
     rows: Vec<Row>,
     /// Seeds by which learning rates are chosen
     #[arg(long, value_delimiter = ',', default_values_t = [1])]

@@ -287,7 +287,7 @@ fn restored(model: Llama, saved: Option<&Checkpoint>) -> Result<Llama, Error> {
 }
 
 /// Number of values that gradients move.
-pub fn num_trainable(model: &Llama) -> usize {
+pub fn num_trainable(model: &impl Module) -> usize {
     struct Count(usize);
 
     impl ModuleVisitor for Count {

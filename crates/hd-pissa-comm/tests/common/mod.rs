@@ -193,7 +193,7 @@ pub fn control(communicator: &impl Communicator) {
         assert_eq!(all_or_none(communicator, own), Err(expected));
     }
 
-    // Equal descriptions, and descriptions of which only the last worker's differs.
+    // Equal descriptions, and descriptions where only the last worker differs.
     for (text, other, line, theirs) in [
         ("", "", None, None),
         ("one\ntwo ü\nthree", "one\ntwo ü\nthree", None, None),

@@ -7,8 +7,8 @@
 
 use std::time::Instant;
 
-use burn::module::{Lora, Module, ModuleVisitor, Param};
-use burn::nn::{Linear, LinearConfig};
+use burn::module::{Lora, Module};
+use burn::nn::Linear;
 use burn::optim::{AdamConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::{Device, Distribution, Tensor, TensorData};
 use faer::Mat;
@@ -19,7 +19,8 @@ use hd_pissa::{
 };
 
 use crate::Error;
-use crate::method::{Adaptation, Method};
+use crate::method::{Adaptation, Method, num_trainable};
+use crate::scaling::layer;
 use crate::schedule::{Decay, Schedule};
 use crate::spectrum::Ranks;
 
@@ -192,8 +193,8 @@ impl LayerTraining {
             ..
         } = self;
         let problem = planted.problem(*seed, *change, device);
-        let mut layer = attach(adaptation, layer(&problem.weight, device))?;
-        let trainable = trainable(&layer);
+        let mut layer = attach(adaptation, layer::with_weight(&problem.weight, device))?;
+        let trainable = num_trainable(&layer);
         let mut optimizer = optimizer(adaptation)?;
         // Whatever the adapters drew, the rows are the same for every method.
         device.seed(seed.wrapping_add(1 << 32));
@@ -231,14 +232,6 @@ fn orthonormal(columns: &Mat<f64>) -> Mat<f64> {
     columns.qr().compute_thin_Q()
 }
 
-fn layer(weight: &Tensor<2>, device: &Device) -> Linear {
-    let [rows, cols] = weight.dims();
-    let device = device.clone().autodiff();
-    let mut layer = LinearConfig::new(rows, cols).with_bias(false).init(&device);
-    layer.weight = Param::from_data(weight.to_data(), &device);
-    layer
-}
-
 fn attach(adaptation: &Adaptation, layer: Linear) -> Result<Linear, Error> {
     let (rank, shards) = (adaptation.rank, adaptation.shards);
     Ok(match adaptation.method {
@@ -272,23 +265,6 @@ fn optimizer(adaptation: &Adaptation) -> Result<Optimizer, Error> {
         }
         _ => Optimizer::Mean(adam),
     })
-}
-
-/// Number of values that gradients move.
-fn trainable(layer: &Linear) -> usize {
-    struct Count(usize);
-
-    impl ModuleVisitor for Count {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            if param.is_require_grad() {
-                self.0 += param.lazy_shape().num_elements();
-            }
-        }
-    }
-
-    let mut count = Count(0);
-    layer.visit(&mut count);
-    count.0
 }
 
 impl Problem {

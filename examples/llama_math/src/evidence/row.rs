@@ -58,19 +58,11 @@ impl Row {
         Self::Full,
     ];
 
-    /// Those of a sweep.
-    pub const SWEPT: [Self; 10] = [
-        Self::Lora,
-        Self::Pissa,
-        Self::Published,
-        Self::SharedLeading,
-        Self::SharedSpread,
-        Self::SharedRandom,
-        Self::SharedTrailing,
-        Self::LoraWide,
-        Self::PissaWide,
-        Self::Full,
-    ];
+    /// Those of a sweep: all but the two that only controls need.
+    pub fn swept() -> impl Iterator<Item = Self> {
+        let is_swept = |row: &Self| !matches!(row, Self::PerShardRandom | Self::LoraDouble);
+        Self::ALL.into_iter().filter(is_swept)
+    }
 
     /// The adaptation, with shards of this rank and random directions of this seed.
     pub fn adaptation(self, rank: usize, shards: usize, seed: u64) -> Adaptation {

@@ -121,7 +121,7 @@ impl LayerScaling {
         shards: usize,
         device: &Device,
     ) -> Result<LayerRow, Error> {
-        let layer = layer(weight, device);
+        let layer = with_weight(weight, device);
         let begin = Instant::now();
         let config = HdPissaConfig::new()
             .with_rank(self.rank)
@@ -179,7 +179,8 @@ impl LayerScaling {
     }
 }
 
-fn layer(weight: &Tensor<2>, device: &Device) -> Linear {
+/// A linear layer without a bias that holds a copy of this weight.
+pub fn with_weight(weight: &Tensor<2>, device: &Device) -> Linear {
     let [rows, cols] = weight.dims();
     let device = device.clone().autodiff();
     let mut layer = LinearConfig::new(rows, cols).with_bias(false).init(&device);
@@ -216,7 +217,7 @@ fn gradients(layer: &Linear, gradient: Tensor<2>, rank: usize) -> ShardGradients
 /// Seconds of forward and backward of `TOKENS` tokens, with the gradient of the input.
 fn time_of_pass(weight: &Tensor<2>, rank: usize, device: &Device) -> Result<f64, Error> {
     let config = HdPissaConfig::new().with_rank(rank).with_shards(1);
-    let layer = layer(weight, device).apply_hd_pissa(&config, 0..1)?;
+    let layer = with_weight(weight, device).apply_hd_pissa(&config, 0..1)?;
     let layer: HdPissaLinear = layer.into();
     let autodiff = device.clone().autodiff();
     let shape = [TOKENS, weight.dims()[0]];
