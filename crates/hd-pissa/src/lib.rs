@@ -110,6 +110,7 @@ mod cause;
 #[cfg(feature = "checkpoint")]
 pub mod checkpoint;
 mod config;
+mod digits;
 mod error;
 #[cfg(feature = "export")]
 pub mod export;

@@ -4,6 +4,7 @@ use faer::Mat;
 use sha2::{Digest, Sha256};
 
 use crate::cache::{FileCache, Lookup};
+use crate::digits::hexadecimal;
 use crate::krylov::NotConverged;
 use crate::svd::{Decomposition, Request, Svd};
 use crate::{HdPissaError, SvdCache, SvdMethod};
@@ -94,8 +95,7 @@ fn key(request: &Request<'_>) -> String {
         bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
         hash.update(&bytes);
     }
-    let digest = hash.finalize();
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+    hexadecimal(&hash.finalize())
 }
 
 /// The first bytes, nine numbers of 8 bytes, the singular values in 8 bytes each, and the vectors in 4

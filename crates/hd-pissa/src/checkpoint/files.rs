@@ -7,6 +7,7 @@ use std::path::Path;
 use sha2::{Digest, Sha256};
 
 use super::CheckpointError;
+use crate::digits::hexadecimal;
 
 /// Writes `bytes` to a new file and waits for the disk.
 pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<(), CheckpointError> {
@@ -35,11 +36,7 @@ pub(super) fn sync_folder(path: &Path) -> Result<(), CheckpointError> {
 
 /// SHA-256 of bytes, in hexadecimal digits.
 pub(super) fn sha256_of(bytes: &[u8]) -> String {
-    digits(&Sha256::digest(bytes))
-}
-
-fn digits(digest: &[u8]) -> String {
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+    hexadecimal(&Sha256::digest(bytes))
 }
 
 /// SHA-256 of a file, in hexadecimal digits.
@@ -53,5 +50,5 @@ pub(super) fn sha256(path: &Path) -> std::io::Result<String> {
             len => hash.update(&buffer[..len]),
         }
     }
-    Ok(digits(&hash.finalize()))
+    Ok(hexadecimal(&hash.finalize()))
 }

@@ -5,6 +5,7 @@ use faer::{Mat, MatRef};
 use sha2::{Digest, Sha256};
 
 use super::{ExportError, RankLimit};
+use crate::digits::hexadecimal;
 use crate::parallel::on_one_thread;
 
 /// The change `D = W_T − W_0` of a weight as a product `left · right` of two thin matrices, with the
@@ -278,7 +279,6 @@ impl Host {
         for value in &self.values {
             hash.update(value.to_le_bytes());
         }
-        let digest = hash.finalize();
-        digest.iter().map(|byte| format!("{byte:02x}")).collect()
+        hexadecimal(&hash.finalize())
     }
 }
