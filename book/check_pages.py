@@ -134,7 +134,7 @@ def in_browser(chromium, folder, pages):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         browser = subprocess.Popen(
             [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}",
              "--remote-debugging-port=0", f"http://127.0.0.1:{server.server_port}/__check.html"],
@@ -187,7 +187,7 @@ def brightness(png):
 
 def picture(chromium, file, dark):
     """The brightness of a picture on the paper of a dark or a light system."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         target = os.path.join(folder, "picture.png")
         scheme = [f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
         subprocess.run([chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/profile",

@@ -1,4 +1,4 @@
-//! Compares the libraries' public API, as rustdoc's JSON has it, with the lists in this folder.
+//! Compares the libraries' public API, as rustdoc's JSON has it, with the lists.
 //!
 //! `.ci/public_api/run` calls it; `--write` writes the lists anew.
 
@@ -16,10 +16,10 @@ const LIBRARIES: [&str; 4] = [
 fn main() -> ExitCode {
     let mut arguments = env::args().skip(1);
     let json = arguments.next().expect("the folder of rustdoc's JSON");
+    let lists = arguments.next().expect("the folder of the lists");
     let writes = arguments
         .next()
         .is_some_and(|argument| argument == "--write");
-    let lists = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut differs = false;
     for library in LIBRARIES {
         let source = Path::new(&json).join(library).with_extension("json");
@@ -30,7 +30,7 @@ fn main() -> ExitCode {
             .build()
             .unwrap_or_else(|error| panic!("{}: {error}", source.display()));
         let text: String = api.items().map(|item| format!("{item}\n")).collect();
-        let list = lists.join(library).with_extension("txt");
+        let list = Path::new(&lists).join(library).with_extension("txt");
         if writes {
             fs::write(&list, &text).unwrap_or_else(|error| panic!("{}: {error}", list.display()));
         }
