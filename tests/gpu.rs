@@ -224,7 +224,8 @@ fn a_clone_is_unchanged_and_bad_steps_are_refused() {
     }
 }
 
-/// Memory in use on the device does not grow after the first steps.
+/// Memory in use on the device does not grow after the first steps. What is freed late differs from one moment to
+/// the next by some scalars. Anything that each step leaves behind adds at least one allocation per step.
 #[test]
 fn five_hundred_steps_without_growth() {
     let Some(gpu) = gpu() else { return };
@@ -262,7 +263,8 @@ fn five_hundred_steps_without_growth() {
     );
     let (early, late) = (&used[0], &used[4]);
     assert!(
-        late.bytes_in_use <= early.bytes_in_use && late.number_allocs <= early.number_allocs,
+        late.number_allocs < early.number_allocs + 200
+            && late.bytes_in_use < early.bytes_in_use * 11 / 10,
         "after 100 steps: {early:?}; after 500: {late:?}"
     );
 }
