@@ -1,7 +1,7 @@
-//! Input files: read whole, as far as they are what they should be.
+//! Files: read whole, as far as they are what they should be, and replaced whole.
 
 use std::io::ErrorKind;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::{Error, memory};
 
@@ -85,4 +85,16 @@ pub(crate) fn kind_of(bytes: &[u8]) -> Option<&'static str> {
     let is_text = |byte: usize| bytes[byte].is_ascii_graphic() || bytes[byte].is_ascii_whitespace();
     let wide = (is_wide(0) && is_text(1)) || (is_wide(1) && is_text(0) && is_text(2));
     found.or_else(|| wide.then_some("text in UTF-16; convert it to UTF-8"))
+}
+/// Writes a file that is complete, or as it was before.
+///
+/// # Errors
+///
+/// [`Error::Io`].
+pub(crate) fn replace(path: &Path, content: &[u8]) -> Result<(), Error> {
+    let mut partial = path.as_os_str().to_owned();
+    partial.push(format!(".partial-{}", std::process::id()));
+    let partial = PathBuf::from(partial);
+    std::fs::write(&partial, content).map_err(Error::io(&partial))?;
+    std::fs::rename(&partial, path).map_err(Error::io(path))
 }

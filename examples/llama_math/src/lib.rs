@@ -2,10 +2,12 @@
 //!
 //! `cargo run --release --example llama_math` runs it; this library holds its parts. In reading
 //! order: [`config`], [`rope`], [`model`] and [`pretrained`]; [`data`], [`tokenize`], [`prompt`],
-//! [`chat`] and [`batch`]; [`method`], [`schedule`], [`train`] and [`run`]; [`evaluate`] and [`spectrum`]; and
+//! [`chat`] and [`batch`]; [`method`], [`schedule`], [`train`] and [`run`]; [`evaluate`], [`spectrum`], [`history`] and
+//! [`report`]; and
 //! what the command line offers: [`finetune`], [`compare`], [`scaling`] and [`pretrain`].
 
 pub mod batch;
+pub mod changes;
 pub mod chart;
 pub mod chat;
 pub mod cli;
@@ -25,10 +27,12 @@ pub mod families;
 mod files;
 pub mod finetune;
 mod heartbeat;
+pub mod history;
 pub mod hub;
 mod lengths;
 mod lock;
 pub mod loss;
+pub mod machine;
 pub mod memory;
 pub mod method;
 pub mod model;
@@ -43,11 +47,13 @@ pub mod problems;
 pub mod progress;
 pub mod prompt;
 pub mod recipe;
+pub mod report;
 pub mod rope;
 pub mod run;
 pub mod scaling;
 pub mod schedule;
 pub mod score;
+pub mod sketch;
 pub mod spectrum;
 pub mod stop;
 pub mod team;

@@ -9,6 +9,11 @@ pub fn peak() -> Option<u64> {
     kibibytes("/proc/self/status", "VmHWM:")
 }
 
+/// Memory of this machine, in bytes.
+pub fn total() -> Option<u64> {
+    kibibytes("/proc/meminfo", "MemTotal:")
+}
+
 /// Resident memory now, in bytes.
 pub fn current() -> Option<u64> {
     kibibytes("/proc/self/status", "VmRSS:")

@@ -15,7 +15,7 @@ pub fn losses(path: &Path, title: &str, losses: &[f64]) -> Result<(), Error> {
     let panel = Panel {
         title: String::new(),
         labels: ["step".into(), averaged("training loss", window)],
-        scales: [Scale::Linear, Scale::Logarithmic],
+        scales: [Scale::Count, Scale::Logarithmic],
         curves: vec![Curve {
             name: String::new(),
             color: 0,

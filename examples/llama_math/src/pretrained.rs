@@ -29,9 +29,11 @@ const KNOWN_FILES: [&str; 10] = [
 ];
 
 /// Files that an export of this program writes itself.
-const OWN: [&str; 8] = [
+const OWN: [&str; 10] = [
     "llama_math.json",
     "metrics.jsonl",
+    "measurements.jsonl",
+    "report.html",
     "loss.svg",
     "README.md",
     "README-base.md",

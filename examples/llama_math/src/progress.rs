@@ -1,12 +1,13 @@
 //! The progress of a run: a bar on a terminal, otherwise a line per minute.
 
 use std::cell::Cell;
+use std::fmt::Display;
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::console::complain;
+use crate::console::{complain, say};
 use crate::heartbeat::Heartbeat;
 
 /// Time between two lines without a terminal.
@@ -70,6 +71,13 @@ impl Progress {
     /// One piece of work without a loss.
     pub fn tick(&self) {
         self.advance("");
+    }
+
+    /// Prints a line, above the bar if there is one. Nothing if the progress is hidden.
+    pub fn say(&self, line: impl Display) {
+        if !self.bar.is_hidden() || self.lines.is_some() {
+            self.bar.suspend(|| say!("{line}"));
+        }
     }
 
     fn advance(&self, text: &str) {

@@ -11,14 +11,15 @@ use burn::module::Module;
 use burn::tensor::Device;
 use hd_pissa::checkpoint::{Checkpoint, Checkpoints, Snapshot};
 use hd_pissa::comm::{Communicator, Solo, thread_group};
-use serde::{Deserialize, Serialize};
 
 use crate::batch::{Batcher, BatcherConfig, Sequence};
+use crate::history::{Elapsed, History, Measurement, StepMetrics};
 use crate::method::Adaptation;
 use crate::panics::message;
 use crate::progress::Progress;
 use crate::schedule::{Decay, Schedule};
 use crate::stop::Stop;
+use crate::team::Team;
 use crate::train::{OptimizerSettings, Trainer};
 use crate::{Error, Llama, memory};
 
@@ -63,43 +64,12 @@ impl RunConfig {
     }
 }
 
-/// The metrics of one step: a line of `metrics.jsonl`.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub struct StepMetrics {
-    /// Counted from 1.
-    pub step: usize,
-    /// Mean loss of the step's micro-batches.
-    #[serde(deserialize_with = "number")]
-    pub loss: f64,
-    /// Learning rate.
-    #[serde(deserialize_with = "number")]
-    pub lr: f64,
-    /// Global norm of the gradients before clipping.
-    #[serde(deserialize_with = "number")]
-    pub gradient_norm: f64,
-    /// Frobenius norm of the change of the weight matrices.
-    #[serde(deserialize_with = "number")]
-    pub update_norm: f64,
-    /// Tokens per second in this step.
-    #[serde(deserialize_with = "number")]
-    pub tokens_per_second: f64,
-    /// Resident memory after the step, in bytes.
-    pub memory: Option<u64>,
-}
-
-/// A number, or NaN: JSON has `null` for values that are not finite.
-fn number<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
-    Option::<f64>::deserialize(deserializer).map(|number| number.unwrap_or(f64::NAN))
-}
-
 /// The result of a run.
 pub struct Trained {
     /// The model, adapters attached.
     pub model: Llama,
-    /// One entry per step.
-    pub metrics: Vec<StepMetrics>,
-    /// The same as lines of JSON; lines from before a checkpoint are unchanged.
-    pub lines: String,
+    /// What every step did, and what was measured between steps.
+    pub history: History,
     /// Parameters that gradients moved, on all workers.
     pub trainable: usize,
     /// Seconds of the preparation of the adapters.
@@ -111,9 +81,6 @@ pub struct Trained {
     /// Peak memory of the process up to the last step, in bytes.
     pub peak_memory: Option<u64>,
 }
-
-/// Name of the metrics in output and checkpoints.
-pub const METRICS: &str = "metrics.jsonl";
 
 /// How a run ended.
 pub enum Outcome {
@@ -155,14 +122,6 @@ impl Saving {
     }
 }
 
-/// Data in a checkpoint besides the state of model and optimizer. The step determines the place in
-/// the data, and the seed the order of each epoch.
-#[derive(Serialize, Deserialize)]
-struct Elapsed {
-    seconds: f64,
-    tokens: usize,
-}
-
 /// A run that is ready to start, on any number of workers.
 pub struct Training<'a> {
     config: &'a RunConfig,
@@ -177,18 +136,26 @@ pub struct Training<'a> {
     pub stop: Stop,
     /// Sees the model after every step, with the number of steps taken. Its time does not count.
     pub observe: Option<Box<Observer<'a>>>,
+    /// Measures the model between steps. Its time does not count either.
+    pub watch: Option<Arc<dyn Watch>>,
+    /// What was measured before the first step of a run from the start.
+    pub before: Vec<Measurement>,
 }
 
 /// A function that sees the model after a step.
 pub type Observer<'a> = dyn Fn(usize, &Llama) + Sync + 'a;
 
-/// Results of the steps so far, besides the state of the model.
-#[derive(Default)]
-struct History {
-    metrics: Vec<StepMetrics>,
-    lines: String,
-    seconds: f64,
-    tokens: usize,
+/// Measures the model between steps, on the first of the workers.
+pub trait Watch: Send + Sync {
+    /// Whether something is to be measured after `step` of `total` steps.
+    fn is_due(&self, step: usize, total: usize) -> bool;
+
+    /// Measures `model`, in validation mode, after `step` of `total` steps.
+    ///
+    /// # Errors
+    ///
+    /// Whatever goes wrong ends the run.
+    fn measure(&self, step: usize, total: usize, model: &Llama) -> Result<Vec<Measurement>, Error>;
 }
 
 impl<'a> Training<'a> {
@@ -216,6 +183,8 @@ impl<'a> Training<'a> {
             resume: None,
             stop: Stop::default(),
             observe: None,
+            watch: None,
+            before: Vec::new(),
         })
     }
 
@@ -250,7 +219,14 @@ impl<'a> Training<'a> {
             communicator,
             saved,
         )?;
-        let mut history = saved.map_or_else(|| Ok(History::default()), History::of)?;
+        let mut history = match saved {
+            Some(saved) => History::of(saved)?,
+            None => {
+                let mut history = History::default();
+                history.record.measurements = self.before.clone();
+                history
+            }
+        };
         let trainable = trainer.num_trainable();
         let preparation = start.elapsed().as_secs_f64();
         preparing.finish();
@@ -259,7 +235,7 @@ impl<'a> Training<'a> {
         let mut observing = Duration::ZERO;
         let mut last_save = Instant::now();
         let mut batcher = self.batcher.clone();
-        let first = history.metrics.len();
+        let first = history.record.metrics.len();
         let progress = Progress::resumed(self.label, self.total, first, !is_first);
         self.stop.begin_steps();
         for step in first..self.total {
@@ -281,6 +257,17 @@ impl<'a> Training<'a> {
                 observe(step + 1, trainer.model());
                 observing += begun.elapsed();
             }
+            if let Some(watch) = self.watch.as_ref()
+                && watch.is_due(step + 1, self.total)
+            {
+                let begun = Instant::now();
+                let found = self.measure(watch.clone(), step + 1, &trainer)?;
+                for measurement in &found {
+                    progress.say(measurement);
+                }
+                history.record.measurements.extend(found);
+                observing += begun.elapsed();
+            }
             let Some(saving) = &self.saving else {
                 continue;
             };
@@ -292,8 +279,8 @@ impl<'a> Training<'a> {
             let stop = flags.chunks(2).any(|worker| worker[1] != 0.0);
             if stop || flags[0] != 0.0 {
                 let elapsed = Elapsed {
-                    seconds: history.seconds + (start.elapsed() - observing).as_secs_f64(),
-                    tokens: history.tokens + progress.tokens(),
+                    seconds: history.elapsed.seconds + (start.elapsed() - observing).as_secs_f64(),
+                    tokens: history.elapsed.tokens + progress.tokens(),
                 };
                 // A run that starts again from there would fail again.
                 let next = batcher.step((step + 1).min(self.total - 1));
@@ -315,19 +302,34 @@ impl<'a> Training<'a> {
                 }
             }
         }
-        let seconds = history.seconds + (start.elapsed() - observing).as_secs_f64();
-        let tokens = history.tokens + progress.tokens();
+        let seconds = history.elapsed.seconds + (start.elapsed() - observing).as_secs_f64();
+        let tokens = history.elapsed.tokens + progress.tokens();
         progress.finish();
         Ok(Outcome::Finished(Box::new(Trained {
             model: trainer.into_model(),
-            metrics: history.metrics,
-            lines: history.lines,
+            history,
             trainable,
             preparation,
             seconds,
             tokens_per_second: tokens as f64 / seconds.max(1e-9),
             peak_memory: memory::peak(),
         })))
+    }
+
+    /// What `watch` finds on the first worker; on the others nothing. They wait, however long it takes.
+    fn measure(
+        &self,
+        watch: Arc<dyn Watch>,
+        step: usize,
+        trainer: &Trainer,
+    ) -> Result<Vec<Measurement>, Error> {
+        let team = Team::new(trainer.communicator());
+        let model = team.is_first().then(|| trainer.model().clone().valid());
+        let total = self.total;
+        team.together(move || match model {
+            Some(model) => watch.measure(step, total, &model),
+            None => Ok(Vec::new()),
+        })
     }
 
     /// Trains on one thread per device, each with its share of the shards.
@@ -388,59 +390,15 @@ fn save(
     history: &History,
     elapsed: &Elapsed,
 ) -> Result<PathBuf, Error> {
-    let step = history.metrics.len() as u64;
+    let step = history.record.metrics.len() as u64;
     let mut snapshot = Snapshot::new(step, trainer.model(), trainer.optimizer_state()?);
     snapshot.settings = saving.settings.clone();
     snapshot.progress = serde_json::json!({
         "seconds": elapsed.seconds,
         "tokens": elapsed.tokens,
     });
-    let lines = history.lines.clone().into_bytes();
-    snapshot.attachments.insert(METRICS.into(), lines);
+    snapshot.attachments.extend(history.files());
     Ok(saving.checkpoints.save(&snapshot, trainer.communicator())?)
-}
-
-impl History {
-    /// That of a checkpoint.
-    fn of(checkpoint: &Checkpoint) -> Result<Self, Error> {
-        let path = checkpoint.path().join(METRICS);
-        let lines = String::from_utf8(checkpoint.attachment(METRICS)?)
-            .map_err(|_| Error::field(&path, "content", "is not UTF-8 text"))?;
-        let metrics = lines
-            .lines()
-            .enumerate()
-            .map(|(index, line)| {
-                serde_json::from_str(line).map_err(|error| {
-                    Error::field(&path, format!("line {}", index + 1), error.to_string())
-                })
-            })
-            .collect::<Result<Vec<StepMetrics>, Error>>()?;
-        if metrics.len() as u64 != checkpoint.step() {
-            let reason = format!(
-                "has {} lines for {} steps",
-                metrics.len(),
-                checkpoint.step()
-            );
-            return Err(Error::field(&path, "content", reason));
-        }
-        let elapsed = Elapsed::deserialize(checkpoint.progress()).map_err(|error| {
-            let path = checkpoint.path().join("manifest.json");
-            Error::field(path, "progress", error.to_string())
-        })?;
-        Ok(Self {
-            metrics,
-            lines,
-            seconds: elapsed.seconds,
-            tokens: elapsed.tokens,
-        })
-    }
-
-    fn push(&mut self, metrics: StepMetrics) {
-        let line = serde_json::to_string(&metrics).expect("a struct of numbers has a JSON form");
-        self.lines += &line;
-        self.lines.push('\n');
-        self.metrics.push(metrics);
-    }
 }
 
 impl RunConfig {

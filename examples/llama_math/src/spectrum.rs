@@ -100,12 +100,24 @@ impl Ranks {
         let matrix = Mat::from_fn(rows, cols, |row, col| f64::from(values[row * cols + col]));
         // Fails only on values that are not finite.
         let singular = matrix.singular_values().unwrap_or_default();
+        Self::of_values(&singular, rows, cols)
+    }
+
+    /// The ranks of a matrix of `rows` and `cols` with these singular values.
+    pub fn of_values(singular: &[f64], rows: usize, cols: usize) -> Self {
+        Self::above(singular, Self::threshold(singular, rows, cols))
+    }
+
+    /// `max(rows, cols) · eps` of the largest singular value.
+    pub fn threshold(singular: &[f64], rows: usize, cols: usize) -> f64 {
         let largest = singular.iter().copied().fold(0.0, f64::max);
-        let threshold = largest * rows.max(cols) as f64 * f64::from(f32::EPSILON);
-        let kept: Vec<f64> = singular
-            .into_iter()
-            .filter(|&value| value > threshold)
-            .collect();
+        largest * rows.max(cols) as f64 * f64::from(f32::EPSILON)
+    }
+
+    /// The ranks from the singular values above `threshold`.
+    pub fn above(singular: &[f64], threshold: f64) -> Self {
+        let above = singular.iter().copied().filter(|&value| value > threshold);
+        let kept: Vec<f64> = above.collect();
         let sum: f64 = kept.iter().sum();
         let entropy: f64 = kept
             .iter()

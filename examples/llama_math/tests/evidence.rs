@@ -62,6 +62,7 @@ fn run(folder: &Path) {
         processes: 2,
         device: Some("flex".into()),
         files: None,
+        record: false,
         until: None,
         program: child,
     };
@@ -192,6 +193,7 @@ fn a_child_that_fails_ends_the_sweep_with_what_it_said() {
         processes: 2,
         device: Some("no such device".into()),
         files: None,
+        record: false,
         until: None,
         program: child,
     };

@@ -256,6 +256,7 @@ fn a_report_says_what_has_not_been_run() {
                 tokens_per_second: 1.0,
                 peak_memory: None,
                 answers: vec![],
+                record: None,
             };
             let outcome = Outcome::Trained(Box::new(measured));
             let result = TrialResult { trial, outcome };

@@ -29,6 +29,8 @@ pub struct Children {
     pub device: Option<String>,
     /// What tasks with records are about.
     pub files: Option<Files>,
+    /// Whether the results have records, for a report.
+    pub record: bool,
     /// When no more are started.
     pub until: Option<Instant>,
     /// Starts this program with other arguments.
@@ -122,6 +124,9 @@ impl Children {
         if let Some(device) = &self.device {
             arguments.extend(["--device".into(), device.into()]);
         }
+        if self.record {
+            arguments.push("--record".into());
+        }
         if let Some(Files { model, train, test }) = &self.files {
             arguments.extend([
                 "--model".into(),
@@ -163,13 +168,18 @@ pub fn run_trial(
     settings: &str,
     device: &Device,
     files: Option<&Files>,
+    record: bool,
     result: &Path,
 ) -> Result<(), Error> {
     let trial: Trial = serde_json::from_str(settings).map_err(|error| Error::Option {
         option: "settings",
         reason: error.to_string(),
     })?;
-    trial.run(device, files)?.write(result)
+    let found = match record {
+        true => trial.run_recorded(device, files),
+        false => trial.run(device, files),
+    };
+    found?.write(result)
 }
 
 /// Ends this process when its standard input ends, together with the process that started it.

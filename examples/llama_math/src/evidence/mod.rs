@@ -9,7 +9,6 @@
 pub mod children;
 pub mod forgetting;
 pub mod learning_rates;
-pub mod machine;
 pub mod planted;
 pub mod rates;
 pub mod report;

@@ -128,6 +128,7 @@ mod tests {
             tokens_per_second: 1.0,
             peak_memory: None,
             answers: vec![],
+            record: None,
         }));
         let trial = Trial {
             task: Task::Problems,

@@ -7,7 +7,6 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::machine::machine;
 use super::reproduce::{Answered, Experiment, Measure, Settings};
 use super::row::Row;
 use super::search::{Entry, Finding};
@@ -17,6 +16,7 @@ use super::trial::{Measured, Outcome, TrialResult};
 use super::verdict::{Rival, compared, points, unfit};
 use crate::Error;
 use crate::chart::{self, Curve, Panel, Scale, Stroke};
+use crate::machine::machine;
 
 /// The chapter.
 pub const CHAPTER: &str = "reproduce.md";

@@ -4,7 +4,6 @@ use std::fmt::Write;
 use std::path::Path;
 
 use super::learning_rates::{Best, LearningRates};
-use super::machine::machine;
 use super::rates;
 use super::row::Row;
 use super::search::Finding;
@@ -15,6 +14,7 @@ use super::trial::{Outcome, TrialResult};
 use super::verdict::{against, compared, unfit};
 use crate::Error;
 use crate::chart::{self, Curve, Panel, Scale, Stroke};
+use crate::machine::machine;
 
 /// The tables, for the book.
 pub const TABLE: &str = "sweep.md";

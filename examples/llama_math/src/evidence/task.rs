@@ -2,6 +2,7 @@
 
 use std::fmt::{self, Display, Formatter};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -184,7 +185,7 @@ impl Display for Task {
 pub struct Exam {
     task: Task,
     /// The model that is trained.
-    pub pretrained: Pretrained,
+    pub pretrained: Arc<Pretrained>,
     tokens: Tokens,
     template: PromptTemplate,
     /// What is trained on.
@@ -263,7 +264,7 @@ impl Exam {
         };
         Ok(Self {
             task,
-            pretrained,
+            pretrained: Arc::new(pretrained),
             tokens,
             template,
             train,
@@ -280,11 +281,15 @@ impl Exam {
     /// Mean loss per target token of a model in validation mode, on the first test problems or on all
     /// facts.
     pub fn loss(&self, model: &Llama) -> f64 {
-        let first = match self.task.kind() {
+        mean_loss(model, &self.test[..self.watched()], || ())
+    }
+
+    /// Number of test problems, or facts, whose loss is measured during a training.
+    pub fn watched(&self) -> usize {
+        match self.task.kind() {
             Kind::Questions(_) | Kind::Records => self.test.len().min(WATCHED),
             _ => self.test.len(),
-        };
-        mean_loss(model, &self.test[..first], || ())
+        }
     }
 
     /// Measures a model, which must be in validation mode.

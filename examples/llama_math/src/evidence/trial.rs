@@ -12,12 +12,14 @@ use super::planted::{LayerTraining, Planted};
 use super::row::Row;
 use super::task::{Exam, Files, Kind, Task};
 use crate::batch::BatcherConfig;
+use crate::changes::Changes;
+use crate::history::{Measurement, Measures, Record};
 use crate::loss::LossMean;
 use crate::run::{Length, RunConfig};
 use crate::schedule::Decay;
 use crate::spectrum::{mean_ranks, projections};
 use crate::train::OptimizerSettings;
-use crate::{Error, Llama, memory};
+use crate::{Error, Llama, files, memory};
 
 /// Answers that are kept.
 const SHOWN: usize = 3;
@@ -94,6 +96,9 @@ pub struct Measured {
     pub peak_memory: Option<u64>,
     /// The first answers to problems, with whether they are right.
     pub answers: Vec<(String, bool)>,
+    /// Every step, and loss and change of the weights every few steps, for a report.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub record: Option<Record>,
 }
 
 impl Trial {
@@ -155,7 +160,33 @@ impl Trial {
     ///
     /// If the number of shards does not divide [`Task::sequences_per_step`].
     pub fn run(&self, device: &Device, files: Option<&Files>) -> Result<TrialResult, Error> {
-        let outcome = match self.measure(device, files) {
+        self.run_with(device, files, false)
+    }
+
+    /// The same, with a record in the result if it is the training of a model.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`run`](Self::run).
+    ///
+    /// # Panics
+    ///
+    /// As [`run`](Self::run).
+    pub fn run_recorded(
+        &self,
+        device: &Device,
+        files: Option<&Files>,
+    ) -> Result<TrialResult, Error> {
+        self.run_with(device, files, true)
+    }
+
+    fn run_with(
+        &self,
+        device: &Device,
+        files: Option<&Files>,
+        recorded: bool,
+    ) -> Result<TrialResult, Error> {
+        let outcome = match self.measure(device, files, recorded) {
             Ok(measured) if measured.loss.is_finite() => Outcome::Trained(Box::new(measured)),
             Ok(measured) => Outcome::Diverged(format!("the final loss is {}", measured.loss)),
             Err(error) if error.is_divergence() => Outcome::Diverged(error.to_string()),
@@ -167,32 +198,72 @@ impl Trial {
         })
     }
 
-    fn measure(&self, device: &Device, files: Option<&Files>) -> Result<Measured, Error> {
+    fn measure(
+        &self,
+        device: &Device,
+        files: Option<&Files>,
+        recorded: bool,
+    ) -> Result<Measured, Error> {
         if let Kind::Layer(planted) = self.task.kind() {
             return self.measure_layer(planted, device);
         }
         let exam = Exam::new(self.task, self.seed, self.items, files)?;
         device.seed(self.seed);
         let model = exam.pretrained.load(&device.clone().autodiff())?;
-        let held_out = Mutex::new(Vec::new());
+        let config = self.config();
+        let changes = match recorded {
+            true => Some(Changes::new(
+                exam.pretrained.clone(),
+                &config.adaptation,
+                None,
+            )?),
+            false => None,
+        };
+        let (held_out, measurements) = (Mutex::new(Vec::new()), Mutex::new(Vec::new()));
         let watch = |step: usize, model: &Llama| {
             if step.is_multiple_of((self.steps / WATCHED).max(1)) {
-                let loss = exam.loss(&model.clone().valid());
+                let model = model.clone().valid();
+                let loss = exam.loss(&model);
                 let mut seen = held_out.lock().expect("one thread trains");
                 seen.push((step, loss));
+                let measured = changes
+                    .as_ref()
+                    .map(|changes| changes.measure(step, &model));
+                let mut measurements = measurements.lock().expect("one thread trains");
+                measurements.extend(measured.map(|measures| (step, measures)));
             }
         };
-        let trained = self
-            .config()
-            .train(model, exam.train.clone(), &self.name(), watch)?;
+        let trained = config.train(model, exam.train.clone(), &self.name(), watch)?;
+        let held_out = held_out.into_inner().expect("one thread trains");
+        let mut record = recorded.then(|| trained.history.record.clone());
+        if let Some(record) = &mut record {
+            for &(step, loss) in &held_out {
+                let measures = Measures::HeldOut {
+                    loss,
+                    records: exam.watched(),
+                    of_output: false,
+                };
+                record.measurements.push(Measurement { step, measures });
+            }
+            for (step, measures) in measurements.into_inner().expect("one thread trains") {
+                let measures = measures?;
+                record.measurements.push(Measurement { step, measures });
+            }
+            record
+                .measurements
+                .sort_by_key(|measurement| measurement.step);
+        }
 
         let model = trained.model.valid().materialize();
         let before = projections(&exam.pretrained.load(device)?);
         let (numeric_rank, effective_rank) = mean_ranks(&before, &projections(&model));
         let grade = exam.grade(&model)?;
         Ok(Measured {
-            losses: trained.metrics.iter().map(|metrics| metrics.loss).collect(),
-            held_out: held_out.into_inner().expect("one thread trains"),
+            losses: {
+                let steps = trained.history.record.metrics.iter();
+                steps.map(|metrics| metrics.loss).collect()
+            },
+            held_out,
             loss: grade.loss,
             correct: grade.correct,
             numeric_rank,
@@ -207,6 +278,7 @@ impl Trial {
             tokens_per_second: trained.tokens_per_second,
             peak_memory: trained.peak_memory,
             answers: grade.answers.into_iter().take(SHOWN).collect(),
+            record,
         })
     }
 
@@ -234,6 +306,7 @@ impl Trial {
             tokens_per_second: learned.rows_per_second,
             peak_memory: memory::peak(),
             answers: Vec::new(),
+            record: None,
         })
     }
 }
@@ -266,9 +339,7 @@ impl TrialResult {
     pub fn write(&self, path: &Path) -> Result<(), Error> {
         let json = serde_json::to_vec(self)
             .map_err(|error| Error::field(path, "content", error.to_string()))?;
-        let partial = path.with_extension(format!("partial-{}", std::process::id()));
-        std::fs::write(&partial, json).map_err(Error::io(&partial))?;
-        std::fs::rename(&partial, path).map_err(Error::io(path))
+        files::replace(path, &json)
     }
 
     /// The result of `trial` in a file, if there is one.
@@ -281,7 +352,7 @@ impl TrialResult {
             return Ok(None);
         }
         let invalid = |reason: String| Error::field(path, "content", reason);
-        let text = crate::files::text(path)?;
+        let text = files::text(path)?;
         let result: Self = serde_json::from_str(&text)
             .map_err(|error| invalid(format!("is no result of a trial: {error}; delete it")))?;
         if result.trial != *trial {

@@ -12,7 +12,7 @@ mod sums;
 mod verify;
 
 pub use card::Card;
-pub(crate) use card::Form;
+pub(crate) use card::{Form, command, name_of};
 pub use command::Export;
 pub use format::Format;
 pub(crate) use made::FORMAT;

@@ -6,14 +6,20 @@ use std::path::Path;
 use sha2::{Digest, Sha256};
 
 use super::merged::README;
+use crate::history::MEASUREMENTS;
+use crate::report::REPORT;
 use crate::weights::{Source, hexadecimal};
 use crate::{Error, files};
 
 /// Name of the file with the digests.
 pub(crate) const SUMS: &str = "SHA256SUMS";
 
-/// Writes the digests of all files of a folder, also in its folders, into `SHA256SUMS`; but for the page,
-/// which people edit.
+/// What is not among the digests: they themselves, the page, which people edit, and what the evaluation
+/// completes.
+const LEFT_OUT: [&str; 4] = [SUMS, README, REPORT, MEASUREMENTS];
+
+/// Writes the digests of the files of a folder, also in its folders, into `SHA256SUMS`; but for the page,
+/// which people edit, and for report and measurements, which are complete after the evaluation.
 ///
 /// # Errors
 ///
@@ -69,7 +75,7 @@ fn list(folder: &Path, prefix: &str, names: &mut Vec<String>) -> Result<(), Erro
         let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
         match entry.path().is_dir() {
             true => list(&entry.path(), &format!("{name}/"), names)?,
-            false if [SUMS, README].contains(&&*name) => {}
+            false if LEFT_OUT.contains(&&*name) => {}
             false => names.push(name),
         }
     }

@@ -7,14 +7,17 @@ use hd_pissa::checkpoint::Checkpoints;
 
 use super::inputs::Inputs;
 use super::options::FineTuning;
+use super::page::Written;
 use super::report::{file_name, summary};
 use super::resume::{ended, remove_checkpoints};
 use crate::console::{complain, say};
 use crate::export::{Card, Exported, Form, Probe, write_sums};
+use crate::history::{MEASUREMENTS, Measurement, Measures};
 use crate::output::Staged;
-use crate::run::{METRICS, Trained};
+use crate::report::{REPORT, Report};
+use crate::run::Trained;
 use crate::stop::Stop;
-use crate::{Error, Llama, Pretrained};
+use crate::{Error, Llama, Pretrained, files};
 
 impl FineTuning {
     /// Writes, then evaluates: whatever fails or ends the program after the training, the model is
@@ -22,7 +25,7 @@ impl FineTuning {
     pub(super) fn finish(
         &self,
         inputs: Inputs,
-        trained: Trained,
+        mut trained: Trained,
         checkpoints: &Checkpoints,
         stop: &Stop,
     ) -> Result<(), Error> {
@@ -31,7 +34,7 @@ impl FineTuning {
         let device = model.device();
         let probe = Probe::new(&model, inputs.pretrained.config.max_positions);
         let card = self.card(&inputs, &trained);
-        let exported = self.write(&inputs, &model, &trained.lines, &probe, &card);
+        let exported = self.write(&inputs, &model, &trained, &probe, &card);
         let (exported, mut card) = exported.map_err(|error| match error {
             Error::NotMoved { .. } => error,
             error => ended(error, checkpoints),
@@ -39,7 +42,7 @@ impl FineTuning {
         stop.end();
         drop(model);
         self.print_written(&exported);
-        self.draw_losses(&trained.metrics);
+        self.draw_losses(&trained.history.record.metrics);
         remove_checkpoints(checkpoints);
 
         let Some(held_out) = &inputs.held_out else {
@@ -51,21 +54,49 @@ impl FineTuning {
         }
         // What is measured is what lies on the disk.
         let model = Pretrained::open(&self.output)?.load(&device)?;
+        let steps = trained.history.record.metrics.len();
+        let mut written = Written {
+            survived: exported.survived,
+            ..Written::default()
+        };
         let loss = held_out.loss(&model);
+        let measured = held_out.measured(steps, loss, true);
+        trained.history.record.measurements.push(measured);
         let figure = format!("held-out loss after: {loss:.4}, of the weights as they are written");
         say!("{figure}");
         card.figures.push(figure);
-        self.rewrite(&card);
-        match self.max_new_tokens {
-            0 => Ok(()),
-            limit => {
-                let (model, template) = (&model, &*inputs.template);
-                let figure = held_out.answer(model, &inputs.tokens, template, limit)?;
-                card.figures.push(figure);
-                self.rewrite(&card);
-                Ok(())
-            }
+        self.rewrite(
+            &card,
+            &trained,
+            &self.report(&inputs, &trained, &written, &device),
+        );
+        if self.max_new_tokens == 0 {
+            return Ok(());
         }
+        let (figure, answers) = held_out.answer(
+            &model,
+            &inputs.tokens,
+            &*inputs.template,
+            self.max_new_tokens,
+            self.watch.samples,
+        )?;
+        card.figures.push(figure.clone());
+        written.exact_match = Some(figure);
+        if !answers.is_empty() {
+            trained.history.record.measurements.push(Measurement {
+                step: steps,
+                measures: Measures::Answers {
+                    answers,
+                    of_output: true,
+                },
+            });
+        }
+        self.rewrite(
+            &card,
+            &trained,
+            &self.report(&inputs, &trained, &written, &device),
+        );
+        Ok(())
     }
 
     /// The page of the output, as far as it is known before the weights are rounded.
@@ -81,20 +112,25 @@ impl FineTuning {
         }
     }
 
-    /// Adds to the page of an output that is in its place.
-    fn rewrite(&self, card: &Card) {
+    /// Adds to page, record and report of an output that is in its place.
+    fn rewrite(&self, card: &Card, trained: &Trained, report: &Report) {
         if let Err(error) = card.write(&self.output) {
             complain!("README.md lacks the last figures: {error}");
         }
+        let files = trained.history.files();
+        let record = files::replace(&self.output.join(MEASUREMENTS), &files[MEASUREMENTS]);
+        if let Err(error) = record.and_then(|()| report.write(&self.output)) {
+            complain!("{MEASUREMENTS} or {REPORT} lacks the last figures: {error}");
+        }
     }
 
-    /// Writes the model and the lines of its metrics as the output; elsewhere if that fails, which is
-    /// an error that says where.
+    /// Writes the model, the record of its training and a report as the output; elsewhere if that fails,
+    /// which is an error that says where.
     fn write(
         &self,
         inputs: &Inputs,
         model: &Llama,
-        metrics: &str,
+        trained: &Trained,
         probe: &Probe,
         card: &Card,
     ) -> Result<(Exported, Card), Error> {
@@ -102,8 +138,16 @@ impl FineTuning {
         let settings = settings.expect("a map of texts has a JSON form");
         let write = |folder: &Path| {
             let exported = inputs.pretrained.export(model, folder, &self.export)?;
-            let path = folder.join(METRICS);
-            std::fs::write(&path, metrics).map_err(Error::io(path))?;
+            for (name, content) in trained.history.files() {
+                let path = folder.join(name);
+                std::fs::write(&path, content).map_err(Error::io(path))?;
+            }
+            let written = Written {
+                survived: exported.survived,
+                ..Written::default()
+            };
+            self.report(inputs, trained, &written, &model.device())
+                .write(folder)?;
             probe.write(folder)?;
             let mut card = card.clone();
             card.figures.extend(exported.figure());

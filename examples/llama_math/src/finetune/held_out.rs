@@ -6,14 +6,18 @@ use crate::batch::Sequence;
 use crate::console::say;
 use crate::data::Record;
 use crate::evaluate::{Solver, mean_loss};
+use crate::history::{LoggedAnswer, Measurement, Measures};
 use crate::progress::Progress;
 use crate::tokenize::{Template, Tokens};
 use crate::{Error, Llama};
 
+/// Answers that are printed.
+const SHOWN: usize = 2;
+
 /// Held-out records with their sequences.
 pub(super) struct HeldOut {
     records: Vec<Record>,
-    pub(super) sequences: Vec<Sequence>,
+    sequences: Vec<Sequence>,
 }
 
 impl HeldOut {
@@ -42,6 +46,27 @@ impl HeldOut {
         Ok(Self { records, sequences })
     }
 
+    /// The records that answers are generated for.
+    pub(super) fn records(&self) -> &[Record] {
+        &self.records
+    }
+
+    /// A loss of these records, for the record of the run.
+    pub(super) fn measured(&self, step: usize, loss: f64, of_output: bool) -> Measurement {
+        let records = self.sequences.len();
+        let measures = Measures::HeldOut {
+            loss,
+            records,
+            of_output,
+        };
+        Measurement { step, measures }
+    }
+
+    /// Mean loss per target, without a word.
+    pub(super) fn quiet_loss(&self, model: &Llama) -> f64 {
+        mean_loss(model, &self.sequences, || ())
+    }
+
     /// Mean loss per target.
     pub(super) fn loss(&self, model: &Llama) -> f64 {
         let progress = Progress::new("held out", self.sequences.len());
@@ -51,14 +76,15 @@ impl HeldOut {
     }
 
     /// Answers every record with at most `max_new_tokens` tokens, and says how many answers are
-    /// right; that is what it returns, in words.
+    /// right. Returns that in words, and the first `logged` answers.
     pub(super) fn answer(
         &self,
         model: &Llama,
         tokens: &Tokens,
         template: &dyn Template,
         max_new_tokens: usize,
-    ) -> Result<String, Error> {
+        logged: usize,
+    ) -> Result<(String, Vec<LoggedAnswer>), Error> {
         let solver = Solver {
             model,
             tokens,
@@ -67,13 +93,13 @@ impl HeldOut {
         };
         let progress = Progress::new("answering", self.records.len());
         let (mut correct, mut scored) = (0, 0);
-        let mut shown = Vec::new();
+        let mut kept = Vec::new();
         for record in &self.records {
             let answer = solver.answer(record)?;
             correct += usize::from(answer.correct == Some(true));
             scored += usize::from(answer.correct.is_some());
-            if shown.len() < 2 {
-                shown.push((record, answer));
+            if kept.len() < logged.max(SHOWN) {
+                kept.push(LoggedAnswer::new(record, answer));
             }
             progress.tick();
         }
@@ -84,10 +110,11 @@ impl HeldOut {
             left => format!("exact match: {correct} of {scored}; {left} have no number to compare"),
         };
         say!("{figure}");
-        for (record, answer) in shown {
-            say!("\n{}\n-> {}", record.instruction, answer.text.trim());
+        for answer in kept.iter().take(SHOWN) {
+            say!("\n{}\n-> {}", answer.prompt, answer.text.trim());
         }
         say!("");
-        Ok(figure)
+        kept.truncate(logged);
+        Ok((figure, kept))
     }
 }

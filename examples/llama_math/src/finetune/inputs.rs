@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 
 use super::held_out::HeldOut;
 use super::options::FineTuning;
+use super::watch::Watching;
 use crate::batch::Sequence;
 use crate::data::{Data, Split};
 use crate::output::Staged;
@@ -18,16 +19,18 @@ use crate::{Error, Pretrained};
 
 /// What a run reads before it trains.
 pub(super) struct Inputs {
-    pub(super) template: Box<dyn Template>,
+    pub(super) template: Arc<dyn Template>,
     /// Whether the checkpoint has no chat template, where one is used.
     pub(super) writes_by_default: bool,
-    pub(super) pretrained: Pretrained,
-    pub(super) tokens: Tokens,
+    pub(super) pretrained: Arc<Pretrained>,
+    pub(super) tokens: Arc<Tokens>,
     pub(super) max_length: usize,
     /// What became of the records.
     pub(super) summary: String,
     pub(super) sequences: Arc<[Sequence]>,
-    pub(super) held_out: Option<HeldOut>,
+    pub(super) held_out: Option<Arc<HeldOut>>,
+    /// What is measured between steps.
+    pub(super) watching: Arc<Watching>,
     /// The checkpoint to go on from.
     pub(super) saved: Option<Checkpoint>,
     pub(super) settings: BTreeMap<String, String>,
@@ -36,8 +39,8 @@ pub(super) struct Inputs {
 impl FineTuning {
     /// Reads the files of the run and checks them, also against the checkpoint to go on from.
     pub(super) fn read(&self, saved: Option<Checkpoint>) -> Result<Inputs, Error> {
-        let pretrained = Pretrained::open(&self.model)?;
-        let tokens = Tokens::of(&pretrained)?;
+        let pretrained = Arc::new(Pretrained::open(&self.model)?);
+        let tokens = Arc::new(Tokens::of(&pretrained)?);
         let max_length = self.max_length(&pretrained)?;
         let fields = self.fields.as_ref();
         let data = Data::read(&self.data, Split::Train, fields)?;
@@ -55,7 +58,9 @@ impl FineTuning {
         let data = cache.sequences(&tokens, &data.records, &*template, max_length)?;
         let held_out = eval
             .map(|(path, eval)| HeldOut::new(path, eval.records, &tokens, &*template, max_length));
-        let held_out = held_out.transpose()?;
+        let held_out = held_out.transpose()?.map(Arc::new);
+        let template: Arc<dyn Template> = template.into();
+        let watching = Watching::new(self, &pretrained, held_out.as_ref(), &tokens, &template)?;
         let summary = data.to_string();
         let digest = digest_of(&data.usable);
         let sequences: Arc<[Sequence]> = data.usable.into();
@@ -75,6 +80,7 @@ impl FineTuning {
             summary,
             sequences,
             held_out,
+            watching: Arc::new(watching),
             saved,
             settings,
         })

@@ -44,6 +44,8 @@ pub struct FineTuning {
     pub saving: SaveOptions,
     /// How long workers wait for each other.
     pub timeout: Duration,
+    /// What is measured between steps.
+    pub watch: WatchOptions,
 }
 
 impl FineTuning {
@@ -71,6 +73,19 @@ pub enum TemplateChoice {
     Chat,
     /// Problems by the prompt template of a file.
     File(PathBuf),
+}
+
+/// What is measured between steps, for the record and the report.
+#[derive(Clone, Debug)]
+pub struct WatchOptions {
+    /// Measure the loss on the held-out data every so many steps, and after the last.
+    pub eval_every: Option<usize>,
+    /// Measure the change of the weights every so many steps, and after the last; never where `None`.
+    pub rank_every: Option<usize>,
+    /// Number of held-out records whose answers are kept from before, each evaluation and after.
+    pub samples: usize,
+    /// The weight whose singular values are kept; the last adapted one of the middle layer where `None`.
+    pub layer: Option<String>,
 }
 
 /// The options about checkpoints.

@@ -6,8 +6,9 @@ use super::inputs::Inputs;
 use super::options::{Change, FineTuning};
 use crate::console::{complain, say};
 use crate::export::{Exported, Rounding};
+use crate::history::StepMetrics;
 use crate::picture;
-use crate::run::{StepMetrics, Trained};
+use crate::run::Trained;
 
 impl FineTuning {
     /// Before the first step: data, model and workers, and where the run goes on.
@@ -104,17 +105,18 @@ impl FineTuning {
 
 /// What the steps took, and what they did to the loss.
 pub(super) fn summary(trained: &Trained) -> Vec<String> {
+    let metrics = &trained.history.record.metrics;
     let mut lines = vec![format!(
         "{} steps in {:.1} s after {:.1} s of preparation, {:.0} tokens/s, {} trainable \
          parameters, peak memory {}",
-        trained.metrics.len(),
+        metrics.len(),
         trained.seconds,
         trained.preparation,
         trained.tokens_per_second,
         trained.trainable,
         mebibytes(trained.peak_memory)
     )];
-    if let (Some(first), Some(last)) = (trained.metrics.first(), trained.metrics.last()) {
+    if let (Some(first), Some(last)) = (metrics.first(), metrics.last()) {
         lines.push(format!(
             "training loss: {:.4} in the first step, {:.4} in the last",
             first.loss, last.loss
@@ -124,7 +126,7 @@ pub(super) fn summary(trained: &Trained) -> Vec<String> {
 }
 
 /// A number of bytes, for people.
-fn mebibytes(bytes: Option<u64>) -> String {
+pub(super) fn mebibytes(bytes: Option<u64>) -> String {
     match bytes {
         Some(bytes) => format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20)),
         None => "unknown".into(),

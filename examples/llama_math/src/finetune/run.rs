@@ -11,6 +11,7 @@ use super::report::summary;
 use super::resume::{Places, ended, remove_checkpoints};
 use super::settings::compare_with_first;
 use crate::console::say;
+use crate::history::{Measurement, Measures};
 use crate::lock::Lock;
 use crate::run::{Outcome, Saving, Training};
 use crate::stop::Stop;
@@ -71,9 +72,10 @@ impl FineTuning {
             self.announce(&inputs, workers);
         }
         let method = self.run.adaptation.method.to_string();
-        let training = self.training(&inputs, &checkpoints, &method)?;
+        let mut training = self.training(&inputs, &checkpoints, &method)?;
         device.seed(self.seed);
-        let (inputs, model) = self.load(&team, inputs, &checkpoints, device)?;
+        let (inputs, model, before) = self.load(&team, inputs, &checkpoints, device)?;
+        training.before = before;
         let stop = training.stop.clone();
         // The communicator ends with the steps, so nobody waits for the first worker's later work.
         let outcome = train(&training, model, communicator);
@@ -170,18 +172,19 @@ impl FineTuning {
             settings: inputs.settings.clone(),
         });
         training.stop = Stop::on_signals()?;
+        training.watch = Some(inputs.watching.clone());
         Ok(training)
     }
 
     /// Loads the model on every worker. The first removes the checkpoints that this run replaces, and
-    /// measures the loss before a run from the start.
+    /// measures loss and answers before a run from the start.
     fn load(
         &self,
         team: &Team<'_>,
         inputs: Inputs,
         checkpoints: &Checkpoints,
         device: &Device,
-    ) -> Result<(Inputs, Llama), Error> {
+    ) -> Result<(Inputs, Llama, Vec<Measurement>), Error> {
         let is_first = team.is_first();
         let discards = is_first && self.overwrite && inputs.saved.is_none();
         let (own, autodiff) = (checkpoints.clone(), device.clone().autodiff());
@@ -191,16 +194,19 @@ impl FineTuning {
                 own.discard_all()?;
             }
             let model = inputs.pretrained.load(&autodiff)?;
+            let mut before = Vec::new();
             if let Some(held_out) = inputs.held_out.as_ref().filter(|_| inputs.saved.is_none())
                 && is_first
             {
-                let loss = held_out.loss(&model.valid());
-                say!(
-                    "held-out loss before: {loss:.4} ({} records)",
-                    held_out.sequences.len()
-                );
+                let valid = model.valid();
+                let measured = held_out.measured(0, held_out.loss(&valid), false);
+                if let Measures::HeldOut { loss, records, .. } = measured.measures {
+                    say!("held-out loss before: {loss:.4} ({records} records)");
+                }
+                before.push(measured);
+                before.extend(inputs.watching.answers(0, &valid)?);
             }
-            Ok((inputs, model))
+            Ok((inputs, model, before))
         })
     }
 }

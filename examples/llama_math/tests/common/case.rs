@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use hd_pissa::checkpoint::Checkpoints;
 use llama_math::cli::Cli;
+use llama_math::history::StepMetrics;
 use llama_math::problems::problems;
-use llama_math::run::StepMetrics;
 use serde_json::json;
 
 /// Environment variable with the arguments of [`program`], as JSON.

@@ -1,36 +1,17 @@
-//! Charts as SVG: panels below each other, curves with their names at their ends.
-//!
-//! Text stays readable on a narrow screen. Colours follow the reader's light or dark scheme. They
-//! are those of Okabe and Ito, which people with a colour vision deficiency can distinguish.
+//! A panel: curves over one pair of axes, with their names at their ends.
 
 use std::fmt::Write;
 
-/// Width of a chart, and height of a panel.
-const WIDTH: f64 = 520.0;
-const HEIGHT: f64 = 330.0;
-/// Height of the title above the panels.
-const HEAD: f64 = 40.0;
-/// Around the plot of a panel. On the right there is room for the names.
-const LEFT: f64 = 58.0;
+use super::axis::{Axis, Scale};
+use super::style::{COLORS, LEFT, TEXT, WIDTH, escaped, picture};
+
+/// Height of a panel.
+pub(super) const HEIGHT: f64 = 330.0;
+/// Around the plot. On the right there is room for the names.
 const TOP: f64 = 38.0;
 const BOTTOM: f64 = 54.0;
-/// Heights of text, and about the width of a letter of a name.
-const TITLE: f64 = 19.0;
-const TEXT: f64 = 15.0;
+/// About the width of a letter of a name.
 const LETTER: f64 = 8.0;
-
-/// How values become positions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Scale {
-    /// From the smallest value to the largest.
-    Linear,
-    /// From 0 to the largest value.
-    FromZero,
-    /// By ratio; values that are not above 0 are left out.
-    Logarithmic,
-    /// The same, marked at powers of two.
-    PowersOfTwo,
-}
 
 /// How a curve is drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,159 +56,24 @@ pub struct Panel {
     pub curves: Vec<Curve>,
 }
 
-/// The chart as the text of an SVG file.
-pub fn svg(title: &str, panels: &[Panel]) -> String {
-    let height = HEAD + HEIGHT * panels.len() as f64;
-    let mut svg = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" \
-         role=\"img\">\n<title>{title}</title>\n<style>\n{STYLE}</style>\n\
-         <rect class=\"ground\" width=\"{WIDTH}\" height=\"{height}\"/>\n\
-         <text x=\"{LEFT}\" y=\"26\" font-size=\"{TITLE}\" font-weight=\"bold\">{title}</text>\n",
-        title = escaped(title)
-    );
-    for (index, panel) in panels.iter().enumerate() {
-        panel.draw(HEAD + HEIGHT * index as f64, &mut svg);
-    }
-    svg + "</svg>\n"
-}
-
-/// Colours of curves are `c0`, `c1`, ...; the fourth is darker on a light background, where yellow
-/// is hard to see.
-const STYLE: &str = "\
-svg { --ground: #fff; --ink: #1b1b1b; --grid: #ddd; --reference: #c8c8c8; color-scheme: light dark }
-.c0 { --c: #0072b2 } .c1 { --c: #d55e00 } .c2 { --c: #009e73 } .c3 { --c: #b08a00 }
-.c4 { --c: #cc79a7 } .c5 { --c: #555 } .c6 { --c: #3a8fc4 }
-@media (prefers-color-scheme: dark) {
-svg { --ground: #16181c; --ink: #e8e8e8; --grid: #3a3d42; --reference: #5a5d63 }
-.c0 { --c: #56b4e9 } .c1 { --c: #ff8a3d } .c2 { --c: #2bd6a4 } .c3 { --c: #f0e442 }
-.c4 { --c: #e7a3c8 } .c5 { --c: #bbb } .c6 { --c: #9ad0f5 }
-}
-.ground { fill: var(--ground) }
-text { fill: var(--ink); font-family: system-ui, sans-serif }
-.grid { stroke: var(--grid); stroke-width: 1 }
-.curve { fill: none; stroke: var(--c); stroke-width: 2.5; stroke-linejoin: round }
-.dashed { stroke-dasharray: 7 4 }
-.reference { fill: none; stroke: var(--reference); stroke-width: 10 }
-.dot, .name { fill: var(--c) }
-.band { fill: var(--c); opacity: 0.2 }
-.leader { stroke: var(--c); stroke-width: 1; opacity: 0.6 }
-";
-/// Number of colours in [`STYLE`].
-const COLORS: usize = 7;
-
-/// One axis: values and their positions.
-struct Axis {
-    scale: Scale,
-    /// Least and most, in the units of the scale.
-    range: [f64; 2],
-    places: [f64; 2],
-}
-
-impl Axis {
-    fn new(scale: Scale, values: impl Iterator<Item = f64>, places: [f64; 2]) -> Self {
-        let scaled = values.map(|value| scaled(scale, value));
-        let (mut low, mut high) = scaled
-            .fold((f64::INFINITY, f64::NEG_INFINITY), |range, value| {
-                (range.0.min(value), range.1.max(value))
-            });
-        if scale == Scale::FromZero {
-            (low, high) = (0.0, high.max(0.0));
-        }
-        if low > high {
-            (low, high) = (0.0, 1.0);
-        }
-        let room = match scale {
-            Scale::FromZero if high == 0.0 => [0.0, 1.0],
-            Scale::FromZero => [0.0, 0.04 * high],
-            _ if high == low => [0.5; 2],
-            _ => [0.0; 2],
-        };
-        Self {
-            scale,
-            range: [low - room[0], high + room[1]],
-            places,
-        }
-    }
-
-    fn place(&self, value: f64) -> f64 {
-        let [low, high] = self.range;
-        let [first, last] = self.places;
-        first + (scaled(self.scale, value) - low) / (high - low) * (last - first)
-    }
-
-    /// Values to mark, and their texts.
-    fn ticks(&self) -> Vec<(f64, String)> {
-        let [low, high] = self.range;
-        let margin = 1e-9 * (high - low);
-        match self.scale {
-            Scale::Logarithmic => {
-                let decades = low.floor() as i32..=high.ceil() as i32;
-                let of = |digits: &'static [f64]| {
-                    let all = decades.clone().flat_map(move |decade| {
-                        digits.iter().map(move |digit| digit * 10f64.powi(decade))
-                    });
-                    let inside = all.filter(|value: &f64| {
-                        (low - margin..=high + margin).contains(&value.log10())
-                    });
-                    inside
-                        .map(|value| (value, plain(value)))
-                        .collect::<Vec<_>>()
-                };
-                let (few, some) = (of(&[1.0]), of(&[1.0, 2.0, 5.0]));
-                if few.len() >= 4 { few } else { some }
-            }
-            Scale::PowersOfTwo => {
-                let [first, last] = [(low - margin).ceil() as i32, (high + margin).floor() as i32];
-                let power = |exponent: i32| (2f64.powi(exponent), plain(2f64.powi(exponent)));
-                (first..=last).map(power).collect()
-            }
-            Scale::Linear | Scale::FromZero => {
-                let rough = (high - low) / 5.0;
-                let power = 10f64.powf(rough.log10().floor());
-                let step = [1.0, 2.0, 5.0, 10.0].map(|digit| digit * power);
-                let step = step.into_iter().find(|&step| step >= rough * 0.999);
-                let step = step.unwrap_or(10.0 * power);
-                let first = ((low - margin) / step).ceil() as i64;
-                let last = ((high + margin) / step).floor() as i64;
-                let decimals = (-step.log10().floor()).max(0.0) as usize;
-                let tick = |count: i64| {
-                    let value = count as f64 * step;
-                    (value, format!("{value:.decimals$}"))
-                };
-                (first..=last).map(tick).collect()
-            }
-        }
-    }
-}
-
-fn scaled(scale: Scale, value: f64) -> f64 {
-    match scale {
-        Scale::Logarithmic => value.log10(),
-        Scale::PowersOfTwo => value.log2(),
-        Scale::Linear | Scale::FromZero => value,
-    }
-}
-
-/// A number of few digits: `0.02`, `500`, `2e-5`.
-fn plain(value: f64) -> String {
-    let rounded: f64 = format!("{value:.3e}").parse().unwrap_or(value);
-    match rounded {
-        _ if (1e-3..1e5).contains(&rounded) => format!("{rounded}"),
-        _ => format!("{rounded:e}"),
-    }
-}
-
 impl Panel {
     fn can_show(&self, x: f64, y: f64) -> bool {
         // Larger values overflow in the computation of positions.
         let fits = |value: f64, scale| match scale {
             Scale::Logarithmic | Scale::PowersOfTwo => value > 0.0 && value < 1e12,
-            Scale::Linear | Scale::FromZero => value.abs() < 1e12,
+            Scale::Linear | Scale::Count | Scale::FromZero => value.abs() < 1e12,
         };
         fits(x, self.scales[0]) && fits(y, self.scales[1])
     }
 
-    fn draw(&self, top: f64, svg: &mut String) {
+    /// The panel as an element of a page that has [`STYLE`](super::STYLE).
+    pub fn inline(&self) -> String {
+        let mut content = String::new();
+        self.draw(0.0, &mut content);
+        picture(HEIGHT, &self.title, "", &content)
+    }
+
+    pub(super) fn draw(&self, top: f64, svg: &mut String) {
         let shown: Vec<Vec<(f64, f64)>> = self
             .curves
             .iter()
@@ -398,12 +244,6 @@ fn spread(names: &mut [Name<'_>], first: f64, last: f64) {
     }
 }
 
-fn escaped(text: &str) -> String {
-    text.replace('&', "&amp;")
-        .replace('<', "&lt;")
-        .replace('>', "&gt;")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -425,31 +265,6 @@ mod tests {
             scales,
             curves,
         }
-    }
-
-    #[test]
-    fn points_stand_where_their_values_say() {
-        let axis = |scale, values: &[f64]| Axis::new(scale, values.iter().copied(), [0.0, 100.0]);
-        assert_eq!(axis(Scale::Linear, &[2.0, 4.0]).place(2.5), 25.0);
-        // 4 % of room above the largest.
-        assert_eq!(axis(Scale::FromZero, &[2.0, 4.0]).place(2.08), 50.0);
-        assert_eq!(axis(Scale::PowersOfTwo, &[1.0, 16.0]).place(2.0), 25.0);
-        let logarithmic = axis(Scale::Logarithmic, &[0.01, 100.0]);
-        assert!((logarithmic.place(0.1) - 25.0).abs() < 1e-9);
-        let texts = |axis: &Axis| -> Vec<String> {
-            axis.ticks().into_iter().map(|(_, text)| text).collect()
-        };
-        assert_eq!(texts(&logarithmic), ["0.01", "0.1", "1", "10", "100"]);
-        assert_eq!(
-            texts(&axis(Scale::PowersOfTwo, &[1.0, 8.0])),
-            ["1", "2", "4", "8"]
-        );
-        let narrow = axis(Scale::Logarithmic, &[0.15, 6.0]);
-        assert_eq!(texts(&narrow), ["0.2", "0.5", "1", "2", "5"]);
-        assert_eq!(
-            texts(&axis(Scale::FromZero, &[0.4])),
-            ["0.0", "0.1", "0.2", "0.3", "0.4"]
-        );
     }
 
     #[test]
@@ -477,6 +292,7 @@ mod tests {
         ];
         let scales = [
             Scale::Linear,
+            Scale::Count,
             Scale::FromZero,
             Scale::Logarithmic,
             Scale::PowersOfTwo,
@@ -487,7 +303,7 @@ mod tests {
             let mut banded = curve("R < 8 & more", &constant);
             banded.band = vec![(1.0, 2.0, 4.0), (2.0, 3.0, f64::NAN)];
             let full = panel([Scale::Linear, scale], vec![curve("odd", &odd), banded]);
-            let svg = svg("a title", &[empty, full]);
+            let svg = super::super::svg("a title", &[empty, full]);
             for text in [
                 "a title",
                 "a panel",

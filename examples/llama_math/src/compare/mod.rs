@@ -1,5 +1,7 @@
 //! The run without arguments: every method on both tasks, at the learning rates that a sweep has found.
 
+mod page;
+
 use std::path::Path;
 use std::time::Instant;
 
@@ -126,6 +128,7 @@ impl Comparison {
             processes: self.processes,
             device: self.device.clone(),
             files: None,
+            record: true,
             until: None,
             program: children::this_program,
         };
@@ -155,9 +158,10 @@ impl Comparison {
         write("table.txt", &text)?;
         let panels: Vec<Panel> = parts.iter().map(Part::panel).collect();
         write("loss.svg", &chart::svg("Tiny Llama", &panels))?;
+        page::report(self, &parts, start.elapsed(), device).write(staged.path())?;
         staged.commit()?;
         say!(
-            "{:.0} s in all; table, losses and picture (loss.svg) are in {}",
+            "{:.0} s in all; report (report.html), table, losses and picture (loss.svg) are in {}",
             start.elapsed().as_secs_f64(),
             output.display()
         );
@@ -199,10 +203,7 @@ const COLUMNS: &str = "rank and eff. rank: numeric and effective rank of the upd
 
 impl Part {
     fn table(&self) -> String {
-        let heading = match self.task {
-            Task::Problems => "problems: one skill, a small change of the weights",
-            _ => "facts: random associations, a change of high rank",
-        };
+        let heading = self.heading();
         let mut table = format!(
             "{heading}\n{:26} {:>8} {:>10} {:>10} {:>12} {:>8} {:>9} {:>10} {:>8} {:>9} {:>9}\n",
             "method",
@@ -237,6 +238,13 @@ impl Part {
             };
         }
         table + &self.verdict() + "\n"
+    }
+
+    fn heading(&self) -> &'static str {
+        match self.task {
+            Task::Problems => "problems: one skill, a small change of the weights",
+            _ => "facts: random associations, a change of high rank",
+        }
     }
 
     fn base_share(&self) -> f64 {
@@ -322,7 +330,7 @@ impl Part {
         Panel {
             title: title.into(),
             labels: ["step".into(), "training loss".into()],
-            scales: [Scale::Linear, Scale::Logarithmic],
+            scales: [Scale::Count, Scale::Logarithmic],
             curves,
         }
     }
@@ -335,22 +343,30 @@ fn title(result: &TrialResult) -> String {
     row.title(rank, shards)
 }
 
-fn numbers(measured: &Measured, score: &str) -> String {
-    // The last tenth.
+/// Mean training loss of the last tenth of the steps.
+fn train_loss(measured: &Measured) -> f64 {
     let losses = &measured.losses;
     let tail = &losses[losses.len() - losses.len().div_ceil(10)..];
-    let train_loss = tail.iter().sum::<f64>() / tail.len() as f64;
-    let memory = match measured.peak_memory {
+    tail.iter().sum::<f64>() / tail.len() as f64
+}
+
+fn peak_memory(measured: &Measured) -> String {
+    match measured.peak_memory {
         Some(bytes) => format!("{:.0}", bytes as f64 / f64::from(1 << 20)),
         None => "-".into(),
-    };
+    }
+}
+
+fn numbers(measured: &Measured, score: &str) -> String {
     format!(
-        "{train_loss:>10.4} {:>10.4} {score:>12} {:>8.1} {:>9.1} {:>10} {:>8.1} {:>9.0} {memory:>9}",
+        "{:>10.4} {:>10.4} {score:>12} {:>8.1} {:>9.1} {:>10} {:>8.1} {:>9.0} {:>9}",
+        train_loss(measured),
         measured.loss,
         measured.numeric_rank,
         measured.effective_rank,
         measured.trainable,
         measured.seconds,
-        measured.tokens_per_second
+        measured.tokens_per_second,
+        peak_memory(measured)
     )
 }

@@ -1,9 +1,11 @@
 //! The command line.
 
+mod parse;
+mod watching;
+
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use hd_pissa::{CommunicationDtype, FrameScale, GradientMode, Windows};
 
@@ -20,7 +22,7 @@ use crate::evidence::task::{Files, Task};
 use crate::export::{ExportConfig, ExportOptions, OutputDtype, Rounding, VerifyOptions};
 use crate::finetune::{Change, FineTuning, Resume, SaveOptions, TemplateChoice};
 use crate::loss::LossMean;
-use crate::method::{Adaptation, Method, SvdOption, WindowsOption, gradients_name};
+use crate::method::{Adaptation, Method, SvdOption, WindowsOption};
 use crate::pretrain::Pretraining;
 use crate::recipe::Recipe;
 use crate::run::{Length, RunConfig};
@@ -30,6 +32,9 @@ use crate::schedule::Decay;
 use crate::token_cache::TokenCache;
 use crate::train::OptimizerSettings;
 use crate::{Error, device, memory, mpi, user_cache};
+
+use parse::{at_least, frame_scale, gradients, not_negative, positive, share, wire};
+use watching::WatchingOptions;
 
 /// Where the comparison writes unless told otherwise; replaced by the next run.
 const COMPARISON_OUTPUT: &str = "target/llama_math";
@@ -255,6 +260,8 @@ struct Options {
     /// Longest generated answer, in tokens; 0 skips the answers and measures the loss alone
     #[arg(long, requires = "eval", default_value_t = 256, value_parser = at_least(0))]
     max_new_tokens: usize,
+    #[command(flatten)]
+    watching: WatchingOptions,
     /// Folder of the results [default: without --model target/llama_math]
     #[arg(long, value_name = "DIR")]
     output: Option<PathBuf>,
@@ -373,6 +380,7 @@ impl SweepOptions {
             processes: self.threads.unwrap_or_else(cores),
             device: self.device,
             files: None,
+            record: false,
             until: None,
             program: children::this_program,
         };
@@ -450,6 +458,7 @@ impl ReproduceOptions {
             processes: self.threads.unwrap_or_else(cores),
             device: self.device,
             files: self.files.files(),
+            record: false,
             until: self.minutes.map(|number| Instant::now() + minutes(number)),
             program: children::this_program,
         };
@@ -496,6 +505,9 @@ struct TrialOptions {
     /// File of the result
     #[arg(long)]
     result: PathBuf,
+    /// Write its steps and changes into it too
+    #[arg(long)]
+    record: bool,
     #[command(flatten)]
     files: FilesOptions,
     /// Backend
@@ -542,66 +554,6 @@ impl ScalingOptions {
     }
 }
 
-/// A number that an option does not take.
-#[derive(Debug, thiserror::Error)]
-#[error("must be a number {0}")]
-struct OutOfRange(&'static str);
-
-fn at_least(least: u64) -> RangedU64ValueParser<usize> {
-    // Larger counts are mistakes, and products of a few must not overflow.
-    RangedU64ValueParser::new().range(least..=1 << 20)
-}
-
-fn number(
-    text: &str,
-    is_valid: impl Fn(f64) -> bool,
-    range: &'static str,
-) -> Result<f64, OutOfRange> {
-    text.parse()
-        .ok()
-        .filter(|&value| is_valid(value))
-        .ok_or(OutOfRange(range))
-}
-
-fn positive(text: &str) -> Result<f64, OutOfRange> {
-    number(text, |value| value > 0.0 && value.is_finite(), "above 0")
-}
-
-fn not_negative(text: &str) -> Result<f64, OutOfRange> {
-    number(
-        text,
-        |value| value >= 0.0 && value.is_finite(),
-        "of at least 0",
-    )
-}
-
-fn share(text: &str) -> Result<f64, OutOfRange> {
-    number(text, |value| (0.0..=1.0).contains(&value), "from 0 to 1")
-}
-
-fn gradients() -> impl TypedValueParser<Value = GradientMode> {
-    let all = [GradientMode::PerShard, GradientMode::Shared];
-    PossibleValuesParser::new(all.map(gradients_name)).map(move |name| {
-        let named = all.into_iter().find(|&mode| gradients_name(mode) == name);
-        named.expect("one of the possible values")
-    })
-}
-
-fn frame_scale() -> impl TypedValueParser<Value = FrameScale> {
-    PossibleValuesParser::new(["balanced", "unit"]).map(|name| match name.as_str() {
-        "unit" => FrameScale::Unit,
-        _ => FrameScale::Balanced,
-    })
-}
-
-fn wire() -> impl TypedValueParser<Value = CommunicationDtype> {
-    let all = [CommunicationDtype::F32, CommunicationDtype::Bf16];
-    PossibleValuesParser::new(["f32", "bf16"]).map(move |name| {
-        let named = all.into_iter().find(|wire| wire.to_string() == name);
-        named.expect("one of the possible values")
-    })
-}
-
 impl Cli {
     /// Does what the command line says.
     ///
@@ -644,7 +596,13 @@ impl Cli {
                 children::end_with_parent();
                 let device = device::parse(options.device.as_deref())?;
                 let files = options.files.files();
-                children::run_trial(&options.settings, &device, files.as_ref(), &options.result)
+                children::run_trial(
+                    &options.settings,
+                    &device,
+                    files.as_ref(),
+                    options.record,
+                    &options.result,
+                )
             }
             None => match (&self.options.model, &self.options.output) {
                 (Some(model), Some(output)) => {
@@ -858,6 +816,7 @@ impl Options {
                 change: self.change.clone(),
             },
             timeout: seconds(self.timeout),
+            watch: self.watching.options(),
         })
     }
 }
