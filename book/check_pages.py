@@ -4,10 +4,15 @@
     mdbook build book
     python3 book/check_pages.py book/book
 
+The same for a report of `llama_math`, which must hold the given texts:
+
+    python3 book/check_pages.py target/llama_math/report.html --expect Problems --expect Machine
+
 What it checks: every local link and picture leads somewhere, every header cell of a table has a text, no listing is
 indented as a whole or wider than the page of a desktop, no page is wider than a phone of 390 px, the text of a page is
-dark on light or light on dark as the theme says, and every picture follows a dark system. It needs Chromium
-(`--chromium` names it) and nothing else. Exit code 1 if something is found.
+dark on light or light on dark as the theme says, and every picture follows a dark system. A report must follow the
+system by itself, take no other file, run no script, and show every picture. It needs Chromium (`--chromium` names it)
+and nothing else. Exit code 1 if something is found.
 """
 import argparse
 import html.parser
@@ -54,7 +59,13 @@ async function measure(page, width, theme) {
     text: code.textContent, over: code.scrollWidth - code.clientWidth }));
   const colour = (text) => (text.match(/[\\d.]+/g) || []).slice(0, 3).map(Number);
   const body = getComputedStyle(inner.documentElement);
-  const result = { page, width, theme, page_width, wide, listings,
+  const drawn = inner.querySelector("svg text");
+  const pictures = [...inner.querySelectorAll("svg")].map((svg) => ({
+    shown: svg.getBoundingClientRect().width > 0, parts: svg.querySelectorAll("path, rect.cell, circle").length,
+    title: svg.querySelector("title")?.textContent || "" }));
+  const result = { page, width, theme, page_width, wide, listings, pictures,
+    text: inner.body.innerText, title: inner.title, scripts: inner.scripts.length,
+    drawn: drawn ? colour(getComputedStyle(drawn).fill) : null,
     ink: colour(getComputedStyle(main.querySelector("p") || main).color), paper: colour(body.backgroundColor),
     empty_headers: [...main.querySelectorAll("th")].filter((cell) => !cell.textContent.trim()).length };
   frame.remove();
@@ -103,10 +114,9 @@ def broken_links(folder, names):
                     yield f"{name}: {target} has no anchor for the link {link}"
 
 
-def in_browser(chromium, folder, pages):
-    """What the harness measured, page by page."""
-    results, done = [], threading.Event()
-    runs = [[PHONE, "light"], [DESKTOP, "light"], [DESKTOP, "coal"]]
+def in_browser(chromium, folder, pages, runs, flags=()):
+    """What the harness measured, page by page, and the files that the browser asked for."""
+    results, asked, done = [], set(), threading.Event()
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *arguments):
@@ -119,6 +129,7 @@ def in_browser(chromium, folder, pages):
             own = {"/__check.html": ("text/html", HARNESS),
                    "/__pages.json": ("application/json", json.dumps({"pages": pages, "runs": runs}))}
             if self.path not in own:
+                asked.add(urllib.parse.unquote(self.path.lstrip("/")))
                 return super().do_GET()
             kind, text = own[self.path]
             self.send_response(200)
@@ -137,7 +148,7 @@ def in_browser(chromium, folder, pages):
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         browser = subprocess.Popen(
             [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}",
-             "--remote-debugging-port=0", f"http://127.0.0.1:{server.server_port}/__check.html"],
+             "--remote-debugging-port=0", *flags, f"http://127.0.0.1:{server.server_port}/__check.html"],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         finished = done.wait(600)
         browser.terminate()
@@ -145,7 +156,7 @@ def in_browser(chromium, folder, pages):
     server.shutdown()
     if not finished or isinstance(results[0], dict):
         sys.exit(f"the browser measured nothing: {results}")
-    return results[0]
+    return results[0], asked
 
 
 def brightness(png):
@@ -196,6 +207,45 @@ def picture(chromium, file, dark):
         return brightness(open(target, "rb").read())
 
 
+def of_page(where, seen, dark):
+    """What is wrong with the width, the headers and the colours of a page."""
+    if seen["empty_headers"] and seen["width"] == DESKTOP and not dark:
+        yield f"{where}: {seen['empty_headers']} header cells without a text"
+    if seen["page_width"] > seen["width"] + 1:
+        yield f"{where}: the page is {seen['page_width']} px wide"
+    for element in seen["wide"][:3]:
+        yield f"{where}: {element}"
+    dark_page = luminance(seen["paper"]) < 128
+    if dark_page != dark or (luminance(seen["ink"]) < 128) == dark_page:
+        yield f"{where}: text {seen['ink']} on {seen['paper']}"
+
+
+def of_report(chromium, file, expected):
+    """What is wrong with a report."""
+    folder, name = os.path.split(os.path.abspath(file))
+    for dark in (False, True):
+        theme = "dark" if dark else "light"
+        flags = [f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
+        pages, asked = in_browser(chromium, folder, [name], [[PHONE, theme], [DESKTOP, theme]], flags)
+        if asked - {name, "favicon.ico"}:
+            yield f"{file}: it takes other files: {sorted(asked)}"
+        for seen in pages:
+            where = f"{file} at {seen['width']} px, {theme}"
+            yield from of_page(where, seen, dark)
+            if seen["scripts"]:
+                yield f"{where}: {seen['scripts']} scripts"
+            if not seen["pictures"]:
+                yield f"{where}: no picture"
+            for picture_of in seen["pictures"]:
+                if not (picture_of["shown"] and picture_of["parts"] and picture_of["title"]):
+                    yield f"{where}: a picture is not shown, empty or without a title: {picture_of}"
+            if seen["drawn"] and (luminance(seen["drawn"]) < 128) == dark:
+                yield f"{where}: pictures write in {seen['drawn']}"
+            for text in expected:
+                if text not in seen["text"]:
+                    yield f"{where}: it does not say {text!r}"
+
+
 def luminance(colour):
     return sum(colour) / 3 if colour else 255
 
@@ -207,17 +257,9 @@ def complaints(chromium, folder):
     # Formulas are parts of pages.
     names = [name for name in names if os.path.dirname(name) != "formulas"]
     yield from broken_links(folder, names)
-    for seen in in_browser(chromium, folder, names):
+    for seen in in_browser(chromium, folder, names, [[PHONE, "light"], [DESKTOP, "light"], [DESKTOP, "coal"]])[0]:
         where = f"{seen['page']} at {seen['width']} px, {seen['theme']}"
-        if seen["empty_headers"] and seen["width"] == DESKTOP and seen["theme"] == "light":
-            yield f"{where}: {seen['empty_headers']} header cells without a text"
-        if seen["page_width"] > seen["width"] + 1:
-            yield f"{where}: the page is {seen['page_width']} px wide"
-        for element in seen["wide"][:3]:
-            yield f"{where}: {element}"
-        dark_page = luminance(seen["paper"]) < 128
-        if dark_page != (seen["theme"] == "coal") or (luminance(seen["ink"]) < 128) == dark_page:
-            yield f"{where}: text {seen['ink']} on {seen['paper']}"
+        yield from of_page(where, seen, seen["theme"] == "coal")
         if seen["width"] == DESKTOP and seen["theme"] == "light":
             for listing in seen["listings"]:
                 lines = [line for line in listing["text"].split("\n") if line.strip()]
@@ -241,14 +283,19 @@ def complaints(chromium, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", help="the built book")
+    parser.add_argument("place", help="the folder of the built book, or the file of a report")
+    parser.add_argument("--expect", action="append", default=[], help="a text that the report must show")
     parser.add_argument("--chromium", default=shutil.which("chromium") or shutil.which("chromium-browser") or "chromium")
     options = parser.parse_args()
-    if not os.path.isfile(os.path.join(options.folder, "index.html")):
-        sys.exit(f"{options.folder}: no index.html; build the book first: mdbook build book")
+    is_report = os.path.isfile(options.place)
+    if not is_report and not os.path.isfile(os.path.join(options.place, "index.html")):
+        sys.exit(f"{options.place}: no report and no index.html; build the book first: mdbook build book")
     if not shutil.which(options.chromium):
         sys.exit(f"{options.chromium}: no such program; install Chromium or name it with --chromium")
-    found = list(complaints(options.chromium, os.path.abspath(options.folder)))
+    if is_report:
+        found = list(of_report(options.chromium, options.place, options.expect))
+    else:
+        found = list(complaints(options.chromium, os.path.abspath(options.place)))
     print("\n".join(found) or "nothing to complain about")
     sys.exit(1 if found else 0)
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::console::{complain, say};
+use crate::console::{progress, say, shows_progress};
 use crate::heartbeat::Heartbeat;
 
 /// Time between two lines without a terminal.
@@ -34,6 +34,7 @@ impl Progress {
     /// As [`new`](Self::new), with `done` steps already taken; `hidden` on workers that print
     /// nothing.
     pub fn resumed(label: &str, steps: usize, done: usize, hidden: bool) -> Self {
+        let hidden = hidden || !shows_progress();
         let style = ProgressStyle::with_template(
             "{prefix:12} {bar:30} {pos}/{len}  {msg}  {elapsed} elapsed, {eta} left",
         );
@@ -46,7 +47,7 @@ impl Progress {
         bar.set_position(done as u64);
         bar.reset_eta();
         let lines = (!hidden && !std::io::stderr().is_terminal())
-            .then(|| Heartbeat::start(INTERVAL, |line| complain!("{line}")));
+            .then(|| Heartbeat::start(INTERVAL, |line| progress!("{line}")));
         let progress = Self {
             label: label.into(),
             steps,

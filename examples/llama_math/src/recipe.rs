@@ -9,7 +9,7 @@ use hd_pissa::{Decomposition, GradientMode, HdPissaPlan, MergePrecision, Planned
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::console::say;
+use crate::console::conclude;
 use crate::method::{Adaptation, DEFAULT_TARGETS, Method};
 use crate::run::{Length, RunConfig};
 use crate::{Error, Llama, LlamaConfig};
@@ -123,7 +123,7 @@ impl Recipe {
             precision: MergePrecision::Compensated,
             parameters,
         };
-        say!("{}", self.report(&plan, run, tokens_per_second));
+        conclude!("{}", self.report(&plan, run, tokens_per_second));
         Ok(())
     }
 

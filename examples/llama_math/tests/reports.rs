@@ -185,3 +185,44 @@ fn a_layer_that_is_not_adapted_is_refused() {
     let command = case.command(&["--report-layer", "model.layers.99.mlp.up_proj"]);
     case.fails(command, &["--report-layer", "no adapted weight"]);
 }
+
+#[test]
+fn quiet_runs_say_what_they_have_come_to_and_nothing_else() {
+    let (case, arguments) = measured(&["--quiet"]);
+    let output = case.run(&texts(&arguments));
+    assert!(output.status.success());
+    let lines = String::from_utf8(output.stdout).unwrap();
+    let starts = [
+        "hd-pissa: 24 steps in",
+        "training loss:",
+        "written:",
+        "held-out loss after:",
+        "exact match:",
+    ];
+    // The test harness prints lines of its own.
+    let own = lines.lines().filter(|line| {
+        !line.is_empty() && !line.starts_with("running ") && !line.starts_with("test program")
+    });
+    let own: Vec<&str> = own
+        .filter(|line| !line.contains("survives the rounding"))
+        .collect();
+    assert_eq!(own.len(), starts.len(), "{lines}");
+    for (line, start) in own.iter().zip(starts) {
+        assert!(line.starts_with(start), "{line}");
+    }
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), "");
+    // Without it there is more, and the variable adds what libraries say.
+    let (case, arguments) = measured(&["--save-every", "24"]);
+    let mut command = case.command(&texts(&arguments));
+    let output = command.env("RUST_LOG", "llama_math=off").output().unwrap();
+    assert!(output.status.success() && !case::text(&output).contains("written:"));
+    let mut command = case.command(&texts(&arguments));
+    command.env("RUST_LOG", "hd_pissa=loud").arg("--overwrite");
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        case::text(&output).contains("RUST_LOG"),
+        "{}",
+        case::text(&output)
+    );
+}

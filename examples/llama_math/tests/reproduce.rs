@@ -209,6 +209,7 @@ fn a_report_says_what_has_not_been_run() {
         processes: 1,
         device: None,
         files: None,
+        record: false,
         until: Some(std::time::Instant::now()),
         program: this_program,
     };

@@ -31,7 +31,7 @@ use crate::scaling::{Question, Scaling};
 use crate::schedule::Decay;
 use crate::token_cache::TokenCache;
 use crate::train::OptimizerSettings;
-use crate::{Error, device, memory, mpi, user_cache};
+use crate::{Error, console, device, memory, mpi, user_cache};
 
 use parse::{at_least, frame_scale, gradients, not_negative, positive, share, wire};
 use watching::WatchingOptions;
@@ -57,6 +57,9 @@ const LLAMA_2_7B: &str = "4096x4096x128,4096x11008x64,11008x4096x32";
 pub struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
+    /// Print only errors and results. RUST_LOG adds what is to be printed, such as hd_pissa=debug
+    #[arg(long, global = true)]
+    quiet: bool,
     #[command(flatten)]
     options: Options,
 }
@@ -561,6 +564,7 @@ impl Cli {
     ///
     /// Whatever goes wrong; [`Error::exit_code`] tells usage errors from others.
     pub fn run(self) -> Result<(), Error> {
+        console::start(self.quiet)?;
         let threads = self.options.threads;
         let limit = |reason| Error::Environment {
             variable: "memory",

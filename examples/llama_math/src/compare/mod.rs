@@ -8,7 +8,7 @@ use std::time::Instant;
 use burn::tensor::Device;
 
 use crate::chart::{self, Curve, Panel, Scale, Stroke};
-use crate::console::say;
+use crate::console::{conclude, say};
 use crate::evidence::children::{self, Children};
 use crate::evidence::learning_rates::{self, LearningRates};
 use crate::evidence::row::Row;
@@ -149,7 +149,7 @@ impl Comparison {
         }
         let tables: Vec<String> = parts.iter().map(Part::table).collect();
         let text = tables.join("\n") + COLUMNS;
-        say!("\n{text}");
+        conclude!("\n{text}");
         parts.iter().for_each(Part::show_answers);
         let write = |name: &str, content: &str| {
             let path = staged.path().join(name);
@@ -160,7 +160,7 @@ impl Comparison {
         write("loss.svg", &chart::svg("Tiny Llama", &panels))?;
         page::report(self, &parts, start.elapsed(), device).write(staged.path())?;
         staged.commit()?;
-        say!(
+        conclude!(
             "{:.0} s in all; report (report.html), table, losses and picture (loss.svg) are in {}",
             start.elapsed().as_secs_f64(),
             output.display()

@@ -15,7 +15,7 @@ use super::made::{DELTA, FORMAT, Made, changed};
 use super::merged::{ExportConfig, OutputDtype, README, RUN_README};
 use super::probe::Probe;
 use super::sums::{check_sums, write_sums};
-use crate::console::{complain, say};
+use crate::console::{complain, conclude, say};
 use crate::output::Staged;
 use crate::pretrained::{EMBEDDING, HEAD};
 use crate::weights::transpose;
@@ -242,7 +242,7 @@ impl Export {
         write_sums(staged.path())?;
         let settings = serde_json::to_value(settings).expect("a map of texts has a JSON form");
         staged.with_settings(settings).commit()?;
-        say!("written: {}", self.output.display());
+        conclude!("written: {}", self.output.display());
         for line in form.usage(&self.output, &self.base) {
             say!("{line}");
         }

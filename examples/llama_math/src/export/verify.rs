@@ -9,7 +9,7 @@ use super::format::Format;
 use super::made::{Made, changed};
 use super::probe::Probe;
 use super::sums::check_sums;
-use crate::console::say;
+use crate::console::conclude;
 use crate::{Error, Pretrained};
 
 /// A check of what a run or an export has written.
@@ -34,15 +34,15 @@ impl Verify {
     pub fn run(&self) -> Result<(), Error> {
         let made = Made::open(&self.folder)?;
         let folder = self.folder.display();
-        say!("{folder}: {}, by {}", made.format, made.written_by);
+        conclude!("{folder}: {}, by {}", made.format, made.written_by);
         match check_sums(&self.folder)? {
-            Some(count) => say!("files: {count}, all as they were written (SHA-256)"),
-            None => say!("files: without digests to compare them with"),
+            Some(count) => conclude!("files: {count}, all as they were written (SHA-256)"),
+            None => conclude!("files: without digests to compare them with"),
         }
         let base = match &self.base {
             Some(base) => {
                 let found = made.base(base)?;
-                say!("base: {} is the model that was trained", base.display());
+                conclude!("base: {} is the model that was trained", base.display());
                 Some(found)
             }
             None => None,
@@ -50,7 +50,7 @@ impl Verify {
         let changes = made.changes()?;
         let layers: Vec<Layer> = changes.iter().map(Layer::of).collect();
         if !layers.is_empty() {
-            say!("{}", errors(&layers));
+            conclude!("{}", errors(&layers));
         }
         let model = match (made.format, &base) {
             (Format::Merged, _) => Pretrained::open(&self.folder)?.load(&self.device)?,
@@ -64,8 +64,8 @@ impl Verify {
         };
         let vocabulary = model.model.embed_tokens.weight.lazy_shape()[0];
         match Probe::read(&self.folder, vocabulary)? {
-            Some(probe) => say!("{}", probe.difference(&model)),
-            None => say!("logits: without recorded ones to compare with"),
+            Some(probe) => conclude!("{}", probe.difference(&model)),
+            None => conclude!("logits: without recorded ones to compare with"),
         }
         let form = match made.format {
             Format::Merged => Form::Merged,
@@ -74,7 +74,7 @@ impl Verify {
         };
         let base = self.base.clone().unwrap_or_else(|| "BASE".into());
         for line in form.usage(&self.folder, &base) {
-            say!("{line}");
+            conclude!("{line}");
         }
         Ok(())
     }

@@ -10,7 +10,7 @@ use super::options::FineTuning;
 use super::page::Written;
 use super::report::{file_name, summary};
 use super::resume::{ended, remove_checkpoints};
-use crate::console::{complain, say};
+use crate::console::{complain, conclude};
 use crate::export::{Card, Exported, Form, Probe, write_sums};
 use crate::history::{MEASUREMENTS, Measurement, Measures};
 use crate::output::Staged;
@@ -49,7 +49,7 @@ impl FineTuning {
             return Ok(());
         };
         if stop.requested() {
-            say!("stopped before the evaluation");
+            conclude!("stopped before the evaluation");
             return Ok(());
         }
         // What is measured is what lies on the disk.
@@ -63,7 +63,7 @@ impl FineTuning {
         let measured = held_out.measured(steps, loss, true);
         trained.history.record.measurements.push(measured);
         let figure = format!("held-out loss after: {loss:.4}, of the weights as they are written");
-        say!("{figure}");
+        conclude!("{figure}");
         card.figures.push(figure);
         self.rewrite(
             &card,

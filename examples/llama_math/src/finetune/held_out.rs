@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::batch::Sequence;
-use crate::console::say;
+use crate::console::{conclude, say};
 use crate::data::Record;
 use crate::evaluate::{Solver, mean_loss};
 use crate::history::{LoggedAnswer, Measurement, Measures};
@@ -109,7 +109,7 @@ impl HeldOut {
             0 => format!("exact match: {correct} of {total}"),
             left => format!("exact match: {correct} of {scored}; {left} have no number to compare"),
         };
-        say!("{figure}");
+        conclude!("{figure}");
         for answer in kept.iter().take(SHOWN) {
             say!("\n{}\n-> {}", answer.prompt, answer.text.trim());
         }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::inputs::Inputs;
 use super::options::{Change, FineTuning};
-use crate::console::{complain, say};
+use crate::console::{complain, conclude, say};
 use crate::export::{Exported, Rounding};
 use crate::history::StepMetrics;
 use crate::picture;
@@ -66,12 +66,12 @@ impl FineTuning {
 
     /// What is written, and how much of the update it holds.
     pub(super) fn print_written(&self, exported: &Exported) {
-        say!("written: {}", self.output.display());
+        conclude!("written: {}", self.output.display());
         if !exported.left_out.is_empty() {
             complain!("not carried over: {}", exported.left_out.join(", "));
         }
         if let Some(share) = exported.survived {
-            say!(
+            conclude!(
                 "{}{}",
                 exported.figure().unwrap_or_default(),
                 match share < 0.99 && self.export.rounding == Rounding::Nearest {

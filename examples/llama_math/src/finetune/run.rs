@@ -10,7 +10,7 @@ use super::options::FineTuning;
 use super::report::summary;
 use super::resume::{Places, ended, remove_checkpoints};
 use super::settings::compare_with_first;
-use crate::console::say;
+use crate::console::{conclude, say};
 use crate::history::{Measurement, Measures};
 use crate::lock::Lock;
 use crate::run::{Outcome, Saving, Training};
@@ -90,7 +90,7 @@ impl FineTuning {
         match outcome.map_err(|error| ended(error, &checkpoints))? {
             Outcome::Finished(trained) => {
                 let lines = summary(&trained);
-                say!("{method}: {}", lines.join("\n"));
+                conclude!("{method}: {}", lines.join("\n"));
                 self.finish(inputs, *trained, &checkpoints, &stop)
             }
             Outcome::Stopped {
@@ -98,7 +98,7 @@ impl FineTuning {
                 total,
                 checkpoint,
             } => {
-                say!(
+                conclude!(
                     "stopped after step {step} of {total}; saved: {}\nthe same command with \
                      --resume goes on from there",
                     checkpoint.display()
@@ -143,7 +143,7 @@ impl FineTuning {
             None => Ok(false),
         })?;
         if finished && is_first {
-            say!("finished already: {}", self.output.display());
+            conclude!("finished already: {}", self.output.display());
             remove_checkpoints(checkpoints);
         }
         // The others do not need the output.

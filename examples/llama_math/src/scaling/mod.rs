@@ -14,7 +14,7 @@ use burn::tensor::{Device, Distribution, Tensor};
 use hd_pissa::ops::merge;
 use serde::Serialize;
 
-use crate::console::say;
+use crate::console::conclude;
 use crate::output::Staged;
 use crate::{Error, Llama, Pretrained};
 use cost::{Layout, Rates, Sample, StartTime, StepTime, Work};
@@ -164,7 +164,7 @@ impl Scaling {
         };
 
         let table = table::of(&report);
-        say!("{table}");
+        conclude!("{table}");
         let write = |name: &str, content: &str| {
             let path = staged.path().join(name);
             std::fs::write(&path, content).map_err(Error::io(path))
@@ -174,7 +174,7 @@ impl Scaling {
         write("scaling.json", &format!("{json}\n"))?;
         picture::draw(&staged.path().join("scaling.svg"), &report)?;
         staged.commit()?;
-        say!(
+        conclude!(
             "{:.0} s in all; tables (table.txt, scaling.json) and picture (scaling.svg) are in {}",
             report.seconds,
             output.display()
