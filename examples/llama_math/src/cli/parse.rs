@@ -1,4 +1,6 @@
-//! Values of options: numbers within their bounds, and names.
+//! Values of options: numbers within their bounds, names, and times.
+
+use std::time::Duration;
 
 use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
 use hd_pissa::{CommunicationDtype, FrameScale, GradientMode};
@@ -63,4 +65,18 @@ pub(super) fn wire() -> impl TypedValueParser<Value = CommunicationDtype> {
         let named = all.into_iter().find(|wire| wire.to_string() == name);
         named.expect("one of the possible values")
     })
+}
+
+/// Number of cores.
+pub(super) fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// A time from the command line. Thirty years are as good as never, and a clock can add them.
+pub(super) fn seconds(seconds: f64) -> Duration {
+    Duration::from_secs_f64(seconds.min(1e9))
+}
+
+pub(super) fn minutes(minutes: f64) -> Duration {
+    seconds(60.0 * minutes)
 }
