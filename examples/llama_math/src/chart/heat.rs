@@ -134,7 +134,7 @@ impl HeatMap {
 /// A number of about three digits, for a cell.
 fn short(value: f64) -> String {
     match value.abs() {
-        size if size == 0.0 => "0".into(),
+        0.0 => "0".into(),
         size if size >= 99.95 => format!("{value:.0}"),
         size if size >= 9.995 => format!("{value:.1}"),
         size if size >= 0.01 => format!("{value:.2}"),

@@ -120,9 +120,9 @@ fn figures(trained: &Trained, written: &Written) -> Vec<Figure> {
         })
     };
     let before = loss(false).find(|(step, _)| *step == 0);
-    let last = loss(false).last().filter(|(step, _)| *step > 0);
+    let last = loss(false).next_back().filter(|(step, _)| *step > 0);
     let before = before.map(|(_, loss)| format!("{loss:.4} before"));
-    if let Some((_, after)) = loss(true).last() {
+    if let Some((_, after)) = loss(true).next_back() {
         let note = before.map_or_else(String::new, |before| {
             before + ", of the weights as they are written"
         });

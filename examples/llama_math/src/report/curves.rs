@@ -7,6 +7,9 @@ use crate::picture::{averaged, smooth, window};
 /// Most points of a curve; of more steps each point is a mean.
 const POINTS: usize = 400;
 
+/// Title, label and scale of a number of every step.
+type OfSteps = (&'static str, &'static str, Scale, fn(&StepMetrics) -> f64);
+
 /// A run in a picture of several.
 pub struct Line<'a> {
     /// Its name; not shown where it is alone.
@@ -64,7 +67,7 @@ pub fn curves(lines: &[Line<'_>]) -> Vec<Panel> {
         // Rates differ by method by a factor of ten and more.
         _ => Scale::Logarithmic,
     };
-    let rest: [(&str, &str, Scale, fn(&StepMetrics) -> f64); 5] = [
+    let rest: [OfSteps; 5] = [
         ("Learning rate", "rate", rate, |step| step.lr),
         (
             "Gradient norm",

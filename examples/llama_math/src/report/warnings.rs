@@ -64,14 +64,14 @@ pub fn warnings(record: &Record) -> Vec<String> {
             "{reason}: {lowest:.4} at step {best}, {last:.4} at step {end}."
         ));
     }
-    let missed = record.measurements.iter().filter_map(|measurement| {
+    let mut missed = record.measurements.iter().filter_map(|measurement| {
         let Measures::Changes { weights, .. } = &measurement.measures else {
             return None;
         };
         let missed = weights.iter().map(|change| change.missed);
         Some((measurement.step, missed.fold(0.0, f64::max)))
     });
-    if let Some((step, missed)) = missed.last().filter(|(_, missed)| *missed > MISSED) {
+    if let Some((step, missed)) = missed.next_back().filter(|(_, missed)| *missed > MISSED) {
         found.push(format!(
             "The sketches of the changes miss up to {:.2} % of their squared norm at step {step}: ranks are \
              lower bounds.",
