@@ -216,9 +216,8 @@ fn quiet_runs_say_what_they_have_come_to_and_nothing_else() {
     let mut command = case.command(&texts(&arguments));
     let output = command.env("RUST_LOG", "llama_math=off").output().unwrap();
     assert!(output.status.success() && !case::text(&output).contains("written:"));
-    let mut command = case.command(&texts(&arguments));
-    command.env("RUST_LOG", "hd_pissa=loud").arg("--overwrite");
-    let output = command.output().unwrap();
+    let mut command = case.command(&[&texts(&arguments)[..], &["--overwrite"]].concat());
+    let output = command.env("RUST_LOG", "hd_pissa=loud").output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(
         case::text(&output).contains("RUST_LOG"),

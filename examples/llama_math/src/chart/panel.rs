@@ -8,7 +8,7 @@ use super::style::{COLORS, LEFT, TEXT, WIDTH, escaped, picture};
 /// Height of a panel.
 pub(super) const HEIGHT: f64 = 330.0;
 /// Around the plot. On the right there is room for the names.
-const TOP: f64 = 38.0;
+const TOP: f64 = 46.0;
 const BOTTOM: f64 = 54.0;
 /// About the width of a letter of a name.
 const LETTER: f64 = 8.0;

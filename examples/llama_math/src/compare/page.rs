@@ -7,7 +7,6 @@ use burn::tensor::Device;
 use super::{BEST, COLUMNS, Comparison, Part, SHOWN, peak_memory, title, train_loss};
 use crate::evidence::row::Row;
 use crate::evidence::statistics::percent;
-use crate::evidence::task::Task;
 use crate::evidence::trial::{Measured, Outcome, Trial, TrialResult};
 use crate::export::command;
 use crate::report::{
@@ -99,8 +98,8 @@ impl Part {
             value: percent(result.score()),
             note: format!("{} by {}", self.task.measure(), title(result)),
         };
-        let best = best.map(|result| figure("the most", result));
-        let ours = ours.map(|result| figure("the default method", result));
+        let best = best.map(|result| figure("best method", result));
+        let ours = ours.map(|result| figure("default method", result));
         best.into_iter().chain(ours).collect()
     }
 
@@ -122,8 +121,8 @@ impl Part {
         let ranks = ranks(&lines);
         Section {
             id: self.task.to_string(),
-            heading: self.capitalized(),
-            about: self.verdict(),
+            heading: capitalized(self.heading()),
+            about: capitalized(self.verdict().trim()) + ".",
             pictures: panels
                 .iter()
                 .chain(&ranks)
@@ -132,11 +131,6 @@ impl Part {
             tables: vec![self.columns()],
             ..Section::default()
         }
-    }
-
-    fn capitalized(&self) -> String {
-        let heading = self.heading();
-        heading[..1].to_uppercase() + &heading[1..]
     }
 
     fn columns(&self) -> Table {
@@ -195,17 +189,10 @@ impl Part {
         section.id = format!("change-{}", self.task);
         section.heading = format!(
             "{}: change of the weights by {}",
-            self.capitalized_task(),
+            capitalized(&self.task.to_string()),
             title(result)
         );
         Some(section)
-    }
-
-    fn capitalized_task(&self) -> &'static str {
-        match self.task {
-            Task::Problems => "Problems",
-            _ => "Facts",
-        }
     }
 
     /// The answers to the first problems.
@@ -234,11 +221,20 @@ impl Part {
         let questions: Vec<Question> = questions.collect();
         (!questions.is_empty()).then(|| Section {
             id: format!("answers-{}", self.task),
-            heading: format!("{}: answers", self.capitalized_task()),
+            heading: format!("{}: answers", capitalized(&self.task.to_string())),
             about: "What the model generates, greedily, for held-out prompts: before, and after each method."
                 .into(),
             questions,
             ..Section::default()
         })
     }
+}
+
+/// The text with a capital letter at its start.
+fn capitalized(text: &str) -> String {
+    let mut letters = text.chars();
+    let first = letters
+        .next()
+        .map(|letter| letter.to_uppercase().to_string());
+    first.unwrap_or_default() + letters.as_str()
 }

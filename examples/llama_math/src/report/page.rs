@@ -59,7 +59,7 @@ pub struct Section {
 /// A table.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Table {
-    /// What it shows; may be empty.
+    /// What it shows, below it, or the name of a folded one; may be empty.
     pub caption: String,
     /// Names of the columns; where there are none, the first column names the rows.
     pub columns: Vec<String>,
@@ -144,12 +144,14 @@ mod tests {
                 heading: text(),
                 about: text(),
                 pictures: Vec::new(),
-                tables: vec![Table {
-                    caption: text(),
-                    columns: vec![text()],
-                    rows: vec![vec![text()]],
-                    is_folded: true,
-                }],
+                tables: [true, false]
+                    .map(|is_folded| Table {
+                        caption: text(),
+                        columns: vec![text()],
+                        rows: vec![vec![text()]],
+                        is_folded,
+                    })
+                    .into(),
                 questions: vec![Question {
                     prompt: text(),
                     reference: text(),
@@ -169,7 +171,7 @@ mod tests {
         assert!(!html.contains("49"), "{html}");
         // Every text is there, and the text of the title twice.
         let escaped = "&lt;script&gt;alert(1)";
-        assert!(html.matches(escaped).count() >= 15, "{html}");
+        assert!(html.matches(escaped).count() >= 18, "{html}");
     }
 
     #[test]
