@@ -136,12 +136,12 @@ impl Part {
     fn columns(&self) -> Table {
         let columns = [
             "method",
-            "learning rate",
+            "lr",
             "train loss",
             "test loss",
             self.task.measure(),
             "rank",
-            "effective rank",
+            "eff. rank",
             "trainable",
             "seconds",
             "tokens/s",
