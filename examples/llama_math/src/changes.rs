@@ -6,7 +6,7 @@ use burn::tensor::{Tensor, TensorData};
 use regex::Regex;
 
 use crate::history::{Change, Measures, Spectrum};
-use crate::method::{Adaptation, DEFAULT_TARGETS, Method};
+use crate::method::{Adaptation, Method};
 use crate::sketch::sketched;
 use crate::spectrum::Ranks;
 use crate::{Error, Llama, Pretrained};
@@ -34,17 +34,13 @@ impl Changes {
     ///
     /// # Errors
     ///
-    /// [`Error::Option`] for a `layer` that is not adapted.
+    /// [`Error::Option`] for a `layer` that is not adapted, and for targets that are no regular expression.
     pub fn new(
         pretrained: Arc<Pretrained>,
         adaptation: &Adaptation,
         layer: Option<&str>,
     ) -> Result<Self, Error> {
-        let pattern = adaptation.targets.as_deref().unwrap_or(DEFAULT_TARGETS);
-        let targets = Regex::new(pattern).map_err(|error| Error::Option {
-            option: "targets",
-            reason: format!("`{pattern}`: {error}"),
-        })?;
+        let targets = adaptation.names()?;
         let adapted: Vec<&String> = pretrained
             .tensors
             .iter()

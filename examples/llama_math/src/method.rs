@@ -13,6 +13,7 @@ use hd_pissa::{
     FrameScale, GradientMode, HdPissa, HdPissaConfig, PissaConfig, PissaModule, SvdCache,
     SvdMethod, SvdPrecision, Windows,
 };
+use regex::Regex;
 use serde::{Deserialize, Serialize};
 
 use crate::decompositions::Decompositions;
@@ -157,6 +158,24 @@ impl Adaptation {
         Err(Error::Usage { option, reason })
     }
 
+    /// The names of the adapted weights, as a regular expression.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Option`] for a pattern that is none.
+    pub(crate) fn names(&self) -> Result<Regex, Error> {
+        let pattern = self.targets.as_deref().unwrap_or(DEFAULT_TARGETS);
+        Regex::new(pattern).map_err(|error| {
+            // The last line says what is wrong.
+            let message = error.to_string();
+            let reason = message.lines().last().unwrap_or_default().trim();
+            Error::Option {
+                option: "targets",
+                reason: format!("`{pattern}` is no regular expression: {reason}"),
+            }
+        })
+    }
+
     /// Whether every shard learns from all micro-batches.
     pub fn shares_gradients(&self) -> bool {
         self.method == Method::HdPissa && self.gradients == GradientMode::Shared
@@ -191,15 +210,8 @@ impl Adaptation {
             option: "targets",
             reason,
         };
-        // Checked here for its message, which Burn's error does not carry. Its last line says it.
-        regex::Regex::new(pattern).map_err(|error| {
-            let message = error.to_string();
-            let reason = message.lines().last().unwrap_or_default();
-            invalid(format!(
-                "`{pattern}` is no regular expression: {}",
-                reason.trim()
-            ))
-        })?;
+        // Checked here for its message, which Burn's error does not carry.
+        self.names()?;
         let targets = ParamGroup::from_regex(pattern)
             .map_err(|error| invalid(format!("`{pattern}`: {error:?}")))?;
         let matched: Vec<(String, [usize; 2])> = model
