@@ -17,7 +17,7 @@ use crate::run::{Length, RunConfig};
 use crate::schedule::Decay;
 use crate::spectrum::{mean_ranks, projections};
 use crate::train::OptimizerSettings;
-use crate::{Error, Llama, memory};
+use crate::{Error, Llama, device, memory};
 
 /// Answers that are kept.
 const SHOWN: usize = 3;
@@ -173,7 +173,7 @@ impl Trial {
         }
         let exam = Exam::new(self.task, self.seed, self.items, files)?;
         device.seed(self.seed);
-        let model = exam.pretrained.load(&device.clone().autodiff())?;
+        let model = exam.pretrained.load(&device::training(device))?;
         let held_out = Mutex::new(Vec::new());
         let watch = |step: usize, model: &Llama| {
             if step.is_multiple_of((self.steps / WATCHED).max(1)) {
