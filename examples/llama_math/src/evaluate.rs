@@ -74,6 +74,8 @@ pub fn mean_loss(model: &Llama, sequences: &[Sequence], progress: impl Fn()) -> 
 pub struct Answer {
     /// The text.
     pub text: String,
+    /// Number of its tokens.
+    pub tokens: usize,
     /// Whether its final answer is that of the reference; `None` if the reference has none.
     pub correct: Option<bool>,
 }
@@ -91,7 +93,7 @@ pub struct Solver<'a> {
 }
 
 /// Records that are answered at once.
-const BATCH: usize = 16;
+pub(crate) const BATCH: usize = 16;
 
 impl Solver<'_> {
     /// Answers one record.
@@ -133,6 +135,11 @@ impl Solver<'_> {
             let found = final_answer(&text);
             found == Some(expected)
         });
-        Ok(Answer { text, correct })
+        let tokens = answer.len();
+        Ok(Answer {
+            text,
+            tokens,
+            correct,
+        })
     }
 }
