@@ -342,7 +342,7 @@ impl Decoder {
     fn forward(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
         let device = self.embed_tokens.weight.lazy_device();
         let positions = tokens.dims()[1];
-        let rotation = Rotation::new(&self.rope, [0..positions], &device);
+        let rotation = Rotation::new(&self.rope, std::iter::once(0..positions), &device);
         let causal = Causal {
             start: 0,
             positions,

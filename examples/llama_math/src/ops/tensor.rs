@@ -263,7 +263,7 @@ mod tests {
         let device = Device::flex().autodiff();
         let mut config = crate::tiny::pretrained().unwrap().config.clone();
         config.head_dim = 6;
-        let rotation = Rotation::new(&Rope::new(&config), [2..9], &device);
+        let rotation = Rotation::new(&Rope::new(&config), std::iter::once(2..9), &device);
         agrees([2, 7, 5 * 6], |x| {
             let rotation = Rotation {
                 cos: rotation.cos.clone().cast(x.dtype()),
