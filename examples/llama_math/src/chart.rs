@@ -1,23 +1,24 @@
 //! Charts as SVG: panels below each other, curves with their names at their ends.
 //!
-//! Text stays readable on a narrow screen. Colours follow the reader's light or dark scheme. They
-//! are those of Okabe and Ito, which people with a colour vision deficiency can distinguish.
+//! A page that includes a chart as SVG gives it its colour of text; a chart as a file follows the
+//! reader's light or dark scheme. Colours of curves are those of Okabe and Ito, which people with a
+//! colour vision deficiency can distinguish, and stand out on both. Text has 14 px on a phone of
+//! 390 px. A description repeats in words what the chart shows.
 
 use std::fmt::Write;
 
 /// Width of a chart, and height of a panel.
-const WIDTH: f64 = 520.0;
-const HEIGHT: f64 = 330.0;
-/// Height of the title above the panels.
-const HEAD: f64 = 40.0;
+const WIDTH: f64 = 480.0;
+const HEIGHT: f64 = 372.0;
 /// Around the plot of a panel. On the right there is room for the names.
-const LEFT: f64 = 58.0;
-const TOP: f64 = 38.0;
-const BOTTOM: f64 = 54.0;
-/// Heights of text, and about the width of a letter of a name.
-const TITLE: f64 = 19.0;
-const TEXT: f64 = 15.0;
-const LETTER: f64 = 8.0;
+const LEFT: f64 = 64.0;
+const TOP: f64 = 64.0;
+const BOTTOM: f64 = 68.0;
+/// Heights of text, and about the widths of their letters.
+const TITLE: f64 = 22.0;
+const TITLE_LETTER: f64 = 12.5;
+const TEXT: f64 = 19.0;
+const LETTER: f64 = 11.0;
 
 /// How values become positions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,40 +78,61 @@ pub struct Panel {
 
 /// The chart as the text of an SVG file.
 pub fn svg(title: &str, panels: &[Panel]) -> String {
-    let height = HEAD + HEIGHT * panels.len() as f64;
+    let lines = lines(title, ((WIDTH - 8.0) / TITLE_LETTER) as usize);
+    let head = 16.0 + 28.0 * lines.len() as f64;
+    let height = head + HEIGHT * panels.len() as f64;
+    let described: Vec<String> = panels.iter().map(Panel::described).collect();
     let mut svg = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" \
-         role=\"img\">\n<title>{title}</title>\n<style>\n{STYLE}</style>\n\
-         <rect class=\"ground\" width=\"{WIDTH}\" height=\"{height}\"/>\n\
-         <text x=\"{LEFT}\" y=\"26\" font-size=\"{TITLE}\" font-weight=\"bold\">{title}</text>\n",
-        title = escaped(title)
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" class=\"chart\" viewBox=\"0 0 {WIDTH} {height}\" \
+         width=\"{WIDTH}\" style=\"max-width:100%;height:auto\" role=\"img\" \
+         font-family=\"system-ui, sans-serif\" font-size=\"{TEXT}\" fill=\"currentColor\">\n\
+         <title>{}</title>\n<desc>{}</desc>\n<style>\n{STYLE}</style>\n",
+        escaped(title),
+        escaped(&described.join(" "))
     );
+    for (index, line) in lines.iter().enumerate() {
+        let _ = writeln!(
+            svg,
+            "<text x=\"4\" y=\"{}\" font-size=\"{TITLE}\" font-weight=\"bold\">{}</text>",
+            26.0 + 28.0 * index as f64,
+            escaped(line)
+        );
+    }
     for (index, panel) in panels.iter().enumerate() {
-        panel.draw(HEAD + HEIGHT * index as f64, &mut svg);
+        panel.draw(head + HEIGHT * index as f64, &mut svg);
     }
     svg + "</svg>\n"
 }
 
-/// Colours of curves are `c0`, `c1`, ...; the fourth is darker on a light background, where yellow
-/// is hard to see.
-const STYLE: &str = "\
-svg { --ground: #fff; --ink: #1b1b1b; --grid: #ddd; --reference: #c8c8c8; color-scheme: light dark }
-.c0 { --c: #0072b2 } .c1 { --c: #d55e00 } .c2 { --c: #009e73 } .c3 { --c: #b08a00 }
-.c4 { --c: #cc79a7 } .c5 { --c: #555 } .c6 { --c: #3a8fc4 }
-@media (prefers-color-scheme: dark) {
-svg { --ground: #16181c; --ink: #e8e8e8; --grid: #3a3d42; --reference: #5a5d63 }
-.c0 { --c: #56b4e9 } .c1 { --c: #ff8a3d } .c2 { --c: #2bd6a4 } .c3 { --c: #f0e442 }
-.c4 { --c: #e7a3c8 } .c5 { --c: #bbb } .c6 { --c: #9ad0f5 }
+/// The text in lines of at most so many letters, unless a word has more.
+fn lines(text: &str, most: usize) -> Vec<String> {
+    let mut lines: Vec<String> = Vec::new();
+    for word in text.split_whitespace() {
+        match lines.last_mut() {
+            Some(line) if line.chars().count() + 1 + word.chars().count() <= most => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            _ => lines.push(word.into()),
+        }
+    }
+    lines
 }
-.ground { fill: var(--ground) }
-text { fill: var(--ink); font-family: system-ui, sans-serif }
-.grid { stroke: var(--grid); stroke-width: 1 }
-.curve { fill: none; stroke: var(--c); stroke-width: 2.5; stroke-linejoin: round }
-.dashed { stroke-dasharray: 7 4 }
-.reference { fill: none; stroke: var(--reference); stroke-width: 10 }
-.dot, .name { fill: var(--c) }
-.band { fill: var(--c); opacity: 0.2 }
-.leader { stroke: var(--c); stroke-width: 1; opacity: 0.6 }
+
+/// Colours of curves are `c0`, `c1`, ...
+const STYLE: &str = "\
+svg.chart:root { color: #1b1b1b; background: #fff }
+@media (prefers-color-scheme: dark) { svg.chart:root { color: #e8e8e8; background: #16181c } }
+.chart .c0 { color: #0072b2 } .chart .c1 { color: #d55e00 } .chart .c2 { color: #009e73 }
+.chart .c3 { color: #b08a00 } .chart .c4 { color: #cc79a7 } .chart .c5 { color: #808080 }
+.chart .c6 { color: #3a8fc4 }
+.chart .grid { stroke: currentColor; stroke-width: 1; opacity: 0.2 }
+.chart .curve { fill: none; stroke: currentColor; stroke-width: 2.5; stroke-linejoin: round }
+.chart .dashed { stroke-dasharray: 7 4 }
+.chart .reference { fill: none; stroke: currentColor; stroke-width: 10; opacity: 0.25 }
+.chart .dot, .chart .name, .chart .band { fill: currentColor }
+.chart .band { opacity: 0.2 }
+.chart .leader { stroke: currentColor; stroke-width: 1; opacity: 0.6 }
 ";
 /// Number of colours in [`STYLE`].
 const COLORS: usize = 7;
@@ -227,15 +249,33 @@ impl Panel {
         fits(x, self.scales[0]) && fits(y, self.scales[1])
     }
 
+    /// The points of a curve that have a place.
+    fn shown(&self, curve: &Curve) -> Vec<(f64, f64)> {
+        let points = curve.points.iter().copied();
+        points.filter(|&(x, y)| self.can_show(x, y)).collect()
+    }
+
+    /// What the panel shows, in words.
+    fn described(&self) -> String {
+        let [x, y] = &self.labels;
+        let curves = self.curves.iter().filter_map(|curve| {
+            let points = self.shown(curve);
+            let (first, last) = (points.first()?, points.last()?);
+            let name = match curve.name.as_str() {
+                "" => "from",
+                name => name,
+            };
+            let [from, to] =
+                [first, last].map(|point| format!("{} at {}", plain(point.1), plain(point.0)));
+            Some(format!("{name} {from} to {to}"))
+        });
+        let curves: Vec<String> = curves.collect();
+        format!("{}: {y}, by {x}: {}.", self.title, curves.join("; "))
+    }
+
     fn draw(&self, top: f64, svg: &mut String) {
-        let shown: Vec<Vec<(f64, f64)>> = self
-            .curves
-            .iter()
-            .map(|curve| {
-                let points = curve.points.iter().copied();
-                points.filter(|&(x, y)| self.can_show(x, y)).collect()
-            })
-            .collect();
+        let shown: Vec<Vec<(f64, f64)>> =
+            self.curves.iter().map(|curve| self.shown(curve)).collect();
         let bands: Vec<Vec<(f64, f64, f64)>> = self
             .curves
             .iter()
@@ -247,7 +287,7 @@ impl Panel {
             })
             .collect();
         let longest = self.curves.iter().map(|curve| curve.name.chars().count());
-        let right = WIDTH - longest.max().unwrap_or(0) as f64 * LETTER - 22.0;
+        let right = WIDTH - longest.max().unwrap_or(0) as f64 * LETTER - 24.0;
         let (first, last) = (top + TOP, top + HEIGHT - BOTTOM);
         let values = || shown.iter().flatten().copied();
         let edges = bands.iter().flatten();
@@ -258,14 +298,14 @@ impl Panel {
 
         let _ = writeln!(
             svg,
-            "<text x=\"{LEFT}\" y=\"{:.1}\" font-size=\"{TEXT}\" font-weight=\"bold\">{}</text>",
-            top + 14.0,
+            "<text x=\"4\" y=\"{:.1}\" font-weight=\"bold\">{}</text>",
+            top + 18.0,
             escaped(&self.title)
         );
         let _ = writeln!(
             svg,
-            "<text x=\"4\" y=\"{:.1}\" font-size=\"{TEXT}\">{}</text>",
-            top + 32.0,
+            "<text x=\"4\" y=\"{:.1}\">{}</text>",
+            top + 42.0,
             escaped(&self.labels[1])
         );
         for (value, text) in y.ticks() {
@@ -273,26 +313,34 @@ impl Panel {
             let _ = writeln!(
                 svg,
                 "<path class=\"grid\" d=\"M{LEFT} {place:.1}H{right:.1}\"/><text x=\"{:.1}\" \
-                 y=\"{:.1}\" font-size=\"{TEXT}\" text-anchor=\"end\">{text}</text>",
+                 y=\"{:.1}\" text-anchor=\"end\">{text}</text>",
                 LEFT - 7.0,
-                place + 5.0
+                place + 6.5
             );
         }
+        let mut free = f64::NEG_INFINITY;
         for (value, text) in x.ticks() {
             let place = x.place(value);
             let _ = writeln!(
                 svg,
-                "<path class=\"grid\" d=\"M{place:.1} {first}V{:.1}\"/><text x=\"{place:.1}\" \
-                 y=\"{:.1}\" font-size=\"{TEXT}\" text-anchor=\"middle\">{text}</text>",
-                last + 5.0,
-                last + 21.0
+                "<path class=\"grid\" d=\"M{place:.1} {first}V{:.1}\"/>",
+                last + 5.0
             );
+            let half = text.chars().count() as f64 * LETTER / 2.0;
+            if place - half >= free {
+                free = place + half + LETTER / 2.0;
+                let _ = writeln!(
+                    svg,
+                    "<text x=\"{place:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{text}</text>",
+                    last + 25.0
+                );
+            }
         }
         let _ = writeln!(
             svg,
-            "<text x=\"{:.1}\" y=\"{:.1}\" font-size=\"{TEXT}\" text-anchor=\"middle\">{}</text>",
+            "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>",
             (LEFT + right) / 2.0,
-            last + 41.0,
+            last + 50.0,
             escaped(&self.labels[0])
         );
 
@@ -350,13 +398,12 @@ impl Panel {
             let _ = writeln!(
                 svg,
                 "<path class=\"leader c{color}\" d=\"M{:.1} {:.1}L{:.1} {place:.1}\"/>\
-                 <text class=\"name c{color}\" x=\"{:.1}\" y=\"{:.1}\" \
-                 font-size=\"{TEXT}\">{}</text>",
+                 <text class=\"name c{color}\" x=\"{:.1}\" y=\"{:.1}\">{}</text>",
                 end.0 + 2.0,
                 end.1,
                 right + 9.0,
                 right + 11.0,
-                place + 5.0,
+                place + 6.5,
                 escaped(text)
             );
         }
@@ -463,7 +510,24 @@ mod tests {
         let mut names = [name(99.0), name(98.0), name(5.0), name(98.5)];
         spread(&mut names, 0.0, 100.0);
         let places: Vec<f64> = names.iter().map(|name| name.place).collect();
-        assert_eq!(places, [5.0, 66.0, 83.0, 100.0]);
+        assert_eq!(places, [5.0, 58.0, 79.0, 100.0]);
+    }
+
+    #[test]
+    fn text_is_large_enough_on_a_phone_and_stands_inside() {
+        // The book's pages leave 360 px of a phone's 390.
+        assert!(TEXT * 360.0 / WIDTH >= 14.0);
+        let title = "The rate and the result by the number of shards";
+        let wrapped = lines(title, 36);
+        assert_eq!(wrapped.join(" "), title);
+        assert!(wrapped.iter().all(|line| line.len() <= 36), "{wrapped:?}");
+        let rates = [1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2].map(|rate| (rate, rate));
+        let narrow = curve("a name of twenty let", &rates);
+        let scales = [Scale::Logarithmic, Scale::Linear];
+        let svg = svg(title, &[panel(scales, vec![narrow])]);
+        let marked = svg.split("text-anchor=\"middle\">").skip(1);
+        let marked: Vec<&str> = marked.map(|rest| rest.split('<').next().unwrap()).collect();
+        assert_eq!(marked, ["0.001", "0.005", "0.02", "step"]);
     }
 
     #[test]
