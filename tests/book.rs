@@ -53,6 +53,49 @@ fn quick_start() -> Result {
 }
 
 #[test]
+fn readme() -> Result {
+    let device = Device::flex().autodiff();
+    let model = Mlp::new(&device);
+    let before = bits(&base(&model.up.weight));
+    let steps = [[(); 8].map(|()| batch(&device))];
+    let loss_of = |model: &Mlp, x: Tensor<2>| model.forward(x).square().mean();
+    // ANCHOR: readme
+    use hd_pissa::{HdPissaConfig, HdPissaModule, HdPissaOptimizerConfig, ShardGradients, comm};
+
+    let config = HdPissaConfig::new().with_rank(4).with_shards(8);
+    println!("{}", config.plan(&model)?); // what gets an adapter, and what that costs
+    let mut model = model.apply_hd_pissa(&config, 0..8)?; // this worker hosts all 8 shards
+    let adam = AdamConfig::new().with_epsilon(1e-8).init(); // as in PyTorch; Burn's default is 1e-5
+    let mut optimizer = HdPissaOptimizerConfig::new().init(adam, comm::Solo)?;
+    for batches in steps {
+        let mut gradients = ShardGradients::new(&model);
+        for (shard, batch) in batches.into_iter().enumerate() {
+            model = model.select_shard(shard)?; // whose data the next forward pass sees
+            let loss = loss_of(&model, batch);
+            gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
+        }
+        model = optimizer.step(2e-5, model, gradients)?; // one update of rank up to 2·8·4
+    }
+    let trained = model.valid().materialize(); // a plain model again
+    // ANCHOR_END: readme
+    assert_ne!(bits(&base(&trained.up.weight)), before);
+
+    let source = include_str!("book.rs");
+    let listing = source.split("// ANCHOR: readme\n").nth(1).unwrap();
+    let listing = listing.split("    // ANCHOR_END").next().unwrap();
+    let dedented: String = listing
+        .lines()
+        .map(|line| format!("{}\n", line.strip_prefix("    ").unwrap_or(line)))
+        .collect();
+    let readme = include_str!("../README.md");
+    assert!(
+        readme.contains(&format!("```rust\n{dedented}```\n")),
+        "{dedented}"
+    );
+    Ok(())
+}
+
+#[test]
 fn export() -> Result {
     let device = Device::flex().autodiff();
     let start = Mlp::new(&device);

@@ -4,23 +4,17 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use burn::module::{Module, ModuleVisitor, Param, ParamGroup};
-use burn::optim::{AdamConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use hd_pissa::checkpoint::{Checkpoint, CheckpointError, Checkpoints, Snapshot};
 use hd_pissa::comm::{Communicator, Solo, ThreadCommunicator, thread_group};
-use hd_pissa::{
-    HdPissaConfig, HdPissaModule, HdPissaOptimizer, HdPissaOptimizerConfig, ShardGradients,
-};
-use hd_pissa_tests::{Lean, bits, normal, resumed, state};
+use hd_pissa::{HdPissaConfig, HdPissaModule, HdPissaOptimizerConfig};
+use hd_pissa_tests::training::{adam, data, step};
+use hd_pissa_tests::{Lean, bits, resumed, state};
 
 const SHARDS: usize = 4;
 
 fn config() -> HdPissaConfig {
     HdPissaConfig::new().with_rank(2).with_shards(SHARDS)
-}
-
-fn adam() -> ModuleOptimizer {
-    AdamConfig::new().with_epsilon(1e-8).init()
 }
 
 /// A worker's part of `start`. One bias trains too.
@@ -30,21 +24,6 @@ fn adapted(start: &Lean, hosted: &[usize]) -> Lean {
         .apply_hd_pissa(&config(), hosted.iter().copied())
         .unwrap()
         .set_require_grad_group(ParamGroup::from_path("first.bias"), true)
-}
-
-fn step(
-    mut model: Lean,
-    optim: &mut HdPissaOptimizer,
-    hosted: &[usize],
-    batches: &[Tensor<2>],
-) -> Lean {
-    let mut gradients = ShardGradients::new(&model);
-    for &shard in hosted {
-        model = model.select_shard(shard).unwrap();
-        let loss = model.forward(batches[shard].clone()).square().mean();
-        gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
-    }
-    optim.step(1e-2, model, gradients).unwrap()
 }
 
 /// Path and bits of every float parameter.
@@ -102,12 +81,6 @@ fn solo() -> Vec<Vec<usize>> {
     vec![(0..SHARDS).collect()]
 }
 
-/// `[step][shard]` batches.
-fn data(device: &Device) -> Vec<Vec<Tensor<2>>> {
-    let batches = |_| (0..SHARDS).map(|_| normal([5, 13], device)).collect();
-    (0..6).map(batches).collect()
-}
-
 /// Takes three steps in one layout, saves, and takes three more in another. The models of the
 /// second layout have adapters already, or get those of the checkpoint. Returns the final weights.
 fn across(
@@ -125,7 +98,7 @@ fn across(
             .init(adam(), communicator)
             .unwrap();
         for batches in &data[..3] {
-            model = step(model, &mut optim, hosted, batches);
+            model = step(model, &mut optim, hosted.iter().copied(), batches);
         }
         let snapshot = Snapshot::new(3, &model, state(&optim));
         checkpoints.save(&snapshot, optim.communicator()).unwrap();
@@ -149,7 +122,7 @@ fn across(
             .unwrap();
         let mut optim = resumed(optim, state).unwrap();
         for batches in &data[3..] {
-            model = step(model, &mut optim, hosted, batches);
+            model = step(model, &mut optim, hosted.iter().copied(), batches);
         }
         parameters(&model.valid().materialize())
     })
@@ -159,13 +132,13 @@ fn across(
 fn a_checkpoint_of_one_layout_resumes_on_another() {
     let device = Device::flex().autodiff();
     let start = Lean::new(&device);
-    let data = data(&device);
+    let data = data(6, SHARDS, &device);
     let whole = {
         let hosted = &solo()[0];
         let mut model = adapted(&start, hosted);
         let mut optim = HdPissaOptimizerConfig::new().init(adam(), Solo).unwrap();
         for batches in &data {
-            model = step(model, &mut optim, hosted, batches);
+            model = step(model, &mut optim, hosted.iter().copied(), batches);
         }
         parameters(&model.valid().materialize())
     };
@@ -231,8 +204,8 @@ impl Three {
         let mut optim = HdPissaOptimizerConfig::new().init(adam(), Solo).unwrap();
         let hosted = &solo()[0];
         let mut model = adapted(&Lean::new(&device), hosted);
-        for (index, batches) in data(&device)[..3].iter().enumerate() {
-            model = step(model, &mut optim, hosted, batches);
+        for (index, batches) in data(6, SHARDS, &device)[..3].iter().enumerate() {
+            model = step(model, &mut optim, hosted.iter().copied(), batches);
             let state = state(&optim);
             let mut snapshot = Snapshot::new(index as u64 + 1, &model, state);
             snapshot.settings.insert("rank".into(), "2".into());

@@ -16,19 +16,10 @@ use hd_pissa::{
     FrameScale, GradientMode, HdPissaAdapter, HdPissaConfig, HdPissaError, HdPissaModule,
     HdPissaOptimizerConfig, ShardGradients, SharedGradients, TargetRank, Windows,
 };
-use hd_pissa_tests::{Lean, base, bits, normal};
+use hd_pissa_tests::{Lean, base, bits, frame_choices, normal};
 use proptest::prelude::*;
 use safetensors::SafeTensors;
 use serde_json::Value;
-
-/// Every choice of frames there is.
-fn choices() -> Vec<(Windows, FrameScale)> {
-    let scales = [FrameScale::Balanced, FrameScale::Unit];
-    let components = [Windows::Leading, Windows::Spread, Windows::Trailing];
-    let components = components.into_iter().flat_map(|w| scales.map(|s| (w, s)));
-    let random = Windows::Random { seed: 7 };
-    components.chain([(random, FrameScale::Unit)]).collect()
-}
 
 fn config(rank: usize, shards: usize, (windows, scale): (Windows, FrameScale)) -> HdPissaConfig {
     HdPissaConfig::new()
@@ -95,7 +86,7 @@ proptest! {
         device.seed(seed);
         let m = rank * shards;
         let (rows, cols) = (m + more.0, m + more.1);
-        let config = config(rank, shards, choices()[choice]);
+        let config = config(rank, shards, frame_choices()[choice]);
         let base = normal([rows, cols], &device);
         let frames = config.frames("w", &base);
         // A random matrix is seldom, but not never, close to one of a lower rank.
@@ -193,7 +184,7 @@ fn frames_are_those_of_the_adapters() {
     let device = Device::flex();
     device.seed(3);
     let model = LinearConfig::new(17, 13).init(&device);
-    for choice in choices() {
+    for choice in frame_choices() {
         let mut config = config(3, 4, choice);
         // Of several the last counts; an id is not a path.
         config.target_ranks = vec![
@@ -282,7 +273,7 @@ fn train(config: &HdPissaConfig, lr: f64) -> [Lean; 2] {
 #[test]
 fn trained_changes_are_of_first_order() {
     for gradients in [GradientMode::PerShard, GradientMode::Shared] {
-        for choice in choices() {
+        for choice in frame_choices() {
             let config = config(1, 4, choice).with_gradients(gradients);
             let errors = [1e-2, 1e-3].map(|lr| {
                 let [start, trained] = train(&config, lr);

@@ -12,19 +12,14 @@ use hd_pissa::{
     HdPissaOptimizer, HdPissaOptimizerConfig, LayerProgress, OptimizerError, ShardGradients,
     SvdMethod, SvdPrecision, Windows,
 };
-use hd_pissa_tests::{Lean, base, bits, normal, on_threads, resumed, state as optimizer_state};
+use hd_pissa_tests::{
+    Lean, base, bits, frame_choices, normal, on_threads, resumed, state as optimizer_state,
+    training,
+};
 use proptest::prelude::*;
 use sha2::{Digest, Sha256};
 
-const COMPONENTS: [Windows; 3] = [Windows::Leading, Windows::Spread, Windows::Trailing];
 const RANDOM: Windows = Windows::Random { seed: 7 };
-
-/// All choices.
-fn choices() -> Vec<(Windows, FrameScale)> {
-    let scales = [FrameScale::Balanced, FrameScale::Unit];
-    let of_components = COMPONENTS.into_iter().flat_map(|w| scales.map(|s| (w, s)));
-    of_components.chain([(RANDOM, FrameScale::Unit)]).collect()
-}
 
 fn config(rank: usize, shards: usize, (windows, scale): (Windows, FrameScale)) -> HdPissaConfig {
     HdPissaConfig::new()
@@ -124,7 +119,7 @@ proptest! {
         // Balanced scales are refused there.
         prop_assume!(values[n - 1] > 1e-4 * values[0]);
         let mean = weight.norm_l2() / (n as f64).sqrt();
-        for choice in choices() {
+        for choice in frame_choices() {
             let config = config(rank, shards, choice);
             let layer = layer(&weight, &device).apply_hd_pissa(&config, 0..shards).unwrap();
             let [a, b] = factors(&layer);
@@ -139,7 +134,7 @@ proptest! {
             let tolerance = 1e-5 * values[0];
             prop_assert!(distance(&(a.transpose() * &a), &lengths) < tolerance, "{choice:?}");
             prop_assert!(distance(&(b.transpose() * &b), &lengths) < tolerance, "{choice:?}");
-            if choice.0 == RANDOM {
+            if matches!(choice.0, Windows::Random { .. }) {
                 continue;
             }
             // W·v = σ·u and Wᵀ·u = σ·v, for exactly these components.
@@ -162,7 +157,7 @@ fn energies_are_those_of_the_windows() {
     let sigma: Vec<f64> = (1..14).rev().map(f64::from).collect();
     let weight = with_spectrum(13, 17, &sigma, &device);
     let total = weight.squared_norm_l2();
-    for choice in choices() {
+    for choice in frame_choices() {
         let config = config(rank, shards, choice);
         let model = layer(&weight, &device);
         let mut progress: Option<LayerProgress> = None;
@@ -217,7 +212,7 @@ fn frames_do_not_depend_on_who_computes_them() {
             .map(|shard| (shard.index, [&shard.a, &shard.b].map(|f| bits(&f.val()))))
             .collect()
     };
-    for choice in choices() {
+    for choice in frame_choices() {
         let config = config(2, 4, choice);
         let of = |model: Lean, hosted: &[usize]| {
             frames(&model.apply_hd_pissa(&config, hosted.to_vec()).unwrap())
@@ -389,7 +384,7 @@ fn singular_values_of_zero() {
         }
     }
     // A weight of zeros has no length for its frames either.
-    for choice in choices() {
+    for choice in frame_choices() {
         let zero = layer(&Mat::zeros(9, 12), &device);
         let refused = zero
             .apply_hd_pissa(&config(2, 2, choice), 0..2)
@@ -405,7 +400,7 @@ fn a_step_is_the_formula_for_every_choice() {
     let device = Device::flex().autodiff();
     // With this epsilon, Adam does not make whole steps of rounding errors.
     let (rank, shards, lr, epsilon) = (2, 3, 1e-2, 1.0);
-    for choice in choices() {
+    for choice in frame_choices() {
         let weight = random(9, 7, &device);
         let config = config(rank, shards, choice);
         let mut model = layer(&weight, &device)
@@ -467,7 +462,7 @@ fn training_ends_at_what_is_out_of_reach() {
     let sigma: Vec<f64> = (0..12).map(|i| 2.0 - f64::from(i) / 11.0).collect();
     let weight = with_spectrum(12, 14, &sigma, &device);
     let change = random(12, 14, &device) * faer::Scale(1e-3);
-    for choice in choices() {
+    for choice in frame_choices() {
         let config = config(rank, shards, choice);
         let mut model = layer(&weight, &device)
             .apply_hd_pissa(&config, 0..shards)
@@ -645,15 +640,8 @@ fn trained(start: &Lean, choice: (Windows, FrameScale)) -> (Lean, HdPissaOptimiz
     (optim.step(1e-3, model, gradients).unwrap(), optim)
 }
 
-fn gradients_of(mut model: Lean) -> (Lean, ShardGradients) {
-    let device = Device::flex().autodiff();
-    let mut gradients = ShardGradients::new(&model);
-    for shard in 0..2 {
-        model = model.select_shard(shard).unwrap();
-        let loss = model.forward(normal([5, 13], &device)).square().mean();
-        gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
-    }
-    (model, gradients)
+fn gradients_of(model: Lean) -> (Lean, ShardGradients) {
+    training::gradients(model, &training::data(1, 2, &Device::flex().autodiff())[0])
 }
 
 #[test]

@@ -14,7 +14,7 @@ use burn::lr_scheduler::linear::LinearLrSchedulerConfig;
 use burn::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
 use burn::lr_scheduler::{LrScheduler, LrSchedulerRecord};
 use burn::module::{Module, ParamGroup};
-use burn::optim::{AdamConfig, ModuleOptimizer, SgdConfig};
+use burn::optim::{AdamConfig, SgdConfig};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use burn::train::checkpoint::KeepLastNCheckpoints;
 use burn::train::metric::store::{Aggregate, Direction, Split};
@@ -31,6 +31,7 @@ use hd_pissa::{
     GradientMode, HdPissaConfig, HdPissaModule, HdPissaOptimizerConfig, MergePrecision,
     OptimizerError, ShardGradients, SharedGradients, Windows,
 };
+use hd_pissa_tests::training::adam;
 use hd_pissa_tests::{Lean, base, bits};
 
 const SHARDS: usize = 4;
@@ -156,10 +157,6 @@ fn adapted(start: &Lean, config: HdPissaConfig) -> Net {
 fn config(mode: GradientMode) -> HdPissaConfig {
     let config = HdPissaConfig::new().with_rank(2).with_shards(SHARDS);
     config.with_gradients(mode)
-}
-
-fn adam() -> ModuleOptimizer {
-    AdamConfig::new().with_epsilon(1e-8).init()
 }
 
 fn linear() -> ModuleLrScheduler {

@@ -7,14 +7,11 @@ use std::sync::atomic::Ordering;
 
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig, LinearLayout};
-use burn::optim::{AdamConfig, GradientsParams};
+use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor};
-use hd_pissa::comm::Solo;
-use hd_pissa::{
-    HdPissaConfig, HdPissaLinear, HdPissaModule, HdPissaOptimizerConfig, ShardGradients,
-    side_by_side,
-};
+use hd_pissa::{HdPissaConfig, HdPissaLinear, HdPissaModule, side_by_side};
 use hd_pissa_tests::normal;
+use hd_pissa_tests::training::{adam, gradients_by, optimizer};
 
 use allocator::{LIVE, MEASURING, measure};
 
@@ -88,19 +85,13 @@ fn a_step_updates_the_weight_in_place() {
     let device = Device::flex().autodiff();
     let mut model: HdPissaLinear = layer(LinearLayout::Row, &device).into();
     model = model.apply_hd_pissa(&config(), 0..2).unwrap();
-    let adam = AdamConfig::new().with_epsilon(1e-8).init();
-    let mut optim = HdPissaOptimizerConfig::new().init(adam, Solo).unwrap();
+    let mut optim = optimizer(adam());
 
     let mut live = Vec::new();
     for step in 0..40 {
-        let mut gradients = ShardGradients::new(&model);
-        for shard in 0..2 {
-            model = model.select_shard(shard).unwrap();
-            let x = normal([TOKENS, D_INPUT], &device).require_grad();
-            let loss = model.forward(x).square().mean();
-            gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
-        }
-        let (stepped, largest, peak) = measure(|| optim.step(1e-4, model, gradients).unwrap());
+        let batch = |shard| (shard, normal([TOKENS, D_INPUT], &device).require_grad());
+        let (selected, gradients) = gradients_by(model, HdPissaLinear::forward, (0..2).map(batch));
+        let (stepped, largest, peak) = measure(|| optim.step(1e-4, selected, gradients).unwrap());
         model = stepped;
         assert!(
             largest < WEIGHT_BYTES / 2,
@@ -122,12 +113,8 @@ fn a_step_updates_the_weight_in_place() {
     // A weight that something else holds is copied. The measurement shows that too.
     let clone = model.clone();
     let x = normal([TOKENS, D_INPUT], &device);
-    let mut gradients = ShardGradients::new(&model);
-    for shard in 0..2 {
-        model = model.select_shard(shard).unwrap();
-        let loss = model.forward(x.clone()).square().mean();
-        gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
-    }
+    let batches = (0..2).map(|shard| (shard, x.clone()));
+    let (model, gradients) = gradients_by(model, HdPissaLinear::forward, batches);
     let (_, largest, _) = measure(|| optim.step(1e-4, model, gradients).unwrap());
     assert!(largest >= WEIGHT_BYTES, "{largest} of {WEIGHT_BYTES} bytes");
     drop(clone);

@@ -14,18 +14,10 @@ use burn::tensor::{DType, Device, Tensor};
 use hd_pissa::comm::Solo;
 use hd_pissa::{
     HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaLinearConfig, HdPissaModule,
-    HdPissaOptimizer, HdPissaOptimizerConfig, HdPissaOptimizerRecord, OptimizerError,
-    ShardGradients,
+    HdPissaOptimizerConfig, HdPissaOptimizerRecord, OptimizerError, ShardGradients,
 };
+use hd_pissa_tests::training::{adam, data, gradients, gradients_by, optimizer, steps};
 use hd_pissa_tests::{Lean, assert_close, base, bits, normal, relative_error, values};
-
-fn adam() -> ModuleOptimizer {
-    AdamConfig::new().with_epsilon(1e-8).init()
-}
-
-fn optimizer(inner: ModuleOptimizer) -> HdPissaOptimizer {
-    HdPissaOptimizerConfig::new().init(inner, Solo).unwrap()
-}
 
 fn config(rank: usize, shards: usize) -> HdPissaConfig {
     HdPissaConfig::new().with_rank(rank).with_shards(shards)
@@ -35,33 +27,6 @@ fn adapted(config: &HdPissaConfig, device: &Device) -> Lean {
     Lean::new(device)
         .apply_hd_pissa(config, 0..config.shards)
         .unwrap()
-}
-
-/// Gradients of every shard, each for a batch of its own.
-fn gradients(model: Lean, batches: &[Tensor<2>]) -> (Lean, ShardGradients) {
-    let mut model = model;
-    let mut gradients = ShardGradients::new(&model);
-    for (shard, batch) in batches.iter().enumerate() {
-        model = model.select_shard(shard).unwrap();
-        let loss = model.forward(batch.clone()).square().mean();
-        gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
-    }
-    (model, gradients)
-}
-
-fn steps(mut model: Lean, optim: &mut HdPissaOptimizer, data: &[Vec<Tensor<2>>]) -> Lean {
-    for batches in data {
-        let (selected, gradients) = gradients(model, batches);
-        model = optim.step(1e-2, selected, gradients).unwrap();
-    }
-    model
-}
-
-/// `[step][shard]` batches of 5 rows.
-fn data(steps: usize, shards: usize, device: &Device) -> Vec<Vec<Tensor<2>>> {
-    (0..steps)
-        .map(|_| (0..shards).map(|_| normal([5, 13], device)).collect())
-        .collect()
 }
 
 /// The whole method for one layer, in `f64` on the host, written from the formulas: Adam on each
@@ -297,13 +262,9 @@ fn the_update_has_rank_two_k_r() {
     let mut optim = optimizer(adam());
     // A learning rate at which the second-order term is far below the first-order one.
     for _ in 0..3 {
-        let mut gradients = ShardGradients::new(&model);
-        for shard in 0..shards {
-            model = model.select_shard(shard).unwrap();
-            let loss = model.forward(normal([64, size], &device)).square().mean();
-            gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
-        }
-        model = optim.step(1e-4, model, gradients).unwrap();
+        let batches = (0..shards).map(|shard| (shard, normal([64, size], &device)));
+        let (selected, gradients) = gradients_by(model, HdPissaLinear::forward, batches);
+        model = optim.step(1e-4, selected, gradients).unwrap();
     }
     let update = base(&model.weight) - start;
     let spectrum = singular_values(size, size + 5, &values(update));

@@ -5,14 +5,13 @@ use burn::lr_scheduler::module_lr_scheduler::{ModuleLearningRate, ModuleLrSchedu
 use burn::module::ParamGroup;
 use burn::optim::momentum::MomentumConfig;
 use burn::optim::{
-    AdaGradConfig, AdafactorConfig, AdamConfig, AdamWConfig, AdanConfig, GradientsParams,
-    LionConfig, ModuleOptimizer, MuonConfig, RmsPropConfig, SgdConfig,
+    AdaGradConfig, AdafactorConfig, AdamConfig, AdamWConfig, AdanConfig, LionConfig,
+    ModuleOptimizer, MuonConfig, RmsPropConfig, SgdConfig,
 };
 use burn::tensor::{Device, Tensor, TensorData};
 use hd_pissa::comm::Solo;
-use hd_pissa::{
-    HdPissaConfig, HdPissaModule, HdPissaOptimizer, HdPissaOptimizerConfig, ShardGradients,
-};
+use hd_pissa::{HdPissaConfig, HdPissaModule, HdPissaOptimizer, HdPissaOptimizerConfig};
+use hd_pissa_tests::training::gradients;
 use hd_pissa_tests::{Lean, base, bits, normal, resumed, state};
 
 const SHARDS: usize = 3;
@@ -52,17 +51,12 @@ fn optimizer(inner: ModuleOptimizer, packs: bool) -> HdPissaOptimizer {
 }
 
 fn step(
-    mut model: Lean,
+    model: Lean,
     optim: &mut HdPissaOptimizer,
     lr: impl Into<ModuleLearningRate>,
     batches: &[Tensor<2>],
 ) -> Lean {
-    let mut gradients = ShardGradients::new(&model);
-    for (shard, batch) in batches.iter().enumerate() {
-        model = model.select_shard(shard).unwrap();
-        let loss = model.forward(batch.clone()).square().mean();
-        gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
-    }
+    let (model, gradients) = gradients(model, batches);
     optim.step(lr, model, gradients).unwrap()
 }
 

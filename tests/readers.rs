@@ -7,12 +7,13 @@ mod fuzz;
 use std::path::{Path, PathBuf};
 
 use burn::nn::{Linear, LinearConfig};
-use burn::optim::{AdamConfig, GradientsParams, ModuleOptimizer};
+use burn::optim::{AdamConfig, ModuleOptimizer};
 use burn::tensor::{Bytes, Device};
 use hd_pissa::checkpoint::{Checkpoint, Checkpoints, Snapshot};
 use hd_pissa::comm::Solo;
-use hd_pissa::{HdPissaConfig, HdPissaModule, HdPissaOptimizerConfig, ShardGradients};
+use hd_pissa::{HdPissaConfig, HdPissaModule, HdPissaOptimizerConfig};
 use hd_pissa_check::recorded::RecordedRun;
+use hd_pissa_tests::training::gradients_by;
 use hd_pissa_tests::{normal, resumed, state};
 use sha2::{Digest, Sha256};
 
@@ -41,14 +42,10 @@ impl Target {
         let device = Device::flex().autodiff();
         let config = HdPissaConfig::new().with_rank(1).with_shards(2);
         let linear = LinearConfig::new(4, 3).init(&device);
-        let mut model = linear.apply_hd_pissa(&config, 0..2).unwrap();
+        let model = linear.apply_hd_pissa(&config, 0..2).unwrap();
         let mut optim = HdPissaOptimizerConfig::new().init(adam(), Solo).unwrap();
-        let mut gradients = ShardGradients::new(&model);
-        for shard in 0..2 {
-            model = model.select_shard(shard).unwrap();
-            let loss = model.forward(normal([2, 4], &device)).square().mean();
-            gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
-        }
+        let batches = (0..2).map(|shard| (shard, normal([2, 4], &device)));
+        let (model, gradients) = gradients_by(model, Linear::forward, batches);
         let model = optim.step(1e-3, model, gradients).unwrap();
         let state = state(&optim);
         let mut snapshot = Snapshot::new(1, &model, state.clone());

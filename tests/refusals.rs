@@ -1,52 +1,21 @@
 //! Refusals of an optimizer step, which change nothing.
 
 use burn::module::{Module, ParamGroup};
-use burn::optim::{AdamConfig, GradientsParams, LionConfig, ModuleOptimizer, SgdConfig};
+use burn::optim::{GradientsParams, LionConfig, SgdConfig};
 use burn::tensor::{DType, Device, Tensor};
 use hd_pissa::comm::Solo;
 use hd_pissa::{
     HdPissaAdapter, HdPissaConfig, HdPissaLinear, HdPissaLinearConfig, HdPissaModule,
-    HdPissaOptimizer, HdPissaOptimizerConfig, OptimizerError, ShardGradients,
+    HdPissaOptimizerConfig, OptimizerError, ShardGradients,
 };
+use hd_pissa_tests::training::{adam, data, gradients, optimizer, steps};
 use hd_pissa_tests::{Dense, Lean, base, bits, normal, resumed, state, values};
-
-fn adam() -> ModuleOptimizer {
-    AdamConfig::new().with_epsilon(1e-8).init()
-}
-
-fn optimizer(inner: ModuleOptimizer) -> HdPissaOptimizer {
-    HdPissaOptimizerConfig::new().init(inner, Solo).unwrap()
-}
 
 fn adapted(rank: usize, shards: usize, device: &Device) -> Lean {
     let config = HdPissaConfig::new().with_rank(rank).with_shards(shards);
     Lean::new(device)
         .apply_hd_pissa(&config, 0..shards)
         .unwrap()
-}
-
-fn gradients(mut model: Lean, batches: &[Tensor<2>]) -> (Lean, ShardGradients) {
-    let mut gradients = ShardGradients::new(&model);
-    for (shard, batch) in batches.iter().enumerate() {
-        model = model.select_shard(shard).unwrap();
-        let loss = model.forward(batch.clone()).square().mean();
-        gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
-    }
-    (model, gradients)
-}
-
-fn steps(mut model: Lean, optim: &mut HdPissaOptimizer, data: &[Vec<Tensor<2>>]) -> Lean {
-    for batches in data {
-        let (selected, gradients) = gradients(model, batches);
-        model = optim.step(1e-2, selected, gradients).unwrap();
-    }
-    model
-}
-
-/// `[step][shard]` batches of 5 rows.
-fn data(steps: usize, shards: usize, device: &Device) -> Vec<Vec<Tensor<2>>> {
-    let batches = || (0..shards).map(|_| normal([5, 13], device)).collect();
-    (0..steps).map(|_| batches()).collect()
 }
 
 #[test]
@@ -122,7 +91,8 @@ fn non_finite_gradients_are_refused_even_if_the_update_is_finite() {
     let error = lion.step(1e-3, model, grads).unwrap_err();
     assert_eq!(
         error.cause.to_string(),
-        "`first.weight.hd_pissa.shard_0_of_1`: the gradient holds 26 NaN or infinite values"
+        "`first.weight.hd_pissa.shard_0_of_1`: the gradient holds 26 NaN or infinite values; skip \
+         this batch, and lower the learning rate if this happens again"
     );
 }
 

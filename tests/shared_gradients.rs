@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use burn::module::{Module, ModuleMapper, Param, ParamGroup};
-use burn::optim::{AdamConfig, GradientsParams, ModuleOptimizer};
+use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor, TensorData};
 use hd_pissa::checkpoint::{Checkpoints, Snapshot};
 use hd_pissa::comm::{Communicator, Solo, Traffic};
@@ -12,6 +12,7 @@ use hd_pissa::{
     HdPissaOptimizerConfig, HdPissaOptimizerRecord, OptimizerError, ShardGradients,
     SharedGradients,
 };
+use hd_pissa_tests::training::adam;
 use hd_pissa_tests::{
     Dense, Lean, base, bits, normal, on_threads, relative_error, resumed, state, values,
 };
@@ -25,10 +26,6 @@ fn config() -> HdPissaConfig {
         .with_rank(RANK)
         .with_shards(SHARDS)
         .with_gradients(GradientMode::Shared)
-}
-
-fn adam() -> ModuleOptimizer {
-    AdamConfig::new().with_epsilon(1e-8).init()
 }
 
 /// `micro_batches` for each of the steps.

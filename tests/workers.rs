@@ -9,8 +9,9 @@ use burn::tensor::{Device, Tensor, TensorData};
 use hd_pissa::comm::{Communicator, Solo, thread_group};
 use hd_pissa::{
     CommunicationDtype, HdPissaAdapter, HdPissaConfig, HdPissaModule, HdPissaOptimizer,
-    HdPissaOptimizerConfig, OptimizerError, ShardGradients,
+    HdPissaOptimizerConfig, OptimizerError,
 };
+use hd_pissa_tests::training::{data, step};
 use hd_pissa_tests::{Lean, base, bits, normal};
 
 const SHARDS: usize = 4;
@@ -42,13 +43,7 @@ fn train(
         .init(adam, communicator)
         .unwrap();
     for batches in data {
-        let mut gradients = ShardGradients::new(&model);
-        for &shard in &hosted {
-            model = model.select_shard(shard).unwrap();
-            let loss = model.forward(batches[shard].clone()).square().mean();
-            gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
-        }
-        model = optim.step(1e-2, model, gradients).unwrap();
+        model = step(model, &mut optim, hosted.iter().copied(), batches);
     }
     vec![
         bits(&base(&model.first.weight)),
@@ -61,9 +56,7 @@ fn train(
 fn every_layout_of_shards_on_workers_gives_the_same_bits() {
     let device = Device::flex().autodiff();
     let start = Lean::new(&device);
-    let data: Vec<Vec<Tensor<2>>> = (0..STEPS)
-        .map(|_| (0..SHARDS).map(|_| normal([5, 13], &device)).collect())
-        .collect();
+    let data = data(STEPS, SHARDS, &device);
     let alone = |wire| {
         let all: Vec<usize> = (0..SHARDS).collect();
         train(start.clone(), all.clone(), all, &data, Solo, wire, 1)
@@ -355,14 +348,8 @@ fn frames_that_change_between_steps_are_shared_again() {
             .flat_map(|shard| [(shard.a.id, shard.a.val()), (shard.b.id, shard.b.val())]);
         ours.map(&mut Replace(frames.collect()))
     };
-    let step = |optim: &mut HdPissaOptimizer, mut model: Lean, hosted: &[usize]| {
-        let mut gradients = ShardGradients::new(&model);
-        for &shard in hosted {
-            model = model.select_shard(shard).unwrap();
-            let loss = model.forward(batches[shard].clone()).square().mean();
-            gradients.push(shard, GradientsParams::from_grads(loss.backward(), &model));
-        }
-        optim.step(1e-2, model, gradients).unwrap()
+    let step = |optim: &mut HdPissaOptimizer, model: Lean, hosted: &[usize]| {
+        step(model, optim, hosted.iter().copied(), &batches)
     };
     let weights = |m: &Lean| [bits(&base(&m.first.weight)), bits(&base(&m.second.weight))];
     let sgd = || burn::optim::SgdConfig::new().init();

@@ -1,5 +1,7 @@
 //! Helpers shared by the integration tests.
 
+pub mod training;
+
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -8,7 +10,8 @@ use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Bytes, DType, Device, Distribution, Tensor, TensorData};
 use hd_pissa::comm::{ThreadCommunicator, thread_group};
 use hd_pissa::{
-    HdPissaLinear, HdPissaLinearConfig, HdPissaOptimizer, HdPissaOptimizerRecord, OptimizerError,
+    FrameScale, HdPissaLinear, HdPissaLinearConfig, HdPissaOptimizer, HdPissaOptimizerRecord,
+    OptimizerError, Windows,
 };
 
 /// Two layers of Burn's `Linear`, of prime sizes, with an activation between them.
@@ -75,6 +78,15 @@ impl From<Dense> for Lean {
             second: model.second.into(),
         }
     }
+}
+
+/// Every choice of frames there is.
+pub fn frame_choices() -> Vec<(Windows, FrameScale)> {
+    let scales = [FrameScale::Balanced, FrameScale::Unit];
+    let components = [Windows::Leading, Windows::Spread, Windows::Trailing];
+    let components = components.into_iter().flat_map(|w| scales.map(|s| (w, s)));
+    let random = Windows::Random { seed: 7 };
+    components.chain([(random, FrameScale::Unit)]).collect()
 }
 
 /// The result of each thread of a group, by the index of its worker.
@@ -224,8 +236,3 @@ pub fn gpu_supports(device: &Device, dtype: DType) -> bool {
 pub fn gpu_product_tolerance() -> f32 {
     if cfg!(feature = "cuda") { 4e-3 } else { 1e-5 }
 }
-
-/// The listings of the README, compiled and run as documentation tests.
-#[cfg(doctest)]
-#[doc = include_str!("../../README.md")]
-pub struct Readme;

@@ -1,4 +1,4 @@
-//! Files that are kept from run to run: each is complete and as it was written, or not there.
+//! Files that are kept from run to run: each is complete and unchanged, or not there.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};
@@ -14,11 +14,11 @@ const PARTIAL: &str = ".partial-";
 /// After this time nobody writes any more.
 const ABANDONED: Duration = Duration::from_secs(24 * 3600);
 
-/// A folder of files that can be computed again, each under a key that names all that its content
+/// A folder of files that can be computed again. The key of a file names everything that its content
 /// depends on.
 ///
-/// Any number of processes may use a folder at a time: a file gets its name when it is complete. It is
-/// not synchronized to the disk, as a loss costs no more than the time to compute it again.
+/// Any number of processes may use a folder at a time: a file gets its name when it is complete. Files
+/// are not synchronized to the disk, because a lost one is only computed again.
 ///
 /// ```
 /// use hd_pissa::cache::{FileCache, Lookup};
@@ -42,17 +42,17 @@ pub struct FileCache {
 /// What is found under a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Lookup {
-    /// The content, as it was written.
+    /// The content.
     Found(Vec<u8>),
     /// Nothing that can be read.
     Absent,
-    /// A file that is not as it was written.
+    /// A file that has changed since it was written.
     Damaged,
 }
 
 impl FileCache {
-    /// The files with this extension in `folder`, which is made when it is first written to. Together
-    /// they have at most `max_bytes`.
+    /// The files with this extension in `folder`, together at most `max_bytes`. The first write makes
+    /// the folder.
     pub fn new(folder: impl Into<PathBuf>, extension: &'static str, max_bytes: u64) -> Self {
         Self {
             folder: folder.into(),
@@ -98,12 +98,12 @@ impl FileCache {
         Lookup::Found(bytes)
     }
 
-    /// Keeps `content` under `key`, in the place of what is there, and deletes the files that have not
-    /// been used for longest where together they are too large. Content above the limit is not kept.
+    /// Keeps `content` under `key`, in place of earlier content. Deletes the least recently used files
+    /// if all together are too large. Content above the limit is not kept.
     ///
     /// # Errors
     ///
-    /// Those of the file system, and [`ErrorKind::FileTooLarge`]. What is there then stays.
+    /// Those of the file system, and [`ErrorKind::FileTooLarge`]. Earlier content then stays.
     ///
     /// # Panics
     ///
@@ -168,7 +168,7 @@ fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-/// The key is part of it, so that a file under another name counts as damaged.
+/// The key is part of it: a file under another name counts as damaged.
 fn digest(key: &str, content: &[u8]) -> [u8; DIGEST] {
     let mut hash = Sha256::new();
     hash.update((key.len() as u64).to_le_bytes());

@@ -19,28 +19,27 @@ pub enum SvdPrecision {
 /// How the principal components of a weight are computed.
 #[derive(Config, Debug, Copy, PartialEq, Eq)]
 pub enum SvdMethod {
-    /// A full decomposition on the host, of which the leading triples are kept. Exact up to
-    /// rounding, for every spectrum.
+    /// A full decomposition on the host. Exact up to rounding, for every spectrum.
     Exact(SvdPrecision),
-    /// The leading triples alone, from a block Krylov space that is built on the weight's device in
-    /// `f32`: for `K·r` far below the smaller side of a large weight. With [`Windows::Leading`] only.
+    /// Only the leading triples, from a block Krylov space that the weight's device builds in `f32`.
+    /// Faster if `K·r` is far below the smaller side of a large weight. Needs [`Windows::Leading`].
     ///
-    /// For every vector the cosine of the angle to the exact one is at least 0.999. The residuals of both
-    /// sides and the gaps between singular values are the test of that. A weight that does not pass it,
-    /// and one with `K·r` above a sixteenth of its smaller side and 16, is decomposed as by
-    /// `Exact(F32)`; [`Decomposition`](crate::Decomposition) tells. The book's chapter on the
-    /// decomposition has the method and its cost.
+    /// The cosine of the angle between every vector and the exact one is at least 0.999: a test compares
+    /// residuals with the gaps between singular values. A weight that fails the test is decomposed as with
+    /// `Exact(F32)`, and so is one with `K·r` above `min(d_input, d_output) / 16 + 16`.
+    /// [`Decomposition`](crate::Decomposition) says which. The book's chapter on the decomposition
+    /// explains the method and its cost.
     Krylov,
 }
 
 /// Where decompositions are kept for later runs: one file for each weight, method and choice of
-/// components, under a hash of these and of the weight's values. Ranks and shards of one product, PiSSA
-/// and HD-PiSSA, and all runs of a user can share it, at the same time as well.
+/// components. Its name is a hash of these and of the weight's values. Runs with the same `K·r`, with
+/// PiSSA or HD-PiSSA, share files. Several runs can use the folder at the same time.
 ///
-/// A file is compared with its digest before it is used. Damaged ones are computed again and replaced, a
-/// folder that cannot be written to ends no run; [`CacheUse`](crate::CacheUse) and the log tell both. A
-/// file takes `4·K·r·(d_input + d_output)` bytes and 8 for each singular value; vectors of
-/// [`SvdPrecision::F64`] take twice as much. It is safe to delete files or the folder at any time.
+/// A file is compared with its digest before it is used. A damaged file is computed again and replaced. If
+/// a file cannot be written, the run goes on. [`CacheUse`](crate::CacheUse) and the log report both. A file
+/// takes `4·K·r·(d_input + d_output)` bytes, and 8 for each singular value; vectors of
+/// [`SvdPrecision::F64`] take twice as much. You can delete files or the folder at any time.
 #[derive(Config, Debug, PartialEq, Eq)]
 pub struct SvdCache {
     /// The folder, which is made when it is first written to.
@@ -52,7 +51,7 @@ pub struct SvdCache {
 }
 
 /// What a half-precision weight (`f16`, `bf16`) keeps of a step's update, which is computed in `f32`.
-/// An `f32` weight takes every update as it is, whatever the choice.
+/// The choice makes no difference to an `f32` weight.
 #[derive(Config, Debug, Copy, PartialEq, Eq)]
 pub enum MergePrecision {
     /// Everything: a parameter of residual bits holds 16 more bits of every element, so that weight
@@ -61,8 +60,8 @@ pub enum MergePrecision {
     /// model's record, and goes with the adapter when the model is materialized.
     Compensated,
     /// The sum, rounded up or down at random with the sum as its mean: no memory, no bias, but noise
-    /// of the size of the weight's rounding step in every step. The random bits depend on the
-    /// seed, the optimizer's step, the path of the weight and the element alone.
+    /// of the size of the weight's rounding step in every step. The random bits depend only on the
+    /// seed, the optimizer's step, the path of the weight and the element's place.
     Stochastic {
         /// Seed of the run.
         seed: u64,
@@ -90,7 +89,7 @@ pub enum GradientMode {
 /// A rank for some of the targets.
 #[derive(Config, Debug)]
 pub struct TargetRank {
-    /// The weights it holds for.
+    /// The weights that take it.
     pub targets: ParamGroup,
     /// Their rank, for each shard.
     pub rank: usize,
@@ -133,7 +132,7 @@ pub struct HdPissaConfig {
     /// Which directions of a weight its shards hold.
     #[config(default = "Windows::Leading")]
     pub windows: Windows,
-    /// How long the vectors of the frames are. [`Windows::Random`] takes [`FrameScale::Unit`] alone.
+    /// How long the vectors of the frames are. [`Windows::Random`] needs [`FrameScale::Unit`].
     #[config(default = "FrameScale::Balanced")]
     pub frame_scale: FrameScale,
     /// How principal components are computed.

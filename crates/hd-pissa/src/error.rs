@@ -63,10 +63,10 @@ pub enum HdPissaError {
         /// The seed of the windows.
         seed: u64,
     },
-    /// The block Krylov method finds the leading components alone.
+    /// The block Krylov method finds only the leading components.
     #[error(
-        "svd is Krylov and windows are {windows:?}, but the block Krylov method finds the leading \
-         components alone; set svd to Exact, or windows to Leading"
+        "svd is Krylov and windows are {windows:?}, but the block Krylov method finds only the leading \
+         components; set svd to Exact, or windows to Leading"
     )]
     KrylovWindows {
         /// The windows given.
@@ -94,7 +94,10 @@ pub enum HdPissaError {
         device: String,
     },
     /// The weight is quantized or of a float type that is not supported.
-    #[error("`{path}` has dtype {dtype:?}; supported are F32, F16 and BF16")]
+    #[error(
+        "`{path}` has dtype {dtype:?}; supported are F32, F16 and BF16: cast it, or leave it out of the \
+         targets"
+    )]
     UnsupportedDtype {
         /// Path of the weight.
         path: String,
@@ -102,7 +105,10 @@ pub enum HdPissaError {
         dtype: DType,
     },
     /// The weight holds NaN or infinite values.
-    #[error("`{path}` holds {count} NaN or infinite values, the first at row {row}, column {col}")]
+    #[error(
+        "`{path}` holds {count} NaN or infinite values, the first at row {row}, column {col}; load an \
+         undamaged checkpoint"
+    )]
     NonFiniteWeight {
         /// Path of the weight.
         path: String,
@@ -116,8 +122,8 @@ pub enum HdPissaError {
     /// Every element of the weight is zero. It has no principal components: the gradients of all
     /// factors would be zero in every step.
     #[error(
-        "`{path}` holds nothing but zeros, so that its adapter could never train it; initialize it, \
-         or leave it out of the targets"
+        "`{path}` is all zeros, so its adapter could never train it; initialize it, or leave it out of \
+         the targets"
     )]
     ZeroWeight {
         /// Path of the weight.
@@ -140,7 +146,10 @@ pub enum HdPissaError {
         needed: usize,
     },
     /// The singular value decomposition did not converge.
-    #[error("the singular value decomposition of `{path}` did not converge")]
+    #[error(
+        "the singular value decomposition of `{path}` did not converge; set svd to Exact(F64), or \
+         leave it out of the targets"
+    )]
     NoConvergence {
         /// Path of the weight.
         path: String,
@@ -174,8 +183,8 @@ pub enum HdPissaError {
     },
     /// A shard was selected in a model whose shards share gradients.
     #[error(
-        "shard {index} cannot be selected: the shards share gradients, so that every forward pass \
-         serves all of them"
+        "shard {index} cannot be selected: the shards share gradients, and every forward pass serves \
+         all of them; leave select_shard out"
     )]
     SharesGradients {
         /// The index given.

@@ -215,9 +215,9 @@ impl HdPissaConfig {
     /// of shape `[K·rank, d_output]`, shard by shard, in `f32`.
     ///
     /// They are those of [`apply_hd_pissa`](crate::HdPissaModule::apply_hd_pissa) for a weight at
-    /// `path`, bit for bit with the same build on the same kind of processor. Of
-    /// [`target_ranks`](Self::target_ranks), those that select weights by path count;
-    /// [`targets`](Self::targets) is not asked.
+    /// `path`, bit for bit with the same build on the same kind of processor.
+    /// [`target_ranks`](Self::target_ranks) that select weights by path count;
+    /// [`targets`](Self::targets) does not.
     ///
     /// # Errors
     ///
@@ -247,12 +247,13 @@ impl HdPissaConfig {
     /// What [`apply_hd_pissa`](crate::HdPissaModule::apply_hd_pissa) would do to `model`: a dry
     /// run, whose result prints as a table.
     ///
-    /// Computes the singular values of every target, but no singular vectors unless
-    /// [`SvdMethod::Krylov`] finds both; with [`Windows::Random`] the directions, and no singular values.
+    /// Computes the singular values of every target, but no singular vectors, except that
+    /// [`SvdMethod::Krylov`] finds both. With [`Windows::Random`] it computes the directions and no singular
+    /// values.
     ///
     /// # Errors
     ///
-    /// Those of `apply_hd_pissa`, [`HdPissaError::InvalidHostedShards`] excepted.
+    /// Those of `apply_hd_pissa`, except [`HdPissaError::InvalidHostedShards`].
     pub fn plan<M: Module>(&self, model: &M) -> Result<HdPissaPlan, HdPissaError> {
         let Choice {
             targets,
@@ -300,8 +301,8 @@ pub struct PlannedWeight {
     /// Share of the weight's squared Frobenius norm in the window of each shard,
     /// `‖U_kᵀ W V_k‖² / ‖W‖²`.
     pub explained_variance: Vec<f64>,
-    /// How its frames are found, which a [`Fallback`](Decomposition::Fallback) says of a weight whose block
-    /// Krylov method does not converge.
+    /// How its frames are found. [`Fallback`](Decomposition::Fallback) means that the block Krylov method
+    /// does not converge.
     pub decomposition: Decomposition,
 }
 
@@ -328,7 +329,7 @@ pub struct LeftOut {
 pub enum LeftOutReason {
     /// [`HdPissaConfig::targets`] does not match it.
     NotTargeted,
-    /// It is not the weight of a linear layer, as an embedding's is not.
+    /// It is not the weight of a linear layer, but for example an embedding.
     NotLinear,
     /// It is the weight of a linear layer called `lm_head` or `head`.
     Head,
@@ -458,21 +459,31 @@ impl PlannedMemory {
     }
 }
 
+/// A number of bytes with one decimal, in the largest unit that leaves no zero in front.
+fn readable(bytes: usize) -> String {
+    match [(1e9, "GB"), (1e6, "MB"), (1e3, "kB")]
+        .into_iter()
+        .find(|&(unit, _)| bytes as f64 >= unit)
+    {
+        Some((unit, name)) => format!("{:.1} {name}", bytes as f64 / unit),
+        None => format!("{bytes} B"),
+    }
+}
+
 impl Display for PlannedMemory {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let megabytes = |bytes: usize| format!("{:.1} MB", bytes as f64 / 1e6);
         write!(
             f,
             "factors {}, frames of all shards {}, gradients {}, two moments {}",
-            megabytes(self.factors),
-            megabytes(self.frames),
-            megabytes(self.gradients),
-            megabytes(self.moments)
+            readable(self.factors),
+            readable(self.frames),
+            readable(self.gradients),
+            readable(self.moments)
         )?;
         if self.residuals > 0 {
-            write!(f, ", residual bits {}", megabytes(self.residuals))?;
+            write!(f, ", residual bits {}", readable(self.residuals))?;
         }
-        write!(f, ": {} in all", megabytes(self.total()))
+        write!(f, ": {} in all", readable(self.total()))
     }
 }
 
@@ -544,10 +555,10 @@ impl Display for HdPissaPlan {
             let hosted = self.shards / workers;
             write!(
                 f,
-                "\nworker with {hosted} of {} shards: {}; {} bytes sent per step",
+                "\nworker with {hosted} of {} shards: {}; {} sent per step",
                 self.shards,
                 self.memory_per_worker(workers),
-                self.bytes_sent_per_step(workers)
+                readable(self.bytes_sent_per_step(workers))
             )?;
         }
         Ok(())

@@ -15,7 +15,7 @@ use crate::{HdPissaError, SvdMethod, SvdPrecision};
 pub enum Decomposition {
     /// Without a decomposition: random directions.
     None,
-    /// By [`SvdMethod::Exact`], or by [`SvdMethod::Krylov`] of a weight too small for it.
+    /// By [`SvdMethod::Exact`], or by [`SvdMethod::Krylov`] if the weight is too small for it.
     Exact,
     /// By the block Krylov method.
     Krylov {

@@ -9,7 +9,7 @@ use crate::krylov::NotConverged;
 use crate::svd::{Decomposition, Request, Svd};
 use crate::{HdPissaError, SvdCache, SvdMethod};
 
-/// First bytes of the content of a file. Another way to decompose or to write takes another number.
+/// First bytes of the content of a file. Change the number with the decomposition or the format.
 const MAGIC: &[u8] = b"hd-pissa decomposition 1\n";
 const EXTENSION: &str = "svd";
 
@@ -23,7 +23,7 @@ pub enum CacheUse {
     Read,
     /// It was computed, and is kept.
     Written,
-    /// It was computed, and takes the place of a file that is damaged.
+    /// It was computed, and replaces a damaged file.
     Replaced,
     /// It was computed, and could not be kept.
     NotKept {
@@ -144,7 +144,7 @@ fn encode(svd: &Svd) -> Vec<u8> {
     bytes
 }
 
-/// `None` for what [`encode`] does not write.
+/// `None` for bytes that [`encode`] does not write.
 fn decode(bytes: &[u8]) -> Option<Svd> {
     let (numbers, rest) = bytes.strip_prefix(MAGIC)?.split_at_checked(9 * 8)?;
     let mut numbers = numbers

@@ -54,6 +54,12 @@ pub(crate) fn is_host(device: &Device) -> bool {
         .any(|name| format!("{device:?}").contains(name))
 }
 
+/// The device on which a model trains: with Burn's gradient checkpointing, which computes cheap results again in
+/// the backward pass instead of keeping them.
+pub fn training(device: &Device) -> Device {
+    device.clone().autodiff().gradient_checkpointing()
+}
+
 /// The device of each of `workers` threads: with CUDA and ROCm one each, unless `name` has an
 /// index, with other backends the same.
 ///

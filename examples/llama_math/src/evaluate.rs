@@ -1,52 +1,46 @@
 //! Loss and exact match on held-out records.
 
-use std::collections::BTreeMap;
-
-use burn::tensor::{Int, Tensor, TensorData};
-
 use crate::batch::{MicroBatch, Sequence};
 use crate::data::Record;
 use crate::score::final_answer;
 use crate::tokenize::{Template, Tokens};
-use crate::{Cache, Error, Llama};
+use crate::{Continued, Error, Llama};
 
-/// Greedy decoding with a key/value cache: for each prompt at most `limit` tokens after it, up to the
-/// one for which `is_end` holds, which is left out.
+/// Greedy decoding with a key/value cache, of all prompts at once: for each at most `limit` tokens after it, up
+/// to the one for which `is_end` holds, which is left out.
 ///
 /// # Panics
 ///
-/// If there is no prompt, or if they have different lengths.
+/// If a prompt is empty.
 pub fn greedy(
     model: &Llama,
     prompts: &[&[u32]],
     limit: usize,
     is_end: impl Fn(u32) -> bool,
 ) -> Vec<Vec<u32>> {
-    let (device, rows) = (model.device(), prompts.len());
-    let length = prompts[0].len();
-    let is_even = prompts.iter().all(|prompt| prompt.len() == length);
-    assert!(is_even, "prompts of one batch have one length");
-    let mut cache = Cache::default();
-    let mut answers = vec![Vec::new(); rows];
-    let mut ended = vec![false; rows];
-    let tokens = prompts.iter().copied().flatten();
-    let mut input: Vec<i64> = tokens.map(|&token| i64::from(token)).collect();
+    let mut answers = vec![Vec::new(); prompts.len()];
+    let mut places: Vec<usize> = (0..prompts.len()).collect();
+    let new = |prompt: &&[u32]| Continued::new(prompt.to_vec());
+    let mut sequences: Vec<Continued> = prompts.iter().map(new).collect();
     for _ in 0..limit {
-        let shape = [rows, input.len() / rows];
-        let tokens = Tensor::<2, Int>::from_data(TensorData::new(input, shape), &device);
-        let next = model.next_logits(tokens, &mut cache).argmax(1);
-        // A row that has ended goes on with the others; what follows there is left out.
-        input = next.into_data().iter::<i64>().collect();
-        for ((answer, ended), &next) in answers.iter_mut().zip(&mut ended).zip(&input) {
-            let token = u32::try_from(next).expect("token ids are small and not negative");
-            *ended |= is_end(token);
-            if !*ended {
-                answer.push(token);
-            }
-        }
-        if ended.iter().all(|&ended| ended) {
+        if sequences.is_empty() {
             break;
         }
+        let next = model.next_logits(&mut sequences).argmax(1).into_data();
+        let next: Vec<i64> = next.iter().collect();
+        let rows = places.into_iter().zip(sequences).zip(next);
+        // What has ended leaves the batch.
+        (places, sequences) = rows
+            .filter_map(|((place, mut sequence), next)| {
+                let token = u32::try_from(next).expect("token ids are small and not negative");
+                if is_end(token) {
+                    return None;
+                }
+                answers[place].push(token);
+                sequence.tokens.push(token);
+                Some((place, sequence))
+            })
+            .unzip();
     }
     answers
 }
@@ -80,6 +74,8 @@ pub fn mean_loss(model: &Llama, sequences: &[Sequence], progress: impl Fn()) -> 
 pub struct Answer {
     /// The text.
     pub text: String,
+    /// Number of its tokens.
+    pub tokens: usize,
     /// Whether its final answer is that of the reference; `None` if the reference has none.
     pub correct: Option<bool>,
 }
@@ -96,8 +92,8 @@ pub struct Solver<'a> {
     pub max_new_tokens: usize,
 }
 
-/// Records that are answered at once, if their prompts have one length.
-const BATCH: usize = 32;
+/// Records that are answered at once.
+pub(crate) const BATCH: usize = 16;
 
 impl Solver<'_> {
     /// Answers one record.
@@ -110,29 +106,26 @@ impl Solver<'_> {
         Ok(answers.remove(0))
     }
 
-    /// Answers records, those with prompts of one length together.
+    /// Answers records, several at once.
     ///
     /// # Errors
     ///
     /// Those of the tokenizer.
     pub fn answers(&self, records: &[Record]) -> Result<Vec<Answer>, Error> {
-        let mut by_length: BTreeMap<usize, Vec<(usize, Vec<u32>)>> = BTreeMap::new();
-        for (place, record) in records.iter().enumerate() {
-            let prompt = self.tokens.prompt(record, self.template)?;
-            let group = by_length.entry(prompt.len()).or_default();
-            group.push((place, prompt));
-        }
-        let mut answers = vec![None; records.len()];
         let is_end = |token| self.tokens.is_end(token);
-        for batch in by_length.values().flat_map(|group| group.chunks(BATCH)) {
-            let prompts: Vec<&[u32]> = batch.iter().map(|(_, prompt)| &prompt[..]).collect();
+        let mut answers = Vec::new();
+        for records in records.chunks(BATCH) {
+            let prompts = records
+                .iter()
+                .map(|record| self.tokens.prompt(record, self.template));
+            let prompts: Vec<Vec<u32>> = prompts.collect::<Result<_, _>>()?;
+            let prompts: Vec<&[u32]> = prompts.iter().map(|prompt| &prompt[..]).collect();
             let found = greedy(self.model, &prompts, self.max_new_tokens, is_end);
-            for ((place, _), answer) in batch.iter().zip(found) {
-                answers[*place] = Some(self.mark(&records[*place], &answer)?);
+            for (record, answer) in records.iter().zip(found) {
+                answers.push(self.mark(record, &answer)?);
             }
         }
-        let all = answers.into_iter();
-        Ok(all.map(|answer| answer.expect("of a group")).collect())
+        Ok(answers)
     }
 
     /// The text of an answer, compared with the reference.
@@ -142,6 +135,11 @@ impl Solver<'_> {
             let found = final_answer(&text);
             found == Some(expected)
         });
-        Ok(Answer { text, correct })
+        let tokens = answer.len();
+        Ok(Answer {
+            text,
+            tokens,
+            correct,
+        })
     }
 }

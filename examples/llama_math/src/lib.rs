@@ -66,5 +66,5 @@ mod weights;
 
 pub use config::LlamaConfig;
 pub use error::Error;
-pub use model::{Cache, Llama};
+pub use model::{Continued, Llama};
 pub use pretrained::Pretrained;

@@ -4,12 +4,11 @@
 
 use burn::module::{Module, Param};
 use burn::nn::{Embedding, EmbeddingConfig, Initializer, RmsNorm, RmsNormConfig};
-use burn::tensor::module::linear;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use hd_pissa::{HdPissaLinear, HdPissaLinearConfig};
+use hd_pissa::{HdPissaAdapter, HdPissaLinear, HdPissaLinearConfig};
 
 use crate::config::LlamaConfig;
-use crate::ops::{Causal, attention_weights, rms_norm, rotate_heads, swiglu, target_loss};
+use crate::ops::{Causal, attention, head_loss, rms_norm, rotate_heads, swiglu, target_loss};
 use crate::rope::{Rope, Rotation};
 
 /// A decoder with its language-model head.
@@ -93,21 +92,26 @@ pub struct Mlp {
     pub down_proj: HdPissaLinear,
 }
 
-/// Keys and values of the positions seen so far, per layer.
+/// A sequence that is continued: the tokens that follow, and keys and values of those seen so far, per layer.
 #[derive(Clone, Debug, Default)]
-pub struct Cache {
+pub struct Continued {
+    /// The tokens that the next pass takes.
+    pub tokens: Vec<u32>,
     layers: Vec<(Tensor<4>, Tensor<4>)>,
 }
 
-impl Cache {
-    /// Number of positions held.
-    pub fn len(&self) -> usize {
-        self.layers.first().map_or(0, |(keys, _)| keys.dims()[2])
+impl Continued {
+    /// One of which nothing has been seen.
+    pub fn new(tokens: Vec<u32>) -> Self {
+        Self {
+            tokens,
+            layers: Vec::new(),
+        }
     }
 
-    /// Whether no position is held.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
+    /// Number of positions seen.
+    fn len(&self) -> usize {
+        self.layers.first().map_or(0, |(keys, _)| keys.dims()[2])
     }
 
     /// Keys and values of a layer with those that were there before, and keeps them.
@@ -200,15 +204,38 @@ impl Llama {
     ///
     /// Right padding needs no mask: no real position attends to a later one.
     pub fn forward(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
-        self.logits(self.model.forward(tokens, None))
+        self.logits(self.model.forward(tokens))
     }
 
-    /// Logits after the last of `tokens`, `[batch, vocab_size]`; `tokens` follow those in `cache`
-    /// and are added to it.
-    pub fn next_logits(&self, tokens: Tensor<2, Int>, cache: &mut Cache) -> Tensor<2> {
-        let hidden = self.model.forward(tokens, Some(cache));
-        let last = hidden.dims()[1] - 1;
-        self.logits(hidden.narrow(1, last, 1)).squeeze_dim(1)
+    /// Logits after the last token of each sequence, `[sequences, vocab_size]`. The tokens of all sequences
+    /// pass through the layers together, and are then part of what the sequences have seen.
+    ///
+    /// # Panics
+    ///
+    /// If there is no sequence, or one without a token.
+    pub fn next_logits(&self, sequences: &mut [Continued]) -> Tensor<2> {
+        let lengths: Vec<usize> = sequences.iter().map(|one| one.tokens.len()).collect();
+        assert!(
+            !lengths.is_empty() && !lengths.contains(&0),
+            "each sequence has a token"
+        );
+        let device = self.device();
+        let indices = |indices: Vec<i64>| {
+            let count = indices.len();
+            Tensor::<1, Int>::from_data(TensorData::new(indices, [count]), &device)
+        };
+        let tokens = sequences.iter_mut().flat_map(|one| one.tokens.drain(..));
+        let tokens = indices(tokens.map(i64::from).collect()).unsqueeze();
+        let hidden = self.model.forward_packed(tokens, &lengths, sequences);
+        let ends = lengths.iter().scan(-1, |end, &length| {
+            *end += length as i64;
+            Some(*end)
+        });
+        self.logits(
+            hidden
+                .squeeze_dim::<2>(0)
+                .select(0, indices(ends.collect())),
+        )
     }
 
     /// Sum over `targets` of the negative log-likelihood, `[1]`.
@@ -216,7 +243,7 @@ impl Llama {
     /// A target is a position of the flattened `tokens` and the token that follows there. The head
     /// is applied to those positions alone.
     pub fn target_loss(&self, tokens: Tensor<2, Int>, targets: &[(usize, u32)]) -> Tensor<1> {
-        self.loss_after(self.model.forward(tokens, None), targets)
+        self.loss_after(self.model.forward(tokens), targets)
     }
 
     /// As [`target_loss`](Self::target_loss), of sequences of these lengths one after the other in
@@ -227,7 +254,7 @@ impl Llama {
         lengths: &[usize],
         targets: &[(usize, u32)],
     ) -> Tensor<1> {
-        self.loss_after(self.model.forward_packed(tokens, lengths), targets)
+        self.loss_after(self.model.forward_packed(tokens, lengths, &mut []), targets)
     }
 
     fn loss_after(&self, hidden: Tensor<3>, targets: &[(usize, u32)]) -> Tensor<1> {
@@ -240,17 +267,37 @@ impl Llama {
         let hidden = hidden
             .reshape([batch * positions, width])
             .select(0, indices);
-        target_loss(self.logits(hidden), labels)
+        match self.plain_head() {
+            Some(weight) => head_loss(hidden, weight, labels),
+            None => target_loss(self.logits(hidden), labels),
+        }
+    }
+
+    /// The weight of the head, `[hidden, vocabulary]`, if the head is nothing but its product.
+    fn plain_head(&self) -> Option<Tensor<2>> {
+        match &self.lm_head {
+            None => Some(self.model.embed_tokens.weight.val().transpose()),
+            Some(head) => {
+                let adapter = head.weight.reparameterization::<HdPissaAdapter>();
+                let is_plain = adapter.is_none() && head.bias.is_none();
+                is_plain.then(|| head.weight.val())
+            }
+        }
     }
 
     fn logits<const D: usize>(&self, hidden: Tensor<D>) -> Tensor<D> {
         match &self.lm_head {
             Some(head) => head.forward(hidden),
-            None => linear(
-                hidden,
-                self.model.embed_tokens.weight.val().transpose(),
-                None,
-            ),
+            None => {
+                // Of two dimensions: with more, Burn copies the transposed weight first.
+                let mut dims = hidden.dims();
+                let [vocabulary, width] = self.model.embed_tokens.weight.lazy_shape().dims();
+                let rows = dims[..D - 1].iter().product();
+                let weight = self.model.embed_tokens.weight.val().transpose();
+                let logits = hidden.reshape([rows, width]).matmul(weight);
+                dims[D - 1] = vocabulary;
+                logits.reshape(dims)
+            }
         }
     }
 
@@ -292,46 +339,56 @@ impl Llama {
 }
 
 impl Decoder {
-    fn forward(&self, tokens: Tensor<2, Int>, mut cache: Option<&mut Cache>) -> Tensor<3> {
+    fn forward(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
         let device = self.embed_tokens.weight.lazy_device();
         let positions = tokens.dims()[1];
-        let start = cache.as_ref().map_or(0, |cache| cache.len());
-        let rotation = Rotation::new(&self.rope, start..start + positions, &device);
+        let rotation = Rotation::new(&self.rope, std::iter::once(0..positions), &device);
         let causal = Causal {
-            start,
+            start: 0,
             positions,
             window: self.sliding_window,
         };
-        self.through_layers(tokens, |index, attention, x| {
-            let [queries, mut keys, mut values] = attention.heads(x, &rotation);
-            if let Some(cache) = &mut cache {
-                [keys, values] = cache.extended(index, keys, values);
-            }
+        self.through_layers(tokens, |_, attention, x| {
+            let [queries, keys, values] = attention.heads(x, &rotation);
             attention.attend(queries, keys, values, causal)
         })
     }
 
-    /// Of sequences of these lengths one after the other in one row.
-    fn forward_packed(&self, tokens: Tensor<2, Int>, lengths: &[usize]) -> Tensor<3> {
+    /// Of sequences of these lengths one after the other in one row. `continued` is empty, or has for each what
+    /// comes before, and then also what this pass adds.
+    fn forward_packed(
+        &self,
+        tokens: Tensor<2, Int>,
+        lengths: &[usize],
+        continued: &mut [Continued],
+    ) -> Tensor<3> {
         let device = self.embed_tokens.weight.lazy_device();
-        let positions = lengths.iter().flat_map(|&length| 0..length);
+        let seen: Vec<usize> = match continued {
+            [] => vec![0; lengths.len()],
+            _ => continued.iter().map(Continued::len).collect(),
+        };
+        let positions = seen.iter().zip(lengths);
+        let positions = positions.map(|(&seen, &length)| seen..seen + length);
         let rotation = Rotation::new(&self.rope, positions, &device);
-        self.through_layers(tokens, |_, attention, x| {
+        self.through_layers(tokens, |layer, attention, x| {
             let [queries, keys, values] = attention.heads(x, &rotation);
             let mut start = 0;
             // One block of the diagonal after the other: nothing between sequences is computed.
-            let of_sequence = |&length: &usize| {
+            let of_sequence = |(index, &length): (usize, &usize)| {
                 let part = |x: &Tensor<4>| x.clone().narrow(2, start, length);
-                let (queries, keys, values) = (part(&queries), part(&keys), part(&values));
+                let (queries, mut keys, mut values) = (part(&queries), part(&keys), part(&values));
                 start += length;
+                if let Some(continued) = continued.get_mut(index) {
+                    [keys, values] = continued.extended(layer, keys, values);
+                }
                 let causal = Causal {
-                    start: 0,
+                    start: seen[index],
                     positions: length,
                     window: self.sliding_window,
                 };
                 attention.attend(queries, keys, values, causal)
             };
-            Tensor::cat(lengths.iter().map(of_sequence).collect(), 1)
+            Tensor::cat(lengths.iter().enumerate().map(of_sequence).collect(), 1)
         })
     }
 
@@ -388,11 +445,8 @@ impl Attention {
         // The queries that share a key head stand below each other, so that no key is copied.
         let group = num_heads / kv_heads;
         let queries = queries.reshape([batch, kv_heads, group * positions, dim]);
-        let scores = queries.matmul(keys.transpose());
         let scale = 1.0 / (dim as f64).sqrt();
-        let weights = attention_weights(scores, scale, causal);
-        weights
-            .matmul(values)
+        attention(queries, keys, values, scale, causal)
             .reshape([batch, num_heads, positions, dim])
             .swap_dims(1, 2)
             .reshape([batch, positions, num_heads * dim])

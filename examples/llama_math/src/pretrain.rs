@@ -20,7 +20,7 @@ use crate::progress::Progress;
 use crate::schedule::{Decay, Schedule};
 use crate::tokenize::Tokens;
 use crate::train::{OptimizerSettings, Trainer};
-use crate::{Error, Llama, Pretrained};
+use crate::{Error, Llama, Pretrained, device};
 
 const UNKNOWN: &str = "<unk>";
 const END: &str = "<end>";
@@ -60,7 +60,7 @@ impl Pretraining {
         write("config.json", &config(vocab_size))?;
 
         device.seed(self.seed);
-        let device = device.clone().autodiff();
+        let device = device::training(device);
         let files = ["config.json", "tokenizer.json", "tokenizer_config.json"];
         let contents: Vec<Vec<u8>> = files
             .iter()

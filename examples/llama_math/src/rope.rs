@@ -1,6 +1,7 @@
 //! Rotary position embeddings in the half-split layout of Hugging Face checkpoints.
 
 use std::f64::consts::TAU;
+use std::ops::Range;
 
 use burn::tensor::{Device, Tensor, TensorData};
 
@@ -108,16 +109,28 @@ pub struct Rotation {
 }
 
 impl Rotation {
-    /// The rotation of these positions; the largest tells how long the longest sequence is.
-    pub fn new(rope: &Rope, positions: impl Iterator<Item = usize>, device: &Device) -> Self {
-        let positions: Vec<usize> = positions.collect();
-        let len = positions.len();
-        let longest = positions.iter().max().map_or(0, |last| last + 1);
-        let frequencies = rope.frequencies(longest);
-        let of_position = |position: usize| frequencies.iter().map(move |f| position as f64 * f);
-        let angles = positions.into_iter().flat_map(of_position);
+    /// The rotation of these positions of each sequence, one after the other. The end of a range is the length of
+    /// its sequence, on which the frequencies of some models depend.
+    pub fn new(
+        rope: &Rope,
+        sequences: impl IntoIterator<Item = Range<usize>>,
+        device: &Device,
+    ) -> Self {
+        let mut angles = Vec::new();
+        let (mut len, mut pairs) = (0, 0);
+        for positions in sequences {
+            let frequencies = rope.frequencies(positions.end);
+            (len, pairs) = (len + positions.len(), frequencies.len());
+            angles.extend(positions.flat_map(|position| {
+                frequencies
+                    .iter()
+                    .map(move |f| position as f64 * f)
+                    .collect::<Vec<_>>()
+            }));
+        }
         let magnitude = rope.magnitude();
         let (cos, sin): (Vec<f32>, Vec<f32>) = angles
+            .into_iter()
             .map(|angle| {
                 (
                     (magnitude * angle.cos()) as f32,
@@ -125,8 +138,7 @@ impl Rotation {
                 )
             })
             .unzip();
-        let table =
-            |values| Tensor::from_data(TensorData::new(values, [len, frequencies.len()]), device);
+        let table = |values| Tensor::from_data(TensorData::new(values, [len, pairs]), device);
         Self {
             cos: table(cos),
             sin: table(sin),

@@ -21,7 +21,7 @@ use crate::schedule::{Decay, Schedule};
 use crate::stop::Stop;
 use crate::team::Team;
 use crate::train::{OptimizerSettings, Trainer};
-use crate::{Error, Llama, memory};
+use crate::{Error, Llama, device, memory};
 
 /// The length of a run.
 #[derive(Clone, Copy, Debug)]
@@ -352,7 +352,7 @@ impl<'a> Training<'a> {
                 .into_iter()
                 .zip(devices)
                 .map(|(communicator, device)| {
-                    let model = model.clone().fork(&device.clone().autodiff());
+                    let model = model.clone().fork(&device::training(device));
                     scope.spawn(move || {
                         let pool = rayon::ThreadPoolBuilder::new().num_threads(compute);
                         let pool = pool.build().expect("the system starts threads");

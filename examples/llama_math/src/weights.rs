@@ -307,14 +307,14 @@ pub(crate) fn encode(values: &[f32], dtype: Dtype) -> Vec<u8> {
     }
 }
 
-/// A tensor ready to be written.
-pub(crate) struct Encoded {
+/// A tensor to be written. Its bytes exist only while they are written.
+pub(crate) struct Unwritten<'a> {
     pub(crate) dtype: Dtype,
     pub(crate) shape: Vec<usize>,
-    pub(crate) bytes: Vec<u8>,
+    pub(crate) bytes: Box<dyn Fn() -> Vec<u8> + 'a>,
 }
 
-impl safetensors::View for &Encoded {
+impl safetensors::View for &Unwritten<'_> {
     fn dtype(&self) -> Dtype {
         self.dtype
     }
@@ -324,10 +324,10 @@ impl safetensors::View for &Encoded {
     }
 
     fn data(&self) -> std::borrow::Cow<'_, [u8]> {
-        (&self.bytes).into()
+        (self.bytes)().into()
     }
 
     fn data_len(&self) -> usize {
-        self.bytes.len()
+        self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
     }
 }

@@ -4,7 +4,7 @@ mod common {
     pub mod case;
 }
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -272,19 +272,15 @@ fn answers_in_batches_are_those_of_one_by_one() {
     };
     let (_, records) = problems(5, 0, 90);
     let together = solver.answers(&records).unwrap();
-    let mut lengths = BTreeMap::new();
+    let mut lengths = BTreeSet::new();
     for (record, batched) in records.iter().zip(&together) {
         let alone = solver.answer(record).unwrap();
         assert_eq!(batched.text, alone.text);
         assert_eq!(batched.correct, alone.correct);
-        let prompt = tokens.prompt(record, &template).unwrap();
-        *lengths.entry(prompt.len()).or_insert(0) += 1;
+        lengths.insert(tokens.prompt(record, &template).unwrap().len());
     }
-    // Some batches have several rows, whose answers end at different places.
-    assert!(
-        lengths.len() > 2 && lengths.values().any(|&count| count > 4),
-        "{lengths:?}"
-    );
+    // The prompts of a batch have different lengths, and its answers end at different places.
+    assert!(lengths.len() > 2, "{lengths:?}");
     let ends: Vec<usize> = together.iter().map(|answer| answer.text.len()).collect();
     assert!(ends.iter().max() > ends.iter().min());
 }

@@ -135,8 +135,8 @@ fn a_report_shows_the_run_and_texts_from_outside_as_texts() {
     for part in [
         "<h2>Curves</h2>",
         ">Gradient norm</text>",
-        "Effective rank of the change, by layer over time",
-        "Change of model.layers.1.self_attn.o_proj.weight",
+        "Effective rank by layer over time",
+        "of layers.1.self_attn.o_proj",
         "before",
         "step 15",
         "after, as written",

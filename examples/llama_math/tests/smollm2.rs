@@ -21,10 +21,10 @@ use llama_math::prompt::PromptTemplate;
 use llama_math::schedule::{Decay, Schedule};
 use llama_math::tokenize::Tokens;
 use llama_math::train::{OptimizerSettings, Trainer};
-use llama_math::{Cache, Pretrained};
+use llama_math::{Continued, Pretrained};
 use serde_json::Value;
 
-use common::{recorded, smollm2, tokens};
+use common::{recorded, smollm2};
 
 fn read(path: &Path) -> Value {
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
@@ -60,12 +60,12 @@ fn logits_and_greedy_tokens_are_the_recorded_ones() {
         if case.get("greedy20").is_none() {
             continue;
         }
-        let prompt = ids(&case["input_ids"]);
+        let prompt: Vec<u32> = ids(&case["input_ids"])
+            .iter()
+            .map(|&id| id as u32)
+            .collect();
         let logits: Vec<f32> = model
-            .next_logits(
-                tokens(&prompt, [1, prompt.len()], &device),
-                &mut Cache::default(),
-            )
+            .next_logits(&mut [Continued::new(prompt.clone())])
             .into_data()
             .iter()
             .collect();
@@ -103,7 +103,6 @@ fn logits_and_greedy_tokens_are_the_recorded_ones() {
 
         // A prompt fed in two parts through the cache gives the tokens of one fed whole.
         let recorded = ids(&case["greedy20"]);
-        let prompt: Vec<u32> = prompt.iter().map(|&id| id as u32).collect();
         let ours = greedy(&model, &[&prompt], recorded.len(), |_| false).remove(0);
         assert_eq!(
             ours.iter().map(|&id| i64::from(id)).collect::<Vec<_>>(),

@@ -18,7 +18,7 @@ use crate::svd::Decomposition;
 use crate::svd_cache::CacheUse;
 use crate::{GradientMode, HdPissaConfig, HdPissaError, MergePrecision};
 
-/// What is known of a weight once its factors are computed.
+/// Facts about a weight whose factors have just been computed.
 #[derive(Clone, Debug)]
 pub struct LayerProgress {
     /// Position of the weight, from 0.
@@ -35,8 +35,8 @@ pub struct LayerProgress {
     /// Largest absolute inner product of two directions of different shards, on either side of the
     /// weight; rounding error.
     pub orthogonality_error: f64,
-    /// How the frames were found, which a [`Fallback`](Decomposition::Fallback) says of a weight whose block
-    /// Krylov method did not converge.
+    /// How the frames were found. [`Fallback`](Decomposition::Fallback) means that the block Krylov method
+    /// did not converge.
     pub decomposition: Decomposition,
     /// What the cache of decompositions did.
     pub cache: CacheUse,
@@ -46,9 +46,9 @@ pub struct LayerProgress {
 
 /// The [`Reparameterizer`] that attaches HD-PiSSA adapters.
 ///
-/// [`prepare`](Self::prepare) chooses the targets and decomposes them, which can fail;
+/// [`prepare`](Self::prepare) chooses the targets and decomposes them. This can fail.
 /// `model.apply_reparameterization(hd_pissa)` then attaches the adapters and freezes every other
-/// float parameter, which cannot. [`HdPissaModule::apply_hd_pissa`] does both.
+/// float parameter. This cannot fail. [`HdPissaModule::apply_hd_pissa`] does both.
 #[derive(Debug)]
 pub struct HdPissa {
     pub(super) adapters: HashMap<String, HdPissaAdapter>,
@@ -62,9 +62,8 @@ impl HdPissa {
     ///
     /// # Errors
     ///
-    /// See [`HdPissaError`]. Every check of settings comes before the first decomposition. NaN and
-    /// infinite values, a weight of zeros and a weight of too low a rank are found when the turn of
-    /// that weight comes.
+    /// See [`HdPissaError`]. All settings are checked before the first decomposition. NaN, infinite
+    /// values, zeros and too low a rank of a weight are found when that weight is decomposed.
     pub fn prepare<M: Module>(
         model: &M,
         config: &HdPissaConfig,
@@ -91,8 +90,8 @@ impl HdPissa {
         Ok(Self { adapters })
     }
 
-    /// What [`prepare`](Self::prepare) makes, with zeros in the place of all factors: for a record that
-    /// holds them.
+    /// What [`prepare`](Self::prepare) makes, with zeros as factors. A record that is loaded next
+    /// replaces them.
     #[cfg(feature = "checkpoint")]
     pub(crate) fn blank<M: Module>(
         model: &M,
@@ -113,7 +112,7 @@ impl HdPissa {
     }
 }
 
-/// What a worker is to prepare, checked as far as that is possible without decompositions.
+/// What a worker will prepare, checked as far as possible without decompositions.
 pub(super) struct Selected {
     /// Ascending.
     pub(super) hosted: Vec<usize>,
@@ -270,17 +269,17 @@ pub trait HdPissaModule: Module {
     /// float parameter. Model code stays as it is.
     ///
     /// `hosted_shards` are the shards whose gradients this worker computes: `0..config.shards` on
-    /// a single worker, and on every worker with [`GradientMode::Shared`]. Several workers that are all
-    /// given all shards host an even share each, in the order of workers, and keep the factors of the
-    /// others. The values of all weights are unchanged, bit for bit. Module-owned flags (dropout, batch normalization) keep their
-    /// state, as under Burn's `Lora`.
+    /// a single worker, and on every worker with [`GradientMode::Shared`]. If every one of several
+    /// workers is given all shards, each hosts an even share, in the order of workers, and keeps the
+    /// factors of the others. The values of all weights stay as they are, bit for bit. Flags of modules
+    /// (dropout, batch normalization) keep their state, as with Burn's `Lora`.
     ///
     /// An adapted weight takes no gradient of its own. `freeze()` stops the training of everything;
-    /// after `unfreeze()` a step is refused. `set_require_grad_group` lets other parameters train
-    /// beside the adapters.
+    /// after `unfreeze()` a step is refused. `set_require_grad_group` makes other parameters train
+    /// too.
     ///
     /// A [`Linear`](burn::nn::Linear) whose weight carries an adapter computes a dense gradient in
-    /// its backward pass, of which the adapter takes the projection;
+    /// its backward pass, and the adapter projects it on the factors.
     /// [`HdPissaLinear`](crate::HdPissaLinear) computes no tensor of the weight's size.
     ///
     /// # Errors
@@ -295,8 +294,8 @@ pub trait HdPissaModule: Module {
         Ok(self.apply_reparameterization(hd_pissa))
     }
 
-    /// As [`apply_hd_pissa`](Self::apply_hd_pissa), by several workers that compute the principal
-    /// components of different weights; see [`HdPissa::prepare_shared`].
+    /// Like [`apply_hd_pissa`](Self::apply_hd_pissa), but the workers divide the decompositions among
+    /// them; see [`HdPissa::prepare_shared`].
     ///
     /// # Errors
     ///
@@ -313,8 +312,7 @@ pub trait HdPissaModule: Module {
 
     /// Directs the gradients of the following forward passes to shard `index`.
     ///
-    /// Where it is forgotten, the step is refused: the gradients are then those of another shard
-    /// than the one they are pushed for.
+    /// If you forget it, the step is refused, because gradients of another shard were pushed.
     ///
     /// # Errors
     ///

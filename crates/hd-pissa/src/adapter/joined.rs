@@ -71,18 +71,17 @@ fn without_autodiff(tensor: &Tensor<2>) -> Tensor<2> {
 
 /// `whole`, whose slices along `dim` send their gradients to `parts`.
 fn tracked(whole: Tensor<2>, parts: Vec<Tensor<2>>, dim: usize) -> Tensor<2> {
-    if !parts[0].is_autodiff() {
+    let Some(strategy) = parts[0].gradient_checkpointing_strategy() else {
         return whole;
-    }
+    };
+    let whole = Tensor::from_inner(whole).with_gradient_checkpointing_strategy(strategy);
     let mut start = 0;
-    parts
-        .into_iter()
-        .fold(Tensor::from_inner(whole), |whole, part| {
-            let len = part.dims()[dim];
-            let whole = part_of(whole, part, dim, start);
-            start += len;
-            whole
-        })
+    parts.into_iter().fold(whole, |whole, part| {
+        let len = part.dims()[dim];
+        let whole = part_of(whole, part, dim, start);
+        start += len;
+        whole
+    })
 }
 
 #[cfg(all(test, feature = "flex"))]

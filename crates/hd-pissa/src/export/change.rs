@@ -137,7 +137,7 @@ impl WeightChange {
         data(&self.right)
     }
 
-    /// `base + left·right`, on the device and in the dtype of `base`: the trained weight, but for the
+    /// `base + left·right`, on the device and in the dtype of `base`: the trained weight, except for the
     /// [error](Self::relative_error) and the rounding of this sum.
     ///
     /// # Errors

@@ -2,6 +2,11 @@
 //! implements it, and the functions re-exported here apply it to tensors.
 
 mod autodiff;
+// Without a backend there is nothing to dispatch to.
+#[cfg_attr(
+    not(any(feature = "flex", feature = "cubecl-backend")),
+    allow(unused_variables)
+)]
 mod contract;
 #[cfg(feature = "cubecl-backend")]
 mod cubecl;

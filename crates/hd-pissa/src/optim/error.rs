@@ -119,8 +119,8 @@ pub enum OptimizerError {
     },
     /// A weight that carries an adapter requires gradients itself, as after `unfreeze()`.
     #[error(
-        "`{path}` carries an adapter and requires gradients of its own; a step moves it through its \
-         adapter alone, so freeze it: unfreeze only what lies outside the adapters, by \
+        "`{path}` carries an adapter and requires gradients of its own, but a step moves it only \
+         through its adapter; freeze it, and unfreeze what lies outside the adapters with \
          set_require_grad_group"
     )]
     UnfrozenWeight {
@@ -152,7 +152,10 @@ pub enum OptimizerError {
         count: usize,
     },
     /// A gradient is NaN or infinite. Every worker refuses the step.
-    #[error("`{path}`: the gradient holds {count} NaN or infinite values")]
+    #[error(
+        "`{path}`: the gradient holds {count} NaN or infinite values; skip this batch, and lower the \
+         learning rate if this happens again"
+    )]
     NonFiniteGradient {
         /// Path of a dense parameter, or of a shard of a weight.
         path: String,
@@ -171,7 +174,7 @@ pub enum OptimizerError {
         count: usize,
     },
     /// The update is so large that the weight may leave the range of its dtype. Every worker refuses
-    /// the step alike.
+    /// the step.
     #[error(
         "`{path}`: the update is so large that the weight may leave the range of {dtype:?}; lower \
          the learning rate, or keep the weight in a dtype of a wider range"
@@ -184,7 +187,8 @@ pub enum OptimizerError {
     },
     /// The device does not support the dtype in which deltas travel.
     #[error(
-        "{device} has no {dtype:?}, in which deltas are to travel; use CommunicationDtype::F32"
+        "{device} does not support {dtype:?}, the dtype in which deltas should travel; use \
+         CommunicationDtype::F32"
     )]
     UnsupportedCommunicationDtype {
         /// The requested precision.

@@ -2,14 +2,14 @@
 
 use std::fmt::Write;
 
-use super::style::{LEFT, TEXT, WIDTH, escaped, picture, plain};
+use super::style::{LEFT, LETTER, TEXT, WIDTH, escaped, picture, plain};
 
 /// Around the cells.
-const TOP: f64 = 44.0;
-const BOTTOM: f64 = 88.0;
+const TOP: f64 = 52.0;
+const BOTTOM: f64 = 104.0;
 /// Height of a cell, and of its number.
-const CELL: f64 = 24.0;
-const NUMBER: f64 = 13.0;
+const CELL: f64 = 30.0;
+const NUMBER: f64 = 17.0;
 /// The shade of the least value.
 const FAINT: f64 = 0.12;
 
@@ -52,11 +52,11 @@ impl HeatMap {
                 escaped(text)
             )
         };
-        svg += &text(LEFT, 14.0, TEXT, "start", true, &self.title);
-        svg += &text(4.0, 36.0, TEXT, "start", false, &self.labels[1]);
+        svg += &text(4.0, 18.0, TEXT, "start", true, &self.title);
+        svg += &text(4.0, 44.0, TEXT, "start", false, &self.labels[1]);
         for (row, (name, values)) in self.rows.iter().enumerate() {
             let top = TOP + CELL * row as f64;
-            svg += &text(LEFT - 7.0, top + 17.0, TEXT, "end", false, name);
+            svg += &text(LEFT - 7.0, top + 21.0, TEXT, "end", false, name);
             for (column, value) in values.iter().enumerate() {
                 let Some(value) = value.filter(|value| value.is_finite()) else {
                     continue;
@@ -81,25 +81,31 @@ impl HeatMap {
                     width - 1.0,
                     CELL - 1.0
                 );
-                if width >= 9.0 * number.len() as f64 {
+                if width >= 10.0 * number.len() as f64 {
                     let _ = write!(
                         svg,
                         "<text{} x=\"{:.1}\" y=\"{:.1}\" font-size=\"{NUMBER}\" \
                          text-anchor=\"middle\">{number}</text>",
                         if shade > 0.55 { " class=\"on\"" } else { "" },
                         left + width / 2.0,
-                        top + 16.5
+                        top + 20.5
                     );
                 }
                 svg += "</g>\n";
             }
         }
+        let mut free = f64::NEG_INFINITY;
         for (column, name) in self.columns.iter().enumerate() {
             let middle = LEFT + width * (column as f64 + 0.5);
-            svg += &text(middle, last + 18.0, TEXT, "middle", false, name);
+            let half = name.chars().count() as f64 * LETTER / 2.0;
+            if middle - half < free {
+                continue;
+            }
+            free = middle + half;
+            svg += &text(middle, last + 22.0, TEXT, "middle", false, name);
         }
         let middle = (LEFT + WIDTH) / 2.0;
-        svg += &text(middle, last + 38.0, TEXT, "middle", false, &self.labels[0]);
+        svg += &text(middle, last + 46.0, TEXT, "middle", false, &self.labels[0]);
         // The shades, from the least to the largest.
         if least <= most {
             const STEPS: usize = 20;
@@ -111,12 +117,12 @@ impl HeatMap {
                     "<rect class=\"cell c0\" x=\"{:.1}\" y=\"{:.1}\" width=\"{:.1}\" height=\"12\" \
                      shape-rendering=\"crispEdges\" opacity=\"{:.2}\"/>",
                     from + length * step as f64 / STEPS as f64,
-                    last + 60.0,
+                    last + 70.0,
                     length / STEPS as f64,
                     shade(least + share * (most - least))
                 );
             }
-            let below = last + 71.0;
+            let below = last + 82.0;
             svg += &text(from - 8.0, below, NUMBER, "end", false, &short(least));
             svg += &text(
                 from + length + 8.0,
@@ -127,7 +133,11 @@ impl HeatMap {
                 &short(most),
             );
         }
-        picture(last + BOTTOM, &self.title, "", &svg)
+        let described = match least <= most {
+            true => format!("{}: {} to {}.", self.unit, short(least), short(most)),
+            false => String::new(),
+        };
+        picture(last + BOTTOM, &self.title, &described, "", &svg)
     }
 }
 

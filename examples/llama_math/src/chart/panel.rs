@@ -3,15 +3,13 @@
 use std::fmt::Write;
 
 use super::axis::{Axis, Scale};
-use super::style::{COLORS, LEFT, TEXT, WIDTH, escaped, picture};
+use super::style::{COLORS, LEFT, LETTER, TEXT, WIDTH, escaped, picture, plain};
 
 /// Height of a panel.
-pub(super) const HEIGHT: f64 = 330.0;
+pub(super) const HEIGHT: f64 = 372.0;
 /// Around the plot. On the right there is room for the names.
-const TOP: f64 = 46.0;
-const BOTTOM: f64 = 54.0;
-/// About the width of a letter of a name.
-const LETTER: f64 = 8.0;
+const TOP: f64 = 64.0;
+const BOTTOM: f64 = 68.0;
 
 /// How a curve is drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,18 +68,36 @@ impl Panel {
     pub fn inline(&self) -> String {
         let mut content = String::new();
         self.draw(0.0, &mut content);
-        picture(HEIGHT, &self.title, "", &content)
+        picture(HEIGHT, &self.title, &self.described(), "", &content)
+    }
+
+    /// The points of a curve that have a place.
+    fn shown(&self, curve: &Curve) -> Vec<(f64, f64)> {
+        let points = curve.points.iter().copied();
+        points.filter(|&(x, y)| self.can_show(x, y)).collect()
+    }
+
+    /// What the panel shows, in words.
+    pub(super) fn described(&self) -> String {
+        let [x, y] = &self.labels;
+        let curves = self.curves.iter().filter_map(|curve| {
+            let points = self.shown(curve);
+            let (first, last) = (points.first()?, points.last()?);
+            let name = match curve.name.as_str() {
+                "" => "from",
+                name => name,
+            };
+            let [from, to] =
+                [first, last].map(|point| format!("{} at {}", plain(point.1), plain(point.0)));
+            Some(format!("{name} {from} to {to}"))
+        });
+        let curves: Vec<String> = curves.collect();
+        format!("{}: {y}, by {x}: {}.", self.title, curves.join("; "))
     }
 
     pub(super) fn draw(&self, top: f64, svg: &mut String) {
-        let shown: Vec<Vec<(f64, f64)>> = self
-            .curves
-            .iter()
-            .map(|curve| {
-                let points = curve.points.iter().copied();
-                points.filter(|&(x, y)| self.can_show(x, y)).collect()
-            })
-            .collect();
+        let shown: Vec<Vec<(f64, f64)>> =
+            self.curves.iter().map(|curve| self.shown(curve)).collect();
         let bands: Vec<Vec<(f64, f64, f64)>> = self
             .curves
             .iter()
@@ -93,7 +109,7 @@ impl Panel {
             })
             .collect();
         let longest = self.curves.iter().map(|curve| curve.name.chars().count());
-        let right = WIDTH - longest.max().unwrap_or(0) as f64 * LETTER - 22.0;
+        let right = WIDTH - longest.max().unwrap_or(0) as f64 * LETTER - 24.0;
         let (first, last) = (top + TOP, top + HEIGHT - BOTTOM);
         let values = || shown.iter().flatten().copied();
         let edges = bands.iter().flatten();
@@ -104,14 +120,14 @@ impl Panel {
 
         let _ = writeln!(
             svg,
-            "<text x=\"{LEFT}\" y=\"{:.1}\" font-size=\"{TEXT}\" font-weight=\"bold\">{}</text>",
-            top + 14.0,
+            "<text x=\"4\" y=\"{:.1}\" font-weight=\"bold\">{}</text>",
+            top + 18.0,
             escaped(&self.title)
         );
         let _ = writeln!(
             svg,
-            "<text x=\"4\" y=\"{:.1}\" font-size=\"{TEXT}\">{}</text>",
-            top + 32.0,
+            "<text x=\"4\" y=\"{:.1}\">{}</text>",
+            top + 42.0,
             escaped(&self.labels[1])
         );
         for (value, text) in y.ticks() {
@@ -119,26 +135,34 @@ impl Panel {
             let _ = writeln!(
                 svg,
                 "<path class=\"grid\" d=\"M{LEFT} {place:.1}H{right:.1}\"/><text x=\"{:.1}\" \
-                 y=\"{:.1}\" font-size=\"{TEXT}\" text-anchor=\"end\">{text}</text>",
+                 y=\"{:.1}\" text-anchor=\"end\">{text}</text>",
                 LEFT - 7.0,
-                place + 5.0
+                place + 6.5
             );
         }
+        let mut free = f64::NEG_INFINITY;
         for (value, text) in x.ticks() {
             let place = x.place(value);
             let _ = writeln!(
                 svg,
-                "<path class=\"grid\" d=\"M{place:.1} {first}V{:.1}\"/><text x=\"{place:.1}\" \
-                 y=\"{:.1}\" font-size=\"{TEXT}\" text-anchor=\"middle\">{text}</text>",
-                last + 5.0,
-                last + 21.0
+                "<path class=\"grid\" d=\"M{place:.1} {first}V{:.1}\"/>",
+                last + 5.0
             );
+            let half = text.chars().count() as f64 * LETTER / 2.0;
+            if place - half >= free {
+                free = place + half + LETTER / 2.0;
+                let _ = writeln!(
+                    svg,
+                    "<text x=\"{place:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{text}</text>",
+                    last + 25.0
+                );
+            }
         }
         let _ = writeln!(
             svg,
-            "<text x=\"{:.1}\" y=\"{:.1}\" font-size=\"{TEXT}\" text-anchor=\"middle\">{}</text>",
+            "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>",
             (LEFT + right) / 2.0,
-            last + 41.0,
+            last + 50.0,
             escaped(&self.labels[0])
         );
 
@@ -196,13 +220,12 @@ impl Panel {
             let _ = writeln!(
                 svg,
                 "<path class=\"leader c{color}\" d=\"M{:.1} {:.1}L{:.1} {place:.1}\"/>\
-                 <text class=\"name c{color}\" x=\"{:.1}\" y=\"{:.1}\" \
-                 font-size=\"{TEXT}\">{}</text>",
+                 <text class=\"name c{color}\" x=\"{:.1}\" y=\"{:.1}\">{}</text>",
                 end.0 + 2.0,
                 end.1,
                 right + 9.0,
                 right + 11.0,
-                place + 5.0,
+                place + 6.5,
                 escaped(text)
             );
         }
@@ -278,7 +301,24 @@ mod tests {
         let mut names = [name(99.0), name(98.0), name(5.0), name(98.5)];
         spread(&mut names, 0.0, 100.0);
         let places: Vec<f64> = names.iter().map(|name| name.place).collect();
-        assert_eq!(places, [5.0, 66.0, 83.0, 100.0]);
+        assert_eq!(places, [5.0, 58.0, 79.0, 100.0]);
+    }
+
+    #[test]
+    fn text_is_large_enough_on_a_phone_and_stands_inside() {
+        // The book's pages leave 360 px of a phone's 390.
+        const { assert!(TEXT * 360.0 / WIDTH >= 14.0) };
+        let title = "The rate and the result by the number of shards";
+        let wrapped = super::super::style::lines(title, 36);
+        assert_eq!(wrapped.join(" "), title);
+        assert!(wrapped.iter().all(|line| line.len() <= 36), "{wrapped:?}");
+        let rates = [1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2].map(|rate| (rate, rate));
+        let narrow = curve("a name of twenty let", &rates);
+        let scales = [Scale::Logarithmic, Scale::Linear];
+        let svg = super::super::svg(title, &[panel(scales, vec![narrow])]);
+        let marked = svg.split("text-anchor=\"middle\">").skip(1);
+        let marked: Vec<&str> = marked.map(|rest| rest.split('<').next().unwrap()).collect();
+        assert_eq!(marked, ["0.001", "0.005", "0.02", "step"]);
     }
 
     #[test]

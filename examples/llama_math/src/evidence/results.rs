@@ -161,7 +161,7 @@ fn picture(sweep: &Sweep, findings: &[Finding]) -> String {
                 name: finding.entry.row.short(sweep.rank, sweep.shards),
                 color: finding.entry.row.color(),
                 stroke: match finding.entry.row {
-                    Row::LoraWide | Row::PissaWide => Stroke::Dashed,
+                    Row::LoraWide | Row::PissaWide | Row::SharedLeading => Stroke::Dashed,
                     _ => Stroke::Dotted,
                 },
                 points: points.collect(),

@@ -19,7 +19,7 @@ use crate::run::{Length, RunConfig};
 use crate::schedule::Decay;
 use crate::spectrum::{mean_ranks, projections};
 use crate::train::OptimizerSettings;
-use crate::{Error, Llama, files, memory};
+use crate::{Error, Llama, device, files, memory};
 
 /// Answers that are kept.
 const SHOWN: usize = 3;
@@ -209,7 +209,7 @@ impl Trial {
         }
         let exam = Exam::new(self.task, self.seed, self.items, files)?;
         device.seed(self.seed);
-        let model = exam.pretrained.load(&device.clone().autodiff())?;
+        let model = exam.pretrained.load(&device::training(device))?;
         let config = self.config();
         let changes = match recorded {
             true => Some(Changes::new(

@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 
 use super::shards::{write_file, write_folder};
 use crate::pretrained::TensorName;
-use crate::weights::{Encoded, SINGLE, encode, transpose};
+use crate::weights::{SINGLE, Unwritten, encode, transpose};
 use crate::{Error, Llama, Pretrained};
 
 /// The dtype of written weights.
@@ -192,25 +192,27 @@ impl Pretrained {
     ) -> Result<Exported, Error> {
         let path = folder.join(SINGLE);
         let (mut along, mut square, mut rounded) = (0.0, 0.0, false);
-        let mut encoded = Vec::new();
-        for (name, shape, values) in collect(model) {
-            let own = self.tensors.get(&name);
+        let weights = collect(model);
+        let mut unwritten = Vec::new();
+        for weight in &weights {
+            let own = self.tensors.get(&weight.name);
             let dtype = config.dtype(own.map(|entry| entry.dtype));
-            let written = config.round(&values, dtype, &name);
+            let values = (weight.values)();
+            let written = weight.checked(&values, config, dtype, &path)?;
             if dtype != Dtype::F32 {
                 rounded = true;
             }
             if let Some(entry) = own {
-                let before = entry.read(&name)?;
+                let before = entry.read(&weight.name)?;
                 for ((&before, &value), &written) in before.iter().zip(&values).zip(&written) {
                     let update = f64::from(value) - f64::from(before);
                     along += (f64::from(written) - f64::from(before)) * update;
                     square += update * update;
                 }
             }
-            encoded.push(encoded_as(name, shape, &written, dtype, &path)?);
+            unwritten.push(weight.unwritten(config, dtype));
         }
-        write_folder(encoded, folder, config.max_shard_size)?;
+        write_folder(unwritten, folder, config.max_shard_size)?;
         for (name, bytes) in &self.known_files {
             let path = folder.join(name);
             let content = match name.as_str() {
@@ -268,49 +270,66 @@ pub fn write_weights(
     path: &Path,
 ) -> Result<(), Error> {
     let config = ExportConfig::default();
-    let tensors = collect(model).into_iter().map(|(name, shape, values)| {
-        let dtype = dtype(&name);
-        let values = config.round(&values, dtype, &name);
-        encoded_as(name, shape, &values, dtype, path)
+    let weights = collect(model);
+    let unwritten = weights.iter().map(|weight| {
+        let dtype = dtype(&weight.name);
+        weight.checked(&(weight.values)(), &config, dtype, path)?;
+        Ok(weight.unwritten(&config, dtype))
     });
-    write_file(tensors.collect::<Result<_, _>>()?, path)
+    write_file(unwritten.collect::<Result<_, Error>>()?, path)
 }
 
-fn encoded_as(
+/// A parameter as the files hold it. Its values are made when they are asked for, so that the model is
+/// never there twice.
+struct Weight {
     name: String,
     shape: Vec<usize>,
-    values: &[f32],
-    dtype: Dtype,
-    path: &Path,
-) -> Result<(String, Encoded), Error> {
-    if values.iter().any(|value| !value.is_finite()) {
-        let reason = format!("is not finite as {dtype:?}");
-        return Err(Error::field(path, name, reason));
-    }
-    let bytes = encode(values, dtype);
-    Ok((
-        name,
-        Encoded {
-            dtype,
-            shape,
-            bytes,
-        },
-    ))
+    values: Box<dyn Fn() -> Vec<f32>>,
 }
 
-/// Name, shape and values of every parameter as the files hold them.
-fn collect(model: &Llama) -> Vec<(String, Vec<usize>, Vec<f32>)> {
+impl Weight {
+    /// `values` as they are written, all of them finite.
+    fn checked(
+        &self,
+        values: &[f32],
+        config: &ExportConfig,
+        dtype: Dtype,
+        path: &Path,
+    ) -> Result<Vec<f32>, Error> {
+        let written = config.round(values, dtype, &self.name);
+        match written.iter().all(|value| value.is_finite()) {
+            true => Ok(written),
+            false => {
+                let reason = format!("is not finite as {dtype:?}");
+                Err(Error::field(path, &self.name, reason))
+            }
+        }
+    }
+
+    fn unwritten<'a>(&'a self, config: &'a ExportConfig, dtype: Dtype) -> (String, Unwritten<'a>) {
+        let bytes = move || encode(&config.round(&(self.values)(), dtype, &self.name), dtype);
+        let tensor = Unwritten {
+            dtype,
+            shape: self.shape.clone(),
+            bytes: Box::new(bytes),
+        };
+        (self.name.clone(), tensor)
+    }
+}
+
+/// Every parameter.
+fn collect(model: &Llama) -> Vec<Weight> {
     let mut collector = Collector {
         names: TensorName::default(),
-        tensors: Vec::new(),
+        weights: Vec::new(),
     };
     model.valid().materialize().visit(&mut collector);
-    collector.tensors
+    collector.weights
 }
 
 struct Collector {
     names: TensorName,
-    tensors: Vec<(String, Vec<usize>, Vec<f32>)>,
+    weights: Vec<Weight>,
 }
 
 impl ModuleVisitor for Collector {
@@ -325,13 +344,27 @@ impl ModuleVisitor for Collector {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let tensor = param.val();
         let mut shape = tensor.dims().to_vec();
-        let mut values: Vec<f32> = tensor.into_data().iter().collect();
-        if self.names.is_transposed() {
-            values = transpose(&values, shape[0], shape[1]);
+        let is_transposed = self.names.is_transposed();
+        let values: Box<dyn Fn() -> Vec<f32>> = match (is_transposed, &shape[..]) {
+            (true, &[rows, columns]) => {
+                Box::new(move || transpose(&values(&tensor), rows, columns))
+            }
+            _ => Box::new(move || values(&tensor)),
+        };
+        if is_transposed {
             shape.reverse();
         }
-        self.tensors.push((self.names.name(), shape, values));
+        self.weights.push(Weight {
+            name: self.names.name(),
+            shape,
+            values,
+        });
     }
+}
+
+fn values<const D: usize>(tensor: &Tensor<D>) -> Vec<f32> {
+    let data = tensor.to_data().convert::<f32>();
+    data.try_into_vec().expect("converted to f32")
 }
 
 #[cfg(test)]

@@ -3,20 +3,20 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use safetensors::SafeTensorError;
+use safetensors::{SafeTensorError, View};
 use serde_json::json;
 
 use crate::Error;
-use crate::weights::{Encoded, INDEX, SINGLE};
+use crate::weights::{INDEX, SINGLE, Unwritten};
 
 /// Writes tensors into a folder, in files of at most `max_size` bytes of values. A larger tensor has a file
 /// of its own.
 pub(super) fn write_folder(
-    tensors: Vec<(String, Encoded)>,
+    tensors: Vec<(String, Unwritten<'_>)>,
     folder: &Path,
     max_size: u64,
 ) -> Result<(), Error> {
-    let sizes: Vec<u64> = tensors.iter().map(|(_, t)| t.bytes.len() as u64).collect();
+    let sizes: Vec<u64> = tensors.iter().map(|(_, t)| t.data_len() as u64).collect();
     let values: usize = tensors
         .iter()
         .map(|(_, tensor)| tensor.shape.iter().product::<usize>())
@@ -63,9 +63,9 @@ fn lengths(sizes: &[u64], max_size: u64) -> Vec<usize> {
 }
 
 /// Writes tensors into one file.
-pub(super) fn write_file(tensors: Vec<(String, Encoded)>, path: &Path) -> Result<(), Error> {
+pub(super) fn write_file(tensors: Vec<(String, Unwritten<'_>)>, path: &Path) -> Result<(), Error> {
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-    let views = tensors.iter().map(|(name, encoded)| (name, encoded));
+    let views = tensors.iter().map(|(name, tensor)| (name, tensor));
     safetensors::serialize_to_file(views, Some(metadata), path).map_err(|error| match error {
         SafeTensorError::IoError(source) => Error::io(path)(source),
         other => Error::field(path, "content", other.to_string()),

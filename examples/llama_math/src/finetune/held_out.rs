@@ -1,11 +1,12 @@
 //! Held-out records: their loss, and answers to them.
 
 use std::path::Path;
+use std::time::Instant;
 
 use crate::batch::Sequence;
 use crate::console::{conclude, say};
 use crate::data::Record;
-use crate::evaluate::{Solver, mean_loss};
+use crate::evaluate::{BATCH, Solver, mean_loss};
 use crate::history::{LoggedAnswer, Measurement, Measures};
 use crate::progress::Progress;
 use crate::tokenize::{Template, Tokens};
@@ -92,18 +93,26 @@ impl HeldOut {
             max_new_tokens,
         };
         let progress = Progress::new("answering", self.records.len());
-        let (mut correct, mut scored) = (0, 0);
+        let (mut correct, mut scored, mut length) = (0, 0, 0);
         let mut kept = Vec::new();
-        for record in &self.records {
-            let answer = solver.answer(record)?;
-            correct += usize::from(answer.correct == Some(true));
-            scored += usize::from(answer.correct.is_some());
-            if kept.len() < logged.max(SHOWN) {
-                kept.push(LoggedAnswer::new(record, answer));
+        let start = Instant::now();
+        for records in self.records.chunks(BATCH) {
+            for (record, answer) in records.iter().zip(solver.answers(records)?) {
+                correct += usize::from(answer.correct == Some(true));
+                scored += usize::from(answer.correct.is_some());
+                length += answer.tokens;
+                if kept.len() < logged.max(SHOWN) {
+                    kept.push(LoggedAnswer::new(record, answer));
+                }
+                progress.tick();
             }
-            progress.tick();
         }
         progress.finish();
+        let seconds = start.elapsed().as_secs_f64();
+        say!(
+            "answers: {length} tokens in {seconds:.1} s, {:.0} tokens/s",
+            length as f64 / seconds
+        );
         let total = self.records.len();
         let figure = match total - scored {
             0 => format!("exact match: {correct} of {total}"),

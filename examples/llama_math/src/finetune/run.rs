@@ -16,7 +16,7 @@ use crate::lock::Lock;
 use crate::run::{Outcome, Saving, Training};
 use crate::stop::Stop;
 use crate::team::Team;
-use crate::{Error, Llama};
+use crate::{Error, Llama, device};
 
 impl FineTuning {
     /// Loads, trains, evaluates and writes, with one thread for each of `devices`.
@@ -187,7 +187,7 @@ impl FineTuning {
     ) -> Result<(Inputs, Llama, Vec<Measurement>), Error> {
         let is_first = team.is_first();
         let discards = is_first && self.overwrite && inputs.saved.is_none();
-        let (own, autodiff) = (checkpoints.clone(), device.clone().autodiff());
+        let (own, autodiff) = (checkpoints.clone(), device::training(device));
         // While the first evaluates, the others wait here, not in a step.
         team.together(move || {
             if discards {

@@ -26,24 +26,32 @@ impl Causal {
 ///
 /// Only backends that gain from them implement them; on others, the functions on tensors use Burn's
 /// operations.
+///
+/// Backward passes keep inputs only, and compute the rest again. With Burn's gradient checkpointing, the results
+/// of the norm and of the gate are computed again too, so that the projections that follow keep none of them.
 #[backend_extension(Autodiff, Flex: cfg(feature = "flex"))]
 pub trait LlamaOps: Backend {
-    /// Softmax over the visible keys of `scale · scores`, with 0 for the others.
+    /// `softmax(scale · queries · keysᵀ) · values`, over the keys that a query may see.
     ///
-    /// `scores` and the result are `[batch, heads, rows, keys]`.
-    fn llama_attention_weights(
-        scores: FloatTensor<Self>,
+    /// `queries: [batch, heads, rows, head_dim]`, `keys` and `values: [batch, heads, keys, head_dim]`; the
+    /// result has the shape of the queries. Row `i` is the query at position `i % causal.positions`.
+    fn llama_attention(
+        queries: FloatTensor<Self>,
+        keys: FloatTensor<Self>,
+        values: FloatTensor<Self>,
         scale: f64,
         causal: Causal,
     ) -> FloatTensor<Self>;
 
-    /// The gradient of the scores, given the weights and their gradient.
-    fn llama_attention_weights_backward(
-        weights: FloatTensor<Self>,
+    /// The gradients of queries, keys and values. Computes the weights of the forward pass again.
+    fn llama_attention_backward(
+        queries: FloatTensor<Self>,
+        keys: FloatTensor<Self>,
+        values: FloatTensor<Self>,
         gradient: FloatTensor<Self>,
         scale: f64,
         causal: Causal,
-    ) -> FloatTensor<Self>;
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
 
     /// `gate · sigmoid(gate) · up`, all of one shape.
     fn llama_swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self>;
@@ -86,7 +94,22 @@ pub trait LlamaOps: Backend {
         sin: FloatTensor<Self>,
     ) -> FloatTensor<Self>;
 
-    /// `Σ_i log Σ_j exp(logits_ij) − logits_i,labels_i`, `[1]`, for `logits: [rows, vocabulary]`.
+    /// With `logits = hidden · weight`, `Σ_i log Σ_j exp(logits_ij) − logits_i,labels_i`, `[1]`, for
+    /// `hidden: [rows, d]` and `weight: [d, vocabulary]`, a constant. The logits of all rows never exist at once.
+    fn llama_head_loss(
+        hidden: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        labels: Vec<u32>,
+    ) -> FloatTensor<Self>;
+
+    /// The same, and the gradient of `hidden`.
+    fn llama_head_loss_with_gradient(
+        hidden: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        labels: Vec<u32>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// The first function for given logits, `[rows, vocabulary]`.
     fn llama_target_loss(logits: FloatTensor<Self>, labels: Vec<u32>) -> FloatTensor<Self>;
 
     /// The same, and the gradient of the logits: `softmax(logits) − one_hot(labels)`.

@@ -1,7 +1,8 @@
 //! The operations on Flex, Burn's CPU backend.
 
+use burn::backend::ops::FloatTensorOps;
 use burn::backend::{Flex, tensor::FloatTensor};
-use burn::tensor::{Shape, TensorData};
+use burn::tensor::{Shape, Slice, TensorData};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
@@ -9,47 +10,32 @@ use super::rows::{each_row, exp, exponentials, largest, sum};
 use super::{Causal, LlamaOps};
 
 impl LlamaOps for Flex {
-    fn llama_attention_weights(
-        scores: FloatTensor<Self>,
+    fn llama_attention(
+        queries: FloatTensor<Self>,
+        keys: FloatTensor<Self>,
+        values: FloatTensor<Self>,
         scale: f64,
         causal: Causal,
     ) -> FloatTensor<Self> {
-        let mut weights = whole(scores);
-        let keys = last(&weights);
-        each_row(weights.storage_mut(), keys, |index, row| {
-            let visible = causal.keys_of(index, keys);
-            row[..visible.start].fill(0.0);
-            row[visible.end..].fill(0.0);
-            let row = &mut row[visible];
-            let sum = exponentials(row, largest(row), scale as f32);
-            let factor = 1.0 / sum;
-            row.iter_mut().for_each(|x| *x *= factor);
-        });
-        weights
+        let scores = Self::float_matmul(queries, transposed(keys));
+        Self::float_matmul(attention_weights(scores, scale, causal), values)
     }
 
-    fn llama_attention_weights_backward(
-        weights: FloatTensor<Self>,
+    fn llama_attention_backward(
+        queries: FloatTensor<Self>,
+        keys: FloatTensor<Self>,
+        values: FloatTensor<Self>,
         gradient: FloatTensor<Self>,
         scale: f64,
         causal: Causal,
-    ) -> FloatTensor<Self> {
-        let weights = whole(weights);
-        let mut gradient = whole(gradient);
-        let keys = last(&weights);
-        let all = weights.storage::<f32>();
-        each_row(gradient.storage_mut(), keys, |index, row| {
-            let visible = causal.keys_of(index, keys);
-            row[..visible.start].fill(0.0);
-            row[visible.end..].fill(0.0);
-            let weights = &all[index * keys..][..keys][visible.clone()];
-            let row = &mut row[visible];
-            let mean = sum(row.len(), |i| weights[i] * row[i]);
-            for (x, weight) in row.iter_mut().zip(weights) {
-                *x = weight * (*x - mean) * scale as f32;
-            }
-        });
-        gradient
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        let scores = Self::float_matmul(queries.clone(), transposed(keys.clone()));
+        let weights = attention_weights(scores, scale, causal);
+        let of_values = Self::float_matmul(transposed(weights.clone()), gradient.clone());
+        let of_weights = Self::float_matmul(gradient, transposed(values));
+        let of_scores = attention_scores_gradient(weights, of_weights, scale, causal);
+        let of_keys = Self::float_matmul(transposed(of_scores.clone()), queries);
+        (Self::float_matmul(of_scores, keys), of_keys, of_values)
     }
 
     fn llama_swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
@@ -196,6 +182,23 @@ impl LlamaOps for Flex {
         tensor(output, &Shape::new([batch, positions, heads * dim]))
     }
 
+    fn llama_head_loss(
+        hidden: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        labels: Vec<u32>,
+    ) -> FloatTensor<Self> {
+        head_loss(hidden, weight, labels, false).0
+    }
+
+    fn llama_head_loss_with_gradient(
+        hidden: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        labels: Vec<u32>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let (loss, gradients) = head_loss(hidden, weight, labels, true);
+        (loss, Self::float_cat(gradients, 0))
+    }
+
     fn llama_target_loss(logits: FloatTensor<Self>, labels: Vec<u32>) -> FloatTensor<Self> {
         Self::llama_target_loss_with_gradient(logits, labels).0
     }
@@ -204,23 +207,106 @@ impl LlamaOps for Flex {
         logits: FloatTensor<Self>,
         labels: Vec<u32>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let mut gradient = whole(logits);
-        let len = last(&gradient);
-        let mut losses = vec![0.0f32; labels.len()];
-        let rows = gradient.storage_mut::<f32>().par_chunks_mut(len.max(1));
-        let labels = labels.par_iter().zip(&mut losses);
-        rows.zip(labels).for_each(|(row, (&label, loss))| {
-            let label = label as usize;
-            let (largest, wanted) = (largest(row), row[label]);
-            let sum = exponentials(row, largest, 1.0);
-            *loss = sum.ln() + (largest - wanted);
-            let factor = 1.0 / sum;
-            row.iter_mut().for_each(|x| *x *= factor);
-            row[label] -= 1.0;
-        });
-        let sum: f64 = losses.iter().copied().map(f64::from).sum();
-        (tensor(vec![sum as f32], &Shape::new([1])), gradient)
+        let (loss, gradient) = target_loss(logits, &labels);
+        (tensor(vec![loss as f32], &Shape::new([1])), gradient)
     }
+}
+
+/// Softmax over the visible keys of `scale · scores: [batch, heads, rows, keys]`, with 0 for the others.
+fn attention_weights(scores: FlexTensor, scale: f64, causal: Causal) -> FlexTensor {
+    let mut weights = whole(scores);
+    let keys = last(&weights);
+    each_row(weights.storage_mut(), keys, |index, row| {
+        let visible = causal.keys_of(index, keys);
+        row[..visible.start].fill(0.0);
+        row[visible.end..].fill(0.0);
+        let row = &mut row[visible];
+        let sum = exponentials(row, largest(row), scale as f32);
+        let factor = 1.0 / sum;
+        row.iter_mut().for_each(|x| *x *= factor);
+    });
+    weights
+}
+
+/// The gradient of the scores, given the weights and their gradient.
+fn attention_scores_gradient(
+    weights: FlexTensor,
+    gradient: FlexTensor,
+    scale: f64,
+    causal: Causal,
+) -> FlexTensor {
+    let weights = whole(weights);
+    let mut gradient = whole(gradient);
+    let keys = last(&weights);
+    let all = weights.storage::<f32>();
+    each_row(gradient.storage_mut(), keys, |index, row| {
+        let visible = causal.keys_of(index, keys);
+        row[..visible.start].fill(0.0);
+        row[visible.end..].fill(0.0);
+        let weights = &all[index * keys..][..keys][visible.clone()];
+        let row = &mut row[visible];
+        let mean = sum(row.len(), |i| weights[i] * row[i]);
+        for (x, weight) in row.iter_mut().zip(weights) {
+            *x = weight * (*x - mean) * scale as f32;
+        }
+    });
+    gradient
+}
+
+/// The most logits that exist at once.
+const LOGITS: usize = 1 << 23;
+
+/// The loss of [`LlamaOps::llama_head_loss`], and, if they are asked for, the gradients of the rows of `hidden`,
+/// in parts.
+fn head_loss(
+    hidden: FlexTensor,
+    weight: FlexTensor,
+    labels: Vec<u32>,
+    with_gradients: bool,
+) -> (FlexTensor, Vec<FlexTensor>) {
+    let rows = (LOGITS / last(&weight).max(1)).max(1);
+    // Parts of nearly equal size.
+    let rows = labels
+        .len()
+        .div_ceil(labels.len().div_ceil(rows).max(1))
+        .max(1);
+    let mut losses = 0.0;
+    let mut gradients = Vec::new();
+    for (part, labels) in labels.chunks(rows).enumerate() {
+        let start = part * rows;
+        let slices = [Slice::from(start..start + labels.len())];
+        let logits = Flex::float_matmul(Flex::float_slice(hidden.clone(), &slices), weight.clone());
+        let (loss, gradient) = target_loss(logits, labels);
+        losses += loss;
+        if with_gradients {
+            gradients.push(Flex::float_matmul(gradient, transposed(weight.clone())));
+        }
+    }
+    (tensor(vec![losses as f32], &Shape::new([1])), gradients)
+}
+
+/// The loss of [`LlamaOps::llama_target_loss`] and the gradient of the logits, in their memory.
+fn target_loss(logits: FlexTensor, labels: &[u32]) -> (f64, FlexTensor) {
+    let mut gradient = whole(logits);
+    let len = last(&gradient);
+    let mut losses = vec![0.0f32; labels.len()];
+    let rows = gradient.storage_mut::<f32>().par_chunks_mut(len.max(1));
+    let labels = labels.par_iter().zip(&mut losses);
+    rows.zip(labels).for_each(|(row, (&label, loss))| {
+        let label = label as usize;
+        let (largest, wanted) = (largest(row), row[label]);
+        let sum = exponentials(row, largest, 1.0);
+        *loss = sum.ln() + (largest - wanted);
+        let factor = 1.0 / sum;
+        row.iter_mut().for_each(|x| *x *= factor);
+        row[label] -= 1.0;
+    });
+    (losses.iter().copied().map(f64::from).sum(), gradient)
+}
+
+/// Last two dimensions exchanged, without a copy.
+fn transposed(x: FlexTensor) -> FlexTensor {
+    Flex::float_transpose(x)
 }
 
 /// `x` in its own order from the beginning of its memory to the end.

@@ -22,19 +22,28 @@ fn has_own<const D: usize>(x: &Tensor<D>) -> bool {
     x.dtype() == DType::F32 && is_flex(x.device().as_dispatch())
 }
 
-/// Softmax over the visible keys of `scale · scores`, with 0 for the others.
+/// `softmax(scale · queries · keysᵀ) · values`, over the keys that a query may see.
 ///
 /// # Shapes
 ///
-/// - scores: `[batch, heads, rows, keys]`; row `i` is the query at position `i % causal.positions`
-/// - output: the same
-pub fn attention_weights(scores: Tensor<4>, scale: f64, causal: Causal) -> Tensor<4> {
-    if has_own(&scores) {
-        let weights = Dispatch::llama_attention_weights(scores.into_dispatch(), scale, causal);
-        return Tensor::from_dispatch(weights);
+/// - queries: `[batch, heads, rows, head_dim]`; row `i` is the query at position `i % causal.positions`
+/// - keys, values: `[batch, heads, keys, head_dim]`
+/// - output: that of the queries
+pub fn attention(
+    queries: Tensor<4>,
+    keys: Tensor<4>,
+    values: Tensor<4>,
+    scale: f64,
+    causal: Causal,
+) -> Tensor<4> {
+    if has_own(&queries) {
+        let [queries, keys, values] = [queries, keys, values].map(Tensor::into_dispatch);
+        return Tensor::from_dispatch(Dispatch::llama_attention(
+            queries, keys, values, scale, causal,
+        ));
     }
-    let scores = scores * scale;
-    softmax(
+    let scores = queries.matmul(keys.transpose()) * scale;
+    let weights = softmax(
         match mask(causal, scores.dims()) {
             Some(hidden) => {
                 let hidden = Tensor::<4, Bool>::from_data(hidden, &scores.device());
@@ -44,7 +53,8 @@ pub fn attention_weights(scores: Tensor<4>, scale: f64, causal: Causal) -> Tenso
             None => scores,
         },
         3,
-    )
+    );
+    weights.matmul(values)
 }
 
 /// `true` for keys that a query may not see, `[1, 1, rows, keys]`; `None` if every query sees all
@@ -100,6 +110,21 @@ pub fn rotate_heads(x: Tensor<3>, rotation: &Rotation) -> Tensor<4> {
     let head_dim = 2 * rotation.cos.dims()[1];
     let heads = x.reshape([batch, positions, width / head_dim, head_dim]);
     rotation.apply(heads.swap_dims(1, 2))
+}
+
+/// Sum over rows of the negative log-likelihood of their labels, `[1]`, where the logits are `hidden · weight`.
+///
+/// # Shapes
+///
+/// - hidden: `[rows, d]`
+/// - weight: `[d, vocabulary]`
+/// - labels: one for each row
+pub fn head_loss(hidden: Tensor<2>, weight: Tensor<2>, labels: Vec<u32>) -> Tensor<1> {
+    if has_own(&hidden) && has_own(&weight) && !weight.is_tracked() {
+        let (hidden, weight) = (hidden.into_dispatch(), weight.into_dispatch());
+        return Tensor::from_dispatch(Dispatch::llama_head_loss(hidden, weight, labels));
+    }
+    target_loss(hidden.matmul(weight), labels)
 }
 
 /// Sum over rows of the negative log-likelihood of their labels, `[1]`.
@@ -164,17 +189,38 @@ mod tests {
     }
 
     #[test]
-    fn weights_of_attention() {
+    fn attentions() {
+        let device = Device::flex().autodiff();
+        let random =
+            |rows| Tensor::<4>::random([2, 3, rows, 5], Distribution::Normal(0.0, 2.0), &device);
         for (start, window) in [(0, None), (4, None), (4, Some(3)), (0, Some(20))] {
             let causal = Causal {
                 start,
                 positions: 7,
                 window,
             };
-            agrees([2, 3, 21, start + 7], |scores| {
-                attention_weights(scores, 0.3, causal)
+            let (queries, keys, values) = (random(21), random(start + 7), random(start + 7));
+            let constant = |x: &Tensor<4>, like: &Tensor<4>| x.clone().cast(like.dtype());
+            agrees([2, 3, 21, 5], |x| {
+                let (keys, values) = (constant(&keys, &x), constant(&values, &x));
+                attention(x, keys, values, 0.3, causal)
+            });
+            agrees([2, 3, start + 7, 5], |x| {
+                let (queries, values) = (constant(&queries, &x), constant(&values, &x));
+                attention(queries, x, values, 0.3, causal)
+            });
+            agrees([2, 3, start + 7, 5], |x| {
+                let (queries, keys) = (constant(&queries, &x), constant(&keys, &x));
+                attention(queries, keys, x.clone(), 0.3, causal)
+                    + attention(queries_of(&x, 21), x.clone(), x, 0.3, causal)
             });
         }
+    }
+
+    /// `rows` rows made of those of `x`.
+    fn queries_of(x: &Tensor<4>, rows: usize) -> Tensor<4> {
+        let times = rows.div_ceil(x.dims()[2]);
+        x.clone().repeat_dim(2, times).narrow(2, 0, rows)
     }
 
     #[test]
@@ -217,7 +263,7 @@ mod tests {
         let device = Device::flex().autodiff();
         let mut config = crate::tiny::pretrained().unwrap().config.clone();
         config.head_dim = 6;
-        let rotation = Rotation::new(&Rope::new(&config), 2..9, &device);
+        let rotation = Rotation::new(&Rope::new(&config), std::iter::once(2..9), &device);
         agrees([2, 7, 5 * 6], |x| {
             let rotation = Rotation {
                 cos: rotation.cos.clone().cast(x.dtype()),
@@ -231,6 +277,16 @@ mod tests {
     fn losses() {
         let labels = vec![3, 0, 36, 3, 8];
         agrees([5, 37], |logits| target_loss(logits * 3.0, labels.clone()));
+        // As a function of what the head gets.
+        let device = Device::flex().autodiff();
+        let weight = Tensor::<2>::random([6, 37], Distribution::Normal(0.0, 1.0), &device);
+        agrees([5, 6], |hidden| {
+            head_loss(
+                hidden.clone(),
+                weight.clone().cast(hidden.dtype()),
+                labels.clone(),
+            )
+        });
         // NaN does not get lost.
         let device = Device::flex();
         for bad in [f32::NAN, f32::INFINITY] {
@@ -253,7 +309,14 @@ mod tests {
             positions: 4,
             window: None,
         };
-        attention_weights(scores, 1.0, causal);
+        let keys = Tensor::<4>::ones([1, 1, 9, 9], &device);
+        attention(
+            scores.clone(),
+            keys,
+            scores.clone().repeat_dim(2, 3).narrow(2, 0, 9),
+            1.0,
+            causal,
+        );
         assert_eq!(logits.to_data(), before);
     }
 }

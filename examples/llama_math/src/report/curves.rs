@@ -136,6 +136,8 @@ pub fn spectra(record: &Record) -> Option<Panel> {
         })
         .collect();
     let (_, last) = all.last()?;
+    let name = last.path.strip_prefix("model.").unwrap_or(&last.path);
+    let name = name.strip_suffix(".weight").unwrap_or(name);
     let mut shown = vec![0, (all.len() - 1) / 2, all.len() - 1];
     shown.dedup();
     let curve = |(color, index): (usize, &usize)| {
@@ -152,8 +154,8 @@ pub fn spectra(record: &Record) -> Option<Panel> {
         }
     };
     Some(Panel {
-        title: format!("Change of {}", last.path),
-        labels: ["number".into(), "singular value".into()],
+        title: "Singular values of the change".into(),
+        labels: ["number".into(), format!("of {name}")],
         scales: [Scale::Count, Scale::Logarithmic],
         curves: shown.iter().enumerate().map(curve).collect(),
     })

@@ -42,7 +42,7 @@ pub fn rank_map(record: &Record) -> Option<HeatMap> {
         rows.push((layer, values));
     }
     Some(HeatMap {
-        title: "Effective rank of the change, by layer over time".into(),
+        title: "Effective rank by layer over time".into(),
         unit: "effective rank".into(),
         labels: ["step".into(), "layer".into()],
         columns: shown.iter().map(|(step, _)| step.to_string()).collect(),
@@ -76,12 +76,12 @@ pub fn last_changes(record: &Record) -> Option<([HeatMap; 2], &[Change])> {
     };
     let maps = [
         map(
-            format!("Effective rank of the change after step {step}"),
+            format!("Effective rank after step {step}"),
             "effective rank",
             |change| change.effective_rank,
         ),
         map(
-            format!("Size of the change after step {step}, % of the weight"),
+            format!("Change after step {step}, % of the weight"),
             "% of the weight",
             |change| 100.0 * change.relative,
         ),

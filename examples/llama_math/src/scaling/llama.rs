@@ -21,7 +21,7 @@ use crate::progress::Progress;
 use crate::schedule::{Decay, Schedule};
 use crate::spectrum::{mean_ranks, projections};
 use crate::tokenize::Tokens;
-use crate::{Error, Llama, Pretrained, tiny};
+use crate::{Error, Llama, Pretrained, device, tiny};
 
 const MAX_LENGTH: usize = 128;
 const TRAIN_PROBLEMS: usize = 6000;
@@ -117,7 +117,7 @@ impl LlamaScaling {
         shards: usize,
         device: &Device,
     ) -> Result<LlamaRow, Error> {
-        let autodiff = device.clone().autodiff();
+        let autodiff = device::training(device);
         let batcher = BatcherConfig {
             shards,
             accumulation: 1,

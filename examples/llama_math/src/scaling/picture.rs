@@ -33,7 +33,7 @@ fn panels(report: &Report) -> [Panel; 4] {
         ),
         panel(
             format!("{size} × {size} layer, r = {}", layer.settings.rank),
-            "share of the change missing; grey: out of reach, (1 − K·r/d)²",
+            "share missing; grey: out of reach",
             vec![
                 of_layer("", 0, Stroke::Reference, |row| row.out_of_reach),
                 of_layer("", 0, dotted, |row| row.loss),
