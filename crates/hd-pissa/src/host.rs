@@ -79,7 +79,8 @@ mod tests {
         let error = HostMatrix::read("fc.weight", &weight).err().unwrap();
         assert_eq!(
             error.to_string(),
-            "`fc.weight` holds 2 NaN or infinite values, the first at row 0, column 1"
+            "`fc.weight` holds 2 NaN or infinite values, the first at row 0, column 1; load an \
+             undamaged checkpoint"
         );
     }
 }

@@ -202,10 +202,8 @@ const COLUMNS: &str = "rank and eff. rank: numeric and effective rank of the upd
                        interval that the number of answers gives, of this seed alone\n";
 
 impl Part {
-    fn table(&self) -> String {
-        let heading = self.heading();
-        let mut table = format!(
-            "{heading}\n{:26} {:>8} {:>10} {:>10} {:>12} {:>8} {:>9} {:>10} {:>8} {:>9} {:>9}\n",
+    fn columns(&self) -> [&'static str; 11] {
+        [
             "method",
             "lr",
             "train loss",
@@ -216,8 +214,18 @@ impl Part {
             "trainable",
             "seconds",
             "tokens/s",
-            "peak MiB"
-        );
+            "peak MiB",
+        ]
+    }
+
+    fn table(&self) -> String {
+        let heading = self.heading();
+        let [method, rest @ ..] = self.columns();
+        let mut table = format!("{heading}\n{method:26}");
+        for (name, width) in rest.iter().zip([8, 10, 10, 12, 8, 9, 10, 8, 9, 9]) {
+            table += &format!(" {name:>width$}");
+        }
+        table.push('\n');
         table += &format!(
             "{:26} {:>8} {:>10} {:>10.4} {:>12}\n",
             "base",

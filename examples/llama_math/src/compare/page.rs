@@ -128,25 +128,13 @@ impl Part {
                 .chain(&ranks)
                 .map(|panel| panel.inline())
                 .collect(),
-            tables: vec![self.columns()],
+            tables: vec![self.rows()],
             ..Section::default()
         }
     }
 
-    fn columns(&self) -> Table {
-        let columns = [
-            "method",
-            "lr",
-            "train loss",
-            "test loss",
-            self.task.measure(),
-            "rank",
-            "eff. rank",
-            "trainable",
-            "seconds",
-            "tokens/s",
-            "peak MiB",
-        ];
+    fn rows(&self) -> Table {
+        let columns = self.columns();
         let mut base = vec![String::new(); columns.len()];
         base[0] = "base".into();
         base[3] = format!("{:.4}", self.base.loss);
