@@ -93,7 +93,7 @@ pub struct Solver<'a> {
 }
 
 /// Records that are answered at once.
-pub(crate) const BATCH: usize = 16;
+const BATCH: usize = 16;
 
 impl Solver<'_> {
     /// Answers one record.
@@ -102,16 +102,16 @@ impl Solver<'_> {
     ///
     /// Those of the tokenizer.
     pub fn answer(&self, record: &Record) -> Result<Answer, Error> {
-        let mut answers = self.answers(std::slice::from_ref(record))?;
+        let mut answers = self.answers(std::slice::from_ref(record), || ())?;
         Ok(answers.remove(0))
     }
 
-    /// Answers records, several at once.
+    /// Answers records, several at once. `progress` is called once for each.
     ///
     /// # Errors
     ///
     /// Those of the tokenizer.
-    pub fn answers(&self, records: &[Record]) -> Result<Vec<Answer>, Error> {
+    pub fn answers(&self, records: &[Record], progress: impl Fn()) -> Result<Vec<Answer>, Error> {
         let is_end = |token| self.tokens.is_end(token);
         let mut answers = Vec::new();
         for records in records.chunks(BATCH) {
@@ -123,6 +123,7 @@ impl Solver<'_> {
             let found = greedy(self.model, &prompts, self.max_new_tokens, is_end);
             for (record, answer) in records.iter().zip(found) {
                 answers.push(self.mark(record, &answer)?);
+                progress();
             }
         }
         Ok(answers)

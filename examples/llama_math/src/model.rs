@@ -101,7 +101,7 @@ pub struct Continued {
 }
 
 impl Continued {
-    /// One of which nothing has been seen.
+    /// A sequence that no pass has taken yet, with all of its tokens.
     pub fn new(tokens: Vec<u32>) -> Self {
         Self {
             tokens,

@@ -271,7 +271,7 @@ fn answers_in_batches_are_those_of_one_by_one() {
         max_new_tokens: 24,
     };
     let (_, records) = problems(5, 0, 90);
-    let together = solver.answers(&records).unwrap();
+    let together = solver.answers(&records, || ()).unwrap();
     let mut lengths = BTreeSet::new();
     for (record, batched) in records.iter().zip(&together) {
         let alone = solver.answer(record).unwrap();

@@ -312,7 +312,7 @@ impl Exam {
                         false => MAX_NEW_TOKENS_OF_RECORDS,
                     },
                 };
-                let answers = solver.answers(&self.records)?;
+                let answers = solver.answers(&self.records, || ())?;
                 let marked = answers
                     .into_iter()
                     .map(|answer| (answer.text, answer.correct == Some(true)));

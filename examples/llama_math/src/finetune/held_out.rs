@@ -6,7 +6,7 @@ use std::time::Instant;
 use crate::batch::Sequence;
 use crate::console::{conclude, say};
 use crate::data::Record;
-use crate::evaluate::{BATCH, Solver, mean_loss};
+use crate::evaluate::{Solver, mean_loss};
 use crate::history::{LoggedAnswer, Measurement, Measures};
 use crate::progress::Progress;
 use crate::tokenize::{Template, Tokens};
@@ -96,15 +96,13 @@ impl HeldOut {
         let (mut correct, mut scored, mut length) = (0, 0, 0);
         let mut kept = Vec::new();
         let start = Instant::now();
-        for records in self.records.chunks(BATCH) {
-            for (record, answer) in records.iter().zip(solver.answers(records)?) {
-                correct += usize::from(answer.correct == Some(true));
-                scored += usize::from(answer.correct.is_some());
-                length += answer.tokens;
-                if kept.len() < logged.max(SHOWN) {
-                    kept.push(LoggedAnswer::new(record, answer));
-                }
-                progress.tick();
+        let answers = solver.answers(&self.records, || progress.tick())?;
+        for (record, answer) in self.records.iter().zip(answers) {
+            correct += usize::from(answer.correct == Some(true));
+            scored += usize::from(answer.correct.is_some());
+            length += answer.tokens;
+            if kept.len() < logged.max(SHOWN) {
+                kept.push(LoggedAnswer::new(record, answer));
             }
         }
         progress.finish();

@@ -75,7 +75,7 @@ impl Watching {
             template: &*self.template,
             max_new_tokens: self.max_new_tokens,
         };
-        let answers = solver.answers(records)?;
+        let answers = solver.answers(records, || ())?;
         let answers = records.iter().zip(answers);
         let answers = answers.map(|(record, answer)| LoggedAnswer::new(record, answer));
         Ok(Some(Measurement {

@@ -202,8 +202,7 @@ fn held_out(record: &Record) -> Vec<(f64, f64)> {
     record.measurements.iter().filter_map(loss).collect()
 }
 
-/// At most [`POINTS`] points, each the mean of as many neighbours as that takes. Values that are no numbers
-/// are left out.
+/// At most [`POINTS`] points. Each is the mean of a group of neighbours. NaN and infinite values are left out.
 fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let points = points
         .iter()
