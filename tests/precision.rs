@@ -131,6 +131,14 @@ fn a_compensated_bf16_weight_follows_f32_bit_for_bit() {
         assert!(adapter(&full).residual.is_none());
         let full = values(base(&full.weight));
         assert_eq!(joined(&half), full, "{shape:?}");
+        let dense = half.materialize_f32();
+        assert!(
+            dense
+                .weight
+                .reparameterization::<HdPissaAdapter>()
+                .is_none()
+        );
+        assert_eq!(values(dense.weight.val()), full, "{shape:?}");
         let start = values(base(&start.weight));
         let moved = start.iter().zip(&full).filter(|(a, b)| a != b).count();
         assert!(moved * 10 > start.len() * 9, "{moved} of {}", start.len());

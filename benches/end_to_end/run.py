@@ -180,6 +180,9 @@ def main():
             if found:
                 row = [statistics.median(run[key] for run in found) for key in ("tokens_per_s", "preparation_s", "peak_mib")]
                 print(f"{way:12}{row[0]:10.0f}{row[1]:11.1f} s{row[2]:7.0f} MiB")
+        if rows.get("published"):
+            passes = statistics.median(run["preparation_s"] for run in rows["published"]) / shards
+            print(f"published: each of its {shards} processes decomposes every weight, {passes:.1f} s each")
         losses = [rows[way][0]["losses"][0] for way in ("ours", "published") if rows.get(way)]
         if len(losses) == 2:
             print(f"loss of the first step, ours and published: {losses[0]:.5f}, {losses[1]:.5f}")

@@ -1,8 +1,9 @@
 """One way of training in PyTorch, timed step by step: prints one line of JSON.
 
 `frozen` runs forward and backward without trainable parameters. `lora` is PEFT's LoRA with AdamW. `published`
-computes the same as HD-PiSSA's published script, all shards in turn: a dense b·a in every forward pass, Adam on every
-shard's factors, three products per shard in the update. run.py starts it.
+computes the same as HD-PiSSA's published script, all shards in turn: a decomposition of every weight for each shard, a
+dense b·a in every forward pass, Adam on every shard's factors, three products per shard in the update. run.py starts
+it.
 """
 import argparse
 import json
@@ -24,10 +25,11 @@ class Published(torch.nn.Module):
 
     def __init__(self, weight, rank, shards):
         super().__init__()
-        left, values, right = torch.svd(weight)
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
         self.factors, self.moments, self.shard = [], [], 0
         for start in range(0, rank * shards, rank):
+            # As published: the process of each shard decomposes every weight.
+            left, values, right = torch.svd(weight)
             window = slice(start, start + rank)
             root = values[window].sqrt()
             pair = ((right[:, window] * root).T.contiguous(), (left[:, window] * root).contiguous())

@@ -135,6 +135,7 @@ mod parallel;
 mod path;
 mod pissa;
 mod plan;
+mod residuals;
 mod settings;
 mod svd;
 mod svd_cache;

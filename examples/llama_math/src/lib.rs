@@ -36,6 +36,7 @@ pub mod machine;
 pub mod memory;
 pub mod method;
 pub mod model;
+pub mod model_dtype;
 pub mod mpi;
 mod ops;
 pub mod output;
@@ -61,6 +62,7 @@ pub mod tiny;
 pub mod token_cache;
 pub mod tokenize;
 pub mod train;
+mod unrounded;
 pub mod user_cache;
 mod weights;
 

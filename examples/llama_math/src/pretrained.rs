@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use safetensors::Dtype;
 use sha2::{Digest, Sha256};
 
+use crate::model_dtype::ModelDtype;
 use crate::weights::{
     Entry, INDEX, SINGLE, Source, hexadecimal, read_header, read_tensors, transpose,
 };
@@ -215,22 +217,32 @@ impl Pretrained {
         files.into_values().collect()
     }
 
-    /// Loads the model with `f32` weights, whatever their dtype in the files: half-precision
-    /// weights would lose most of a small update.
+    /// Loads the model with `f32` weights, whatever their dtype in the files.
     ///
     /// # Errors
     ///
     /// [`Error::Field`] for a tensor that is missing, has another shape than `config.json` says,
     /// another dtype than f32, f16 or bf16, NaN or infinite values, or no place in the model.
     pub fn load(&self, device: &Device) -> Result<Llama, Error> {
+        self.load_as(ModelDtype::F32, device)
+    }
+
+    /// Loads the model with weights and biases in `dtype`, those of norms in `f32`.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`load`](Self::load).
+    pub fn load_as(&self, dtype: ModelDtype, device: &Device) -> Result<Llama, Error> {
         self.check_sizes()?;
+        let dtype = dtype.dtype();
         if device::is_host(device) {
             let values: usize = self.tensors.values().map(Entry::num_values).sum();
-            let fits = memory::check(4 * values as u64);
+            let fits = memory::check((dtype.size() * values) as u64);
             fits.map_err(|reason| Error::field(&self.folder, "weights", reason))?;
         }
         let mut loader = Loader {
             pretrained: self,
+            dtype,
             names: TensorName::default(),
             used: BTreeSet::new(),
             error: None,
@@ -253,6 +265,12 @@ impl Pretrained {
             )),
             None => Ok(model),
         }
+    }
+
+    /// Whether a model that is loaded as `dtype` has other values than the files.
+    pub(crate) fn is_rounded_as(&self, dtype: ModelDtype) -> bool {
+        let mut stored = self.tensors.values().map(|entry| entry.dtype);
+        dtype == ModelDtype::Bf16 && stored.any(|stored| stored != Dtype::BF16)
     }
 
     /// Refuses sizes of `config.json` that no tensor could have, before anything of such a size is
@@ -361,13 +379,23 @@ impl TensorName {
 
     /// Weights of linear layers are `[d_output, d_input]` in the files and transposed here.
     pub(crate) fn is_transposed(&self) -> bool {
-        let is = |stack: &[String], name: &str| stack.last().is_some_and(|last| last == name);
-        is(&self.stack, "weight") && is(&self.container, "Struct:HdPissaLinear")
+        let is_weight = self.stack.last().is_some_and(|last| last == "weight");
+        is_weight && self.is_in("Struct:HdPissaLinear")
+    }
+
+    /// Whether this is a parameter of a norm.
+    fn is_of_norm(&self) -> bool {
+        self.is_in("Struct:RmsNorm")
+    }
+
+    fn is_in(&self, container: &str) -> bool {
+        self.container.last().is_some_and(|last| last == container)
     }
 }
 
 struct Loader<'a> {
     pretrained: &'a Pretrained,
+    dtype: DType,
     names: TensorName,
     used: BTreeSet<String>,
     error: Option<Error>,
@@ -426,8 +454,12 @@ impl ModuleMapper for Loader<'_> {
         match self.tensor(&shape) {
             Ok(data) => {
                 let id = param.id;
+                let dtype = match self.names.is_of_norm() {
+                    true => DType::F32,
+                    false => self.dtype,
+                };
                 let tensor = device.memory_persistent_allocations(data, |data| {
-                    Tensor::from_data(data, (&device, DType::F32))
+                    Tensor::from_data(data.convert_dtype(dtype), (&device, dtype))
                 });
                 param.transform_for_load(tensor, id)
             }

@@ -4,14 +4,15 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use burn::module::ParamGroup;
-use burn::tensor::{DType, Device};
+use burn::tensor::Device;
 use hd_pissa::{Decomposition, GradientMode, HdPissaPlan, MergePrecision, PlannedWeight};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::console::conclude;
+use crate::finetune::FineTuning;
 use crate::method::{Adaptation, DEFAULT_TARGETS, Method};
-use crate::run::{Length, RunConfig};
+use crate::run::Length;
 use crate::{Error, Llama, LlamaConfig};
 
 /// A recipe.
@@ -76,7 +77,8 @@ impl Recipe {
     ///
     /// [`Error::Field`] for an architecture that is not supported, and [`Error::Usage`] for another
     /// method than HD-PiSSA or workers that cannot share out the work.
-    pub fn dry_run(&self, run: &RunConfig, tokens_per_second: f64) -> Result<(), Error> {
+    pub fn dry_run(&self, fine_tuning: &FineTuning, tokens_per_second: f64) -> Result<(), Error> {
+        let run = &fine_tuning.run;
         let Adaptation {
             method,
             rank,
@@ -108,7 +110,7 @@ impl Recipe {
                 weights.push(PlannedWeight {
                     path,
                     shape,
-                    dtype: DType::F32,
+                    dtype: fine_tuning.dtype.dtype(),
                     rank,
                     explained_variance: Vec::new(),
                     decomposition: Decomposition::None,
@@ -123,11 +125,17 @@ impl Recipe {
             precision: MergePrecision::Compensated,
             parameters,
         };
-        conclude!("{}", self.report(&plan, run, tokens_per_second));
+        conclude!("{}", self.report(&plan, fine_tuning, tokens_per_second));
         Ok(())
     }
 
-    fn report(&self, plan: &HdPissaPlan, run: &RunConfig, tokens_per_second: f64) -> String {
+    fn report(
+        &self,
+        plan: &HdPissaPlan,
+        fine_tuning: &FineTuning,
+        tokens_per_second: f64,
+    ) -> String {
+        let FineTuning { run, dtype, .. } = fine_tuning;
         let workers = self.processes;
         let mut shapes: BTreeMap<[usize; 2], usize> = BTreeMap::new();
         for weight in &plan.weights {
@@ -149,12 +157,12 @@ impl Recipe {
         let tokens = records as f64 * self.tokens_per_record;
         text += &format!(
             "trainable values: {} of {}\n\
-             memory of each of {workers} GPUs: weights in f32 {}; {memory}; activations on top\n\
+             memory of each of {workers} GPUs: weights in {dtype} {}; {memory}; activations on top\n\
              each GPU sends {} in a step\n\
              a step: {records} records, about {tokens:.0} tokens at {} tokens a record\n",
             plan.trainable_parameters(),
             plan.parameters,
-            megabytes(4 * plan.parameters),
+            megabytes(dtype.dtype().size() * plan.parameters),
             megabytes(plan.bytes_sent_per_step(workers)),
             self.tokens_per_record
         );

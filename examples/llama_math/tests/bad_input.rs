@@ -462,6 +462,11 @@ fn usage_errors_exit_with_2() {
             vec!["--windows", "spread", "--svd", "krylov"],
             "--svd: takes --windows leading",
         ),
+        (
+            vec!["--method", "full", "--dtype", "bf16"],
+            "--dtype: full has no residual bits",
+        ),
+        (vec!["--dtype", "f16"], "f16"),
         (vec!["--fields", "question"], "PROMPT,ANSWER"),
         (vec!["--method", "dora"], "dora"),
         (vec!["--lr=-1"], "above 0"),

@@ -3,13 +3,14 @@
 
 mod common {
     pub mod case;
+    pub mod weights;
 }
 
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use common::case::{Case, text};
-use half::{bf16, f16};
+use common::weights::{bf16_model, values};
 use llama_math::Pretrained;
 use llama_math::data::read_records;
 use llama_math::evaluate::mean_loss;
@@ -36,64 +37,6 @@ const SHORT: [&str; 10] = [
     "--warmup-ratio",
     "0",
 ];
-
-/// A copy of the tiny model whose weights are bf16.
-fn bf16_model(folder: &Path) {
-    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/tiny");
-    std::fs::create_dir(folder).unwrap();
-    for name in ["config.json", "tokenizer.json", "tokenizer_config.json"] {
-        std::fs::copy(tiny.join(name), folder.join(name)).unwrap();
-    }
-    let tensors = values(&tiny);
-    let bytes: Vec<(String, Vec<usize>, Vec<u8>)> = tensors
-        .into_iter()
-        .map(|(name, shape, values)| {
-            let bytes = values
-                .iter()
-                .flat_map(|&value| bf16::from_f32(value).to_le_bytes());
-            (name, shape, bytes.collect())
-        })
-        .collect();
-    let views = bytes.iter().map(|(name, shape, bytes)| {
-        (
-            name,
-            TensorView::new(Dtype::BF16, shape.clone(), bytes).unwrap(),
-        )
-    });
-    safetensors::serialize_to_file(views, None, &folder.join("model.safetensors")).unwrap();
-}
-
-/// Name, shape and values of every tensor, by name.
-fn values(folder: &Path) -> Vec<(String, Vec<usize>, Vec<f32>)> {
-    let bytes = std::fs::read(folder.join("model.safetensors")).unwrap();
-    let file = SafeTensors::deserialize(&bytes).unwrap();
-    let mut tensors: Vec<_> = file
-        .iter()
-        .map(|(name, view)| {
-            let data = view.data();
-            let values: Vec<f32> = match view.dtype() {
-                Dtype::F32 => data
-                    .as_chunks()
-                    .0
-                    .iter()
-                    .map(|&b| f32::from_le_bytes(b))
-                    .collect(),
-                Dtype::F16 => {
-                    let values = data.as_chunks().0.iter();
-                    values.map(|&b| f16::from_le_bytes(b).to_f32()).collect()
-                }
-                Dtype::BF16 => {
-                    let values = data.as_chunks().0.iter();
-                    values.map(|&b| bf16::from_le_bytes(b).to_f32()).collect()
-                }
-                other => panic!("{other:?}"),
-            };
-            (name.to_string(), view.shape().to_vec(), values)
-        })
-        .collect();
-    tensors.sort_by(|x, y| x.0.cmp(&y.0));
-    tensors
-}
 
 /// The number behind `text`.
 fn number(said: &str, behind: &str) -> f64 {

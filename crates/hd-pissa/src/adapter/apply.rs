@@ -14,6 +14,7 @@ use crate::frames::WeightFrames;
 use crate::parallel;
 use crate::path::{Side, factor_id, residual_id};
 use crate::plan::Target;
+use crate::residuals::materialize_f32;
 use crate::svd::Decomposition;
 use crate::svd_cache::CacheUse;
 use crate::{GradientMode, HdPissaConfig, HdPissaError, MergePrecision};
@@ -321,6 +322,30 @@ pub trait HdPissaModule: Module {
     ///   serves all shards.
     fn select_shard(self, index: usize) -> Result<Self, HdPissaError> {
         select_shard(self, index)
+    }
+
+    /// The model without adapters and in validation mode, with every `f16` and `bf16` parameter in `f32`.
+    ///
+    /// A weight with residual bits gets all of its value, bit for bit; see
+    /// [`MergePrecision::Compensated`]. Burn's [`materialize`](Module::materialize) keeps the half-precision
+    /// value alone. With `f32` parameters both do the same.
+    ///
+    /// ```
+    /// use burn::prelude::*;
+    /// use burn::tensor::DType;
+    /// use hd_pissa::{HdPissaConfig, HdPissaLinearConfig, HdPissaModule};
+    ///
+    /// let device = Device::flex().autodiff();
+    /// let mut layer = HdPissaLinearConfig::new(8, 6).with_bias(false).init(&device);
+    /// layer.weight = layer.weight.map(|weight| weight.cast(DType::BF16).detach());
+    /// let config = HdPissaConfig::new().with_rank(2).with_shards(2);
+    /// let layer = layer.apply_hd_pissa(&config, 0..2)?;
+    /// // ... train `layer` ...
+    /// assert_eq!(layer.materialize_f32().weight.dtype(), DType::F32);
+    /// # Ok::<(), hd_pissa::HdPissaError>(())
+    /// ```
+    fn materialize_f32(&self) -> Self {
+        materialize_f32(self)
     }
 }
 

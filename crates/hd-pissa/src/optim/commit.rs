@@ -8,45 +8,8 @@ use burn::tensor::{Int, Tensor};
 use super::factors::{Factors, WeightFactors};
 use crate::ops::{self, MergeInputs};
 use crate::path::{PathTracker, Place, track_path};
+use crate::residuals::Residuals;
 use crate::settings::Settings;
-
-/// The residual bits of half-precision weights, by the weight's path.
-pub(super) type Residuals = HashMap<String, Tensor<2, Int>>;
-
-/// Takes the residual bits out of a model. A traversal visits a weight before its residual bits,
-/// and the merge writes both in place.
-pub(super) fn take_residuals<M: Module>(model: M) -> (M, Residuals) {
-    #[derive(Default)]
-    struct Take {
-        path: PathTracker,
-        residuals: Residuals,
-    }
-
-    impl ModuleMapper for Take {
-        track_path!(path);
-
-        fn map_int<const D: usize>(
-            &mut self,
-            param: Param<Tensor<D, Int>>,
-        ) -> Param<Tensor<D, Int>> {
-            match self.path.place() {
-                Place::Residual { weight } => {
-                    let (id, value, mapper) = param.consume();
-                    // A placeholder without memory of the weight's size.
-                    let placeholder = Tensor::zeros([1; D], (&value.device(), value.dtype()));
-                    let value = Tensor::from_dispatch(value.into_dispatch());
-                    self.residuals.insert(weight, value);
-                    Param::from_mapped_value(id, placeholder, mapper)
-                }
-                _ => param,
-            }
-        }
-    }
-
-    let mut take = Take::default();
-    let model = model.map(&mut take);
-    (model, take.residuals)
-}
 
 /// Merges the updates into the weights and their residual bits.
 pub(super) struct Commit<'a, F> {

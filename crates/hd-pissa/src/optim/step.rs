@@ -6,7 +6,7 @@ use burn::tensor::Tensor;
 
 use super::checks::{Checks, DenseCounts, Verdict};
 use super::clip::clip;
-use super::commit::{Commit, Residuals, take_residuals};
+use super::commit::Commit;
 use super::dense::{DenseBefore, mean_gradients, non_finite_values};
 use super::exchange::{Deltas, OwnDeltas, PendingDeltas};
 use super::factors::Factors;
@@ -21,6 +21,7 @@ use super::reduce::reduce_shared;
 use super::statistics::Statistics;
 use super::{HdPissaOptimizer, OptimizerError, StepError};
 use crate::ops::MergeInputs;
+use crate::residuals::{Residuals, take_residuals};
 
 impl HdPissaOptimizer {
     /// Takes one step. The call is Burn's, with the gradients of one micro-batch

@@ -99,8 +99,8 @@ impl RecipeOptions {
         let options = &cli.options;
         match (&options.model, &options.output) {
             (Some(model), Some(output)) if self.dry_run => {
-                let run = options.fine_tuning(model, output)?.run;
-                recipe.dry_run(&run, self.tokens_per_second)
+                let fine_tuning = options.fine_tuning(model, output)?;
+                recipe.dry_run(&fine_tuning, self.tokens_per_second)
             }
             (Some(_), _) => cli.run(),
             _ => Err(Error::field(&self.file, "options / model", "is missing")),

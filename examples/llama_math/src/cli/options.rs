@@ -16,6 +16,7 @@ use crate::export::{ExportConfig, OutputDtype, Rounding};
 use crate::finetune::{Change, FineTuning, Resume, SaveOptions, TemplateChoice};
 use crate::loss::LossMean;
 use crate::method::{Adaptation, Method, SvdOption, WindowsOption};
+use crate::model_dtype::ModelDtype;
 use crate::run::{Length, RunConfig};
 use crate::schedule::Decay;
 use crate::token_cache::TokenCache;
@@ -49,6 +50,10 @@ pub(super) struct Options {
     /// [default: 512]
     #[arg(long, requires = "model", value_parser = at_least(2))]
     max_length: Option<usize>,
+    /// Dtype of weights and activations while the model trains and answers; bf16 with HD-PiSSA alone, whose
+    /// updates lose nothing by it
+    #[arg(long, requires = "model", default_value = "f32")]
+    dtype: ModelDtype,
     /// How to fine-tune
     #[arg(long, requires = "model", default_value = "hd-pissa")]
     method: Method,
@@ -290,6 +295,11 @@ impl Options {
                 "no shards that hold directions",
             ),
             ("frame-scale", self.frame_scale.is_some(), "no frames"),
+            (
+                "dtype",
+                self.dtype == ModelDtype::Bf16,
+                "no residual bits, which keep what a bf16 weight would lose of an update; take f32",
+            ),
         ];
         for (option, is_given, lacks) in of_hd_pissa {
             if self.method != Method::HdPissa && is_given {
@@ -357,6 +367,7 @@ impl Options {
                 true => TokenCache::none(),
                 false => TokenCache::of_user(),
             },
+            dtype: self.dtype,
             run: RunConfig {
                 adaptation: Adaptation {
                     method: self.method,

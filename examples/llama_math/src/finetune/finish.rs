@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use burn::module::Module;
 use hd_pissa::checkpoint::Checkpoints;
 
 use super::inputs::Inputs;
@@ -30,7 +29,7 @@ impl FineTuning {
         stop: &Stop,
     ) -> Result<(), Error> {
         // Adapters are merged, as in what is written.
-        let model = trained.model.valid().materialize();
+        let model = inputs.pretrained.trained(&trained.model, self.dtype)?;
         let device = model.device();
         let probe = Probe::new(&model, inputs.pretrained.config.max_positions);
         let card = self.card(&inputs, &trained);
@@ -53,7 +52,7 @@ impl FineTuning {
             return Ok(());
         }
         // What is measured is what lies on the disk.
-        let model = Pretrained::open(&self.output)?.load(&device)?;
+        let model = Pretrained::open(&self.output)?.load_as(self.dtype, &device)?;
         let steps = trained.history.record.metrics.len();
         let mut written = Written {
             survived: exported.survived,

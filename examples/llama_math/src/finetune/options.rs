@@ -7,6 +7,7 @@ use clap::ValueEnum;
 
 use crate::data::{Fields, Split};
 use crate::export::ExportConfig;
+use crate::model_dtype::ModelDtype;
 use crate::run::RunConfig;
 use crate::token_cache::TokenCache;
 use crate::{Error, hub};
@@ -30,6 +31,8 @@ pub struct FineTuning {
     pub max_new_tokens: usize,
     /// Where encoded data is kept.
     pub token_cache: TokenCache,
+    /// The dtype of the model while it trains and answers.
+    pub dtype: ModelDtype,
     /// The training.
     pub run: RunConfig,
     /// Where the results go.

@@ -34,6 +34,12 @@ impl FineTuning {
                 pretrained.folder.display()
             );
         }
+        if pretrained.is_rounded_as(self.dtype) {
+            say!(
+                "--dtype bf16: the steps see weights rounded to bf16, which the files hold more closely; the output \
+                 has their change added to the weights of the files"
+            );
+        }
         if !pretrained.left_out.is_empty() {
             let names = pretrained.left_out.join(", ");
             say!("not carried over to the output: {names}");

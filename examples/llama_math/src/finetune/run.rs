@@ -61,6 +61,7 @@ impl FineTuning {
         let team = Team::new(&communicator);
         let is_first = team.is_first();
         let workers = communicator.num_workers();
+        team.agree(self.dtype.check(device))?;
         team.agree(self.run.check_workers("mpi", workers))?;
         let checkpoints = Checkpoints::new(self.checkpoint_folder());
         let checkpoints = checkpoints.with_keep_last(self.saving.keep_last);
@@ -188,12 +189,13 @@ impl FineTuning {
         let is_first = team.is_first();
         let discards = is_first && self.overwrite && inputs.saved.is_none();
         let (own, autodiff) = (checkpoints.clone(), device::training(device));
+        let dtype = self.dtype;
         // While the first evaluates, the others wait here, not in a step.
         team.together(move || {
             if discards {
                 own.discard_all()?;
             }
-            let model = inputs.pretrained.load(&autodiff)?;
+            let model = inputs.pretrained.load_as(dtype, &autodiff)?;
             let mut before = Vec::new();
             if let Some(held_out) = inputs.held_out.as_ref().filter(|_| inputs.saved.is_none())
                 && is_first

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use super::options::{Change, FineTuning};
 use crate::export::{ExportConfig, FORMAT, Format};
 use crate::method::{SvdOption, gradients_name};
+use crate::model_dtype::ModelDtype;
 use crate::run::RunConfig;
 use crate::team::Team;
 use crate::{Error, Pretrained};
@@ -86,9 +87,12 @@ impl FineTuning {
         ];
         let named = |(name, value): (&str, String)| (name.to_string(), value);
         let mut settings: BTreeMap<_, _> = settings.into_iter().map(named).collect();
-        // Outputs and checkpoints from before there was a choice say nothing of the exact one.
+        // Outputs and checkpoints from before there was a choice say nothing of the exact one, and of f32.
         if adaptation.svd == SvdOption::Krylov {
             settings.insert("--svd".into(), "krylov".into());
+        }
+        if self.dtype == ModelDtype::Bf16 {
+            settings.insert("--dtype".into(), "bf16".into());
         }
         Ok(settings)
     }

@@ -7,6 +7,7 @@ use super::options::{FineTuning, WatchOptions};
 use crate::changes::Changes;
 use crate::evaluate::Solver;
 use crate::history::{LoggedAnswer, Measurement, Measures};
+use crate::model_dtype::ModelDtype;
 use crate::run::Watch;
 use crate::tokenize::{Template, Tokens};
 use crate::{Error, Llama, Pretrained};
@@ -14,6 +15,8 @@ use crate::{Error, Llama, Pretrained};
 /// Measures held-out loss, answers, and the change of the weights.
 pub(super) struct Watching {
     options: WatchOptions,
+    pretrained: Arc<Pretrained>,
+    dtype: ModelDtype,
     changes: Changes,
     held_out: Option<Arc<HeldOut>>,
     tokens: Arc<Tokens>,
@@ -37,6 +40,8 @@ impl Watching {
         let layer = run.watch.layer.as_deref();
         Ok(Self {
             options: run.watch.clone(),
+            pretrained: pretrained.clone(),
+            dtype: run.dtype,
             changes: Changes::new(pretrained.clone(), &run.run.adaptation, layer)?,
             held_out: held_out.cloned(),
             tokens: tokens.clone(),
@@ -109,7 +114,13 @@ impl Watch for Watching {
             found = self.held_out(step, model)?;
         }
         if is_due(self.options.rank_every, step, total) {
-            let measures = self.changes.measure(step, model)?;
+            let measures = match self.dtype {
+                ModelDtype::F32 => self.changes.measure(step, model)?,
+                ModelDtype::Bf16 => {
+                    let model = self.pretrained.trained(model, self.dtype)?;
+                    self.changes.measure(step, &model)?
+                }
+            };
             found.push(Measurement { step, measures });
         }
         Ok(found)

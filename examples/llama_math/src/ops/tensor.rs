@@ -22,6 +22,12 @@ fn has_own<const D: usize>(x: &Tensor<D>) -> bool {
     x.dtype() == DType::F32 && is_flex(x.device().as_dispatch())
 }
 
+/// Whether a dtype has 16 bits. Sums of many terms and exponentials are then computed in `f32`, as in
+/// transformers.
+fn is_half(dtype: DType) -> bool {
+    matches!(dtype, DType::F16 | DType::BF16)
+}
+
 /// `softmax(scale · queries · keysᵀ) · values`, over the keys that a query may see.
 ///
 /// # Shapes
@@ -42,7 +48,12 @@ pub fn attention(
             queries, keys, values, scale, causal,
         ));
     }
+    let dtype = queries.dtype();
     let scores = queries.matmul(keys.transpose()) * scale;
+    let scores = match is_half(dtype) {
+        true => scores.cast(DType::F32),
+        false => scores,
+    };
     let weights = softmax(
         match mask(causal, scores.dims()) {
             Some(hidden) => {
@@ -54,7 +65,7 @@ pub fn attention(
         },
         3,
     );
-    weights.matmul(values)
+    weights.cast(dtype).matmul(values)
 }
 
 /// `true` for keys that a query may not see, `[1, 1, rows, keys]`; `None` if every query sees all
@@ -83,8 +94,12 @@ pub fn swiglu(gate: Tensor<3>, up: Tensor<3>) -> Tensor<3> {
     }
 }
 
-/// The norm of `x: [.., d]`.
+/// The norm of `x: [.., d]`. A norm of a half-precision model has an `f32` weight.
 pub fn rms_norm(norm: &nn::RmsNorm, x: Tensor<3>) -> Tensor<3> {
+    let dtype = x.dtype();
+    if is_half(dtype) {
+        return rms_norm(norm, x.cast(DType::F32)).cast(dtype);
+    }
     let gamma = norm.gamma.val();
     match has_own(&x) && has_own(&gamma) {
         true => Tensor::from_dispatch(Dispatch::llama_rms_norm(
@@ -99,6 +114,10 @@ pub fn rms_norm(norm: &nn::RmsNorm, x: Tensor<3>) -> Tensor<3> {
 /// The heads of a projection, rotated: `[batch, positions, heads · head_dim]` to
 /// `[batch, heads, positions, head_dim]`.
 pub fn rotate_heads(x: Tensor<3>, rotation: &Rotation) -> Tensor<4> {
+    let dtype = x.dtype();
+    if is_half(dtype) {
+        return rotate_heads(x.cast(DType::F32), rotation).cast(dtype);
+    }
     let [batch, positions, width] = x.dims();
     if has_own(&x) {
         return Tensor::from_dispatch(Dispatch::llama_rotate_heads(
@@ -112,7 +131,8 @@ pub fn rotate_heads(x: Tensor<3>, rotation: &Rotation) -> Tensor<4> {
     rotation.apply(heads.swap_dims(1, 2))
 }
 
-/// Sum over rows of the negative log-likelihood of their labels, `[1]`, where the logits are `hidden · weight`.
+/// Sum over rows of the negative log-likelihood of their labels, `[1]`, where the logits are `hidden · weight`;
+/// in `f32` for half precision.
 ///
 /// # Shapes
 ///
@@ -127,13 +147,16 @@ pub fn head_loss(hidden: Tensor<2>, weight: Tensor<2>, labels: Vec<u32>) -> Tens
     target_loss(hidden.matmul(weight), labels)
 }
 
-/// Sum over rows of the negative log-likelihood of their labels, `[1]`.
+/// Sum over rows of the negative log-likelihood of their labels, `[1]`; in `f32` for half precision.
 ///
 /// # Shapes
 ///
 /// - logits: `[rows, vocabulary]`
 /// - labels: one for each row
 pub fn target_loss(logits: Tensor<2>, labels: Vec<u32>) -> Tensor<1> {
+    if is_half(logits.dtype()) {
+        return target_loss(logits.cast(DType::F32), labels);
+    }
     if has_own(&logits) {
         let loss = Dispatch::llama_target_loss(logits.into_dispatch(), labels);
         return Tensor::from_dispatch(loss);
