@@ -1,4 +1,4 @@
-//! `cargo run --release --example llama_math -- --help` says what it can do.
+//! `cargo run --example llama_math -- --help` says what it can do.
 
 use std::process::ExitCode;
 

@@ -1,6 +1,6 @@
 //! Fine-tunes Llama-family models on word problems, with HD-PiSSA and its baselines.
 //!
-//! `cargo run --release --example llama_math` runs it; this library holds its parts. In reading
+//! `cargo run --example llama_math` runs it; this library holds its parts. In reading
 //! order: [`config`], [`rope`], [`model`] and [`pretrained`]; [`data`], [`tokenize`], [`prompt`],
 //! [`chat`] and [`batch`]; [`method`], [`schedule`], [`train`] and [`run`]; [`evaluate`], [`spectrum`], [`history`] and
 //! [`report`]; and

@@ -107,7 +107,7 @@ fn chapter(settings: &Settings, answers: &[Vec<Answered>]) -> String {
     let mut text = format!(
         "<!-- Written by `llama_math reproduce`. -->\n\n# What the command `reproduce` found\n\n\
          Written by one command, from the settings in `examples/llama_math/reproduce.json`:\n\n\
-         ```sh\ncargo run --release --example llama_math -- reproduce --output target/reproduce \\\n    \
+         ```sh\ncargo run --example llama_math -- reproduce --output target/reproduce \\\n    \
          --results book/src/results\n```\n\n\
          A shard has rank {}. Learning rates are the best of a series on the tuning seeds {}; results \
          are of the seeds {} unless a section says otherwise. Every method sees the same data in \
