@@ -45,6 +45,36 @@ fn is_complete(output: &Path) -> bool {
     complete && llama_math::Pretrained::open(output).is_ok()
 }
 
+/// Somebody deletes or moves the pretrained model while a run trains.
+#[test]
+fn a_pretrained_model_that_is_gone_loses_nothing() {
+    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/tiny");
+    for dtype in ["f32", "bf16"] {
+        let case = Case::new();
+        let base = case.root.path().join("base");
+        std::fs::create_dir(&base).unwrap();
+        for entry in std::fs::read_dir(&tiny).unwrap() {
+            let entry = entry.unwrap();
+            std::fs::copy(entry.path(), base.join(entry.file_name())).unwrap();
+        }
+        let own = ["--model", base.to_str().unwrap(), "--dtype", dtype];
+        let child = case.start_until(2, &[&own[..], &["--save-every", "2"]].concat());
+        std::fs::remove_dir_all(&base).unwrap();
+        let output = child.wait_with_output().unwrap();
+        let said = text(&output);
+        assert!(output.status.success(), "{said}");
+        assert!(
+            said.contains("cannot be read again") == (dtype == "bf16"),
+            "{said}"
+        );
+        assert!(
+            said.contains("the share of the update that survives ("),
+            "{said}"
+        );
+        assert!(is_complete(&case.output()), "{said}");
+    }
+}
+
 #[test]
 fn a_closed_stream_loses_nothing() {
     let case = Case::new();

@@ -72,7 +72,10 @@ impl Export {
         let exported = base.export(&model, staged.path(), &self.config)?;
         drop(model);
         if !exported.left_out.is_empty() {
-            complain!("not carried over: {}", exported.left_out.join(", "));
+            complain!(
+                "not carried over, or not known: {}",
+                exported.left_out.join(", ")
+            );
         }
         let written = Pretrained::open(staged.path())?.load(&self.device)?;
         let mut figures = vec![probe.difference(&written)];

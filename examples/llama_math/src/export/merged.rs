@@ -79,7 +79,7 @@ pub struct Exported {
     /// Share of the update that the written weights hold: the length of what is written, along the
     /// update, relative to the update. `None` if nothing was rounded or nothing has changed.
     pub survived: Option<f64>,
-    /// Files that could not be carried over, with the reason.
+    /// What could not be carried over or measured, with the reason.
     pub left_out: Vec<String>,
 }
 
@@ -192,6 +192,7 @@ impl Pretrained {
     ) -> Result<Exported, Error> {
         let path = folder.join(SINGLE);
         let (mut along, mut square, mut rounded) = (0.0, 0.0, false);
+        let mut unread = None;
         let weights = collect(model);
         let mut unwritten = Vec::new();
         for weight in &weights {
@@ -202,13 +203,18 @@ impl Pretrained {
             if dtype != Dtype::F32 {
                 rounded = true;
             }
-            if let Some(entry) = own {
-                let before = entry.read(&weight.name)?;
-                for ((&before, &value), &written) in before.iter().zip(&values).zip(&written) {
-                    let update = f64::from(value) - f64::from(before);
-                    along += (f64::from(written) - f64::from(before)) * update;
-                    square += update * update;
+            let before = own.map(|entry| entry.read(&weight.name));
+            match before {
+                Some(Ok(before)) => {
+                    for ((&before, &value), &written) in before.iter().zip(&values).zip(&written) {
+                        let update = f64::from(value) - f64::from(before);
+                        along += (f64::from(written) - f64::from(before)) * update;
+                        square += update * update;
+                    }
                 }
+                // The model is worth more than a figure about it.
+                Some(Err(error)) => unread = Some(error),
+                None => {}
             }
             unwritten.push(weight.unwritten(config, dtype));
         }
@@ -222,6 +228,9 @@ impl Pretrained {
             std::fs::write(&path, content).map_err(Error::io(&path))?;
         }
         let mut left_out = Vec::new();
+        if let Some(error) = &unread {
+            left_out.push(format!("the share of the update that survives ({error})"));
+        }
         let card = (Path::new(README), Path::new(BASE_README));
         let card = self.folder.join(README).is_file().then_some(card);
         let others = self.other_files.iter().map(|name| (&**name, &**name));
@@ -235,7 +244,7 @@ impl Pretrained {
             }
         }
         Ok(Exported {
-            survived: (rounded && square > 0.0).then(|| along / square),
+            survived: (rounded && square > 0.0 && unread.is_none()).then(|| along / square),
             left_out,
         })
     }

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use hd_pissa::HdPissaModule;
 use hd_pissa::checkpoint::Checkpoints;
 
 use super::inputs::Inputs;
@@ -29,7 +30,15 @@ impl FineTuning {
         stop: &Stop,
     ) -> Result<(), Error> {
         // Adapters are merged, as in what is written.
-        let model = inputs.pretrained.trained(&trained.model, self.dtype)?;
+        let model = inputs.pretrained.trained(&trained.model, self.dtype);
+        let model = model.unwrap_or_else(|error| {
+            complain!(
+                "the output has the weights as --dtype {} rounds them, because the pretrained ones cannot be \
+                 read again: {error}",
+                self.dtype
+            );
+            trained.model.materialize_f32()
+        });
         let device = model.device();
         let probe = Probe::new(&model, inputs.pretrained.config.max_positions);
         let card = self.card(&inputs, &trained);

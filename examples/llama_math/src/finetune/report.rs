@@ -74,7 +74,10 @@ impl FineTuning {
     pub(super) fn print_written(&self, exported: &Exported) {
         conclude!("written: {}", self.output.display());
         if !exported.left_out.is_empty() {
-            complain!("not carried over: {}", exported.left_out.join(", "));
+            complain!(
+                "not carried over, or not known: {}",
+                exported.left_out.join(", ")
+            );
         }
         if let Some(share) = exported.survived {
             conclude!(
