@@ -143,9 +143,8 @@ fn ranks_are_those_of_the_whole_update() {
         let path = case.output().join("measurements.jsonl");
         let text = std::fs::read_to_string(path).unwrap();
         let lines = text.lines().map(|line| serde_json::from_str(line).unwrap());
-        let changes = lines
-            .filter(|line: &Value| line["kind"] == "changes")
-            .last();
+        let mut changes = lines.filter(|line: &Value| line["kind"] == "changes");
+        let changes = changes.next_back();
         let changes = changes.unwrap_or_else(|| panic!("{text}"));
         let weights = changes["weights"].as_array().unwrap().clone();
         let rank = |weight: &Value| weight["effective_rank"].as_f64().unwrap();
