@@ -150,12 +150,9 @@ pub trait Watch: Send + Sync {
     /// Whether something is to be measured after `step` of `total` steps.
     fn is_due(&self, step: usize, total: usize) -> bool;
 
-    /// Measures `model`, in validation mode, after `step` of `total` steps.
-    ///
-    /// # Errors
-    ///
-    /// Whatever goes wrong ends the run.
-    fn measure(&self, step: usize, total: usize, model: &Llama) -> Result<Vec<Measurement>, Error>;
+    /// Measures `model`, in validation mode, after `step` of `total` steps. What cannot be measured is left out:
+    /// the training goes on.
+    fn measure(&self, step: usize, total: usize, model: &Llama) -> Vec<Measurement>;
 }
 
 impl<'a> Training<'a> {
@@ -326,9 +323,9 @@ impl<'a> Training<'a> {
         let team = Team::new(trainer.communicator());
         let model = team.is_first().then(|| trainer.model().clone().valid());
         let total = self.total;
-        team.together(move || match model {
-            Some(model) => watch.measure(step, total, &model),
-            None => Ok(Vec::new()),
+        team.together(move || {
+            let measured = model.map(|model| watch.measure(step, total, &model));
+            Ok(measured.unwrap_or_default())
         })
     }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::held_out::HeldOut;
 use super::options::{FineTuning, WatchOptions};
 use crate::changes::Changes;
+use crate::console::complain;
 use crate::evaluate::Solver;
 use crate::history::{LoggedAnswer, Measurement, Measures};
 use crate::model_dtype::ModelDtype;
@@ -60,6 +61,18 @@ impl Watching {
         Ok(found)
     }
 
+    /// The change of the weights since the start.
+    fn changes(&self, step: usize, model: &Llama) -> Result<Measurement, Error> {
+        let measures = match self.dtype {
+            ModelDtype::F32 => self.changes.measure(step, model)?,
+            ModelDtype::Bf16 => {
+                let model = self.pretrained.trained(model, self.dtype)?;
+                self.changes.measure(step, &model)?
+            }
+        };
+        Ok(Measurement { step, measures })
+    }
+
     /// Answers of a model in validation mode to the first held-out records, if some are logged.
     ///
     /// # Errors
@@ -108,21 +121,22 @@ impl Watch for Watching {
         is_due(eval_every, step, total) || is_due(rank_every, step, total)
     }
 
-    fn measure(&self, step: usize, total: usize, model: &Llama) -> Result<Vec<Measurement>, Error> {
+    fn measure(&self, step: usize, total: usize, model: &Llama) -> Vec<Measurement> {
         let mut found = Vec::new();
         if is_due(self.options.eval_every, step, total) {
-            found = self.held_out(step, model)?;
+            match self.held_out(step, model) {
+                Ok(measurements) => found.extend(measurements),
+                Err(error) => complain!("step {step}: no held-out loss and answers: {error}"),
+            }
         }
         if is_due(self.options.rank_every, step, total) {
-            let measures = match self.dtype {
-                ModelDtype::F32 => self.changes.measure(step, model)?,
-                ModelDtype::Bf16 => {
-                    let model = self.pretrained.trained(model, self.dtype)?;
-                    self.changes.measure(step, &model)?
+            match self.changes(step, model) {
+                Ok(measurement) => found.push(measurement),
+                Err(error) => {
+                    complain!("step {step}: the change of the weights is not known: {error}")
                 }
-            };
-            found.push(Measurement { step, measures });
+            }
         }
-        Ok(found)
+        found
     }
 }
