@@ -38,15 +38,20 @@ fn fixture(name: &str) -> PathBuf {
         .join(name)
 }
 
+/// A checkpoint, and for some tokens the logits of transformers with their shape.
+fn recorded(name: &str) -> (PathBuf, Vec<i64>, Vec<f32>, Vec<usize>) {
+    let folder = fixture(name);
+    let bytes = std::fs::read(folder.join("expected.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let (expected, shape) = floats(&file, "logits");
+    (folder, integers(&file, "input_ids"), expected, shape)
+}
+
 #[test]
 fn logits_are_those_of_transformers() {
     let device = Device::flex();
     for name in FAMILIES {
-        let folder = fixture(name);
-        let bytes = std::fs::read(folder.join("expected.safetensors")).unwrap();
-        let file = SafeTensors::deserialize(&bytes).unwrap();
-        let (expected, shape) = floats(&file, "logits");
-        let ids = integers(&file, "input_ids");
+        let (folder, ids, expected, shape) = recorded(name);
         let model = Pretrained::open(&folder).unwrap().load(&device).unwrap();
         let logits = model.forward(tokens(&ids, [shape[0], shape[1]], &device));
         let logits: Vec<f32> = logits.into_data().iter().collect();
@@ -91,11 +96,7 @@ fn logits_are_those_of_transformers() {
 fn logits_in_bf16_are_those_of_f32_to_its_precision() {
     let device = Device::flex();
     for name in FAMILIES {
-        let folder = fixture(name);
-        let bytes = std::fs::read(folder.join("expected.safetensors")).unwrap();
-        let file = SafeTensors::deserialize(&bytes).unwrap();
-        let (expected, shape) = floats(&file, "logits");
-        let ids = integers(&file, "input_ids");
+        let (folder, ids, expected, shape) = recorded(name);
         let pretrained = Pretrained::open(&folder).unwrap();
         let model = pretrained.load_as(ModelDtype::Bf16, &device).unwrap();
         let logits = model.forward(tokens(&ids, [shape[0], shape[1]], &device));
