@@ -267,7 +267,7 @@ impl Pretrained {
         }
     }
 
-    /// Whether a model that is loaded as `dtype` has other values than the files.
+    /// Whether a model that is loaded as `dtype` may have other values than the files.
     pub(crate) fn is_rounded_as(&self, dtype: ModelDtype) -> bool {
         let mut stored = self.tensors.values().map(|entry| entry.dtype);
         dtype == ModelDtype::Bf16 && stored.any(|stored| stored != Dtype::BF16)

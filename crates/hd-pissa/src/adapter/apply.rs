@@ -328,7 +328,8 @@ pub trait HdPissaModule: Module {
     ///
     /// A weight with residual bits gets all of its value, bit for bit; see
     /// [`MergePrecision::Compensated`]. Burn's [`materialize`](Module::materialize) keeps the half-precision
-    /// value alone. With `f32` parameters both do the same.
+    /// value alone. With `f32` parameters both do the same. The host joins weights and residual bits, one weight
+    /// after the other; everything stays on its device.
     ///
     /// ```
     /// use burn::prelude::*;

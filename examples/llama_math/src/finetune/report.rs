@@ -36,7 +36,7 @@ impl FineTuning {
         }
         if pretrained.is_rounded_as(self.dtype) {
             say!(
-                "--dtype bf16: the steps see weights rounded to bf16, which the files hold more closely; the output \
+                "--dtype bf16: the steps see weights rounded to bf16, where the files may hold more; the output \
                  has their change added to the weights of the files"
             );
         }

@@ -92,7 +92,7 @@ impl FineTuning {
             settings.insert("--svd".into(), "krylov".into());
         }
         if self.dtype == ModelDtype::Bf16 {
-            settings.insert("--dtype".into(), "bf16".into());
+            settings.insert("--dtype".into(), self.dtype.to_string());
         }
         Ok(settings)
     }

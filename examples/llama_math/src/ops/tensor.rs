@@ -22,8 +22,8 @@ fn has_own<const D: usize>(x: &Tensor<D>) -> bool {
     x.dtype() == DType::F32 && is_flex(x.device().as_dispatch())
 }
 
-/// Whether a dtype has 16 bits. Sums of many terms and exponentials are then computed in `f32`, as in
-/// transformers.
+/// Whether a dtype has 16 bits. Norms, softmax and losses are then computed in `f32`, as in transformers, and
+/// rotations too.
 fn is_half(dtype: DType) -> bool {
     matches!(dtype, DType::F16 | DType::BF16)
 }
