@@ -118,6 +118,16 @@ fn a_step_updates_the_weight_in_place() {
     let (_, largest, _) = measure(|| optim.step(1e-4, model, gradients).unwrap());
     assert!(largest >= WEIGHT_BYTES, "{largest} of {WEIGHT_BYTES} bytes");
     drop(clone);
+
+    // Between steps the optimizer has two moments of each factor, and no copy of the frames.
+    let factors = 4 * 2 * 4 * (D_INPUT + D_OUTPUT);
+    let before = LIVE.load(Ordering::Relaxed);
+    drop(optim);
+    let held = (before - LIVE.load(Ordering::Relaxed)) as usize;
+    assert!(
+        (2 * factors..5 * factors / 2).contains(&held),
+        "{held} bytes beside factors of {factors}"
+    );
 }
 
 #[test]

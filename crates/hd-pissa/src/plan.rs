@@ -434,7 +434,8 @@ pub struct PlannedMemory {
     /// gradients.
     pub factors: usize,
     /// The packed frames of all shards, which every worker keeps for its merges from the first step
-    /// on.
+    /// on. On a CPU, a worker whose model has the factors of all shards packs them for each merge
+    /// instead, one weight after the other, and keeps nothing.
     pub frames: usize,
     /// One gradient for each factor in the model.
     pub gradients: usize,

@@ -1,4 +1,4 @@
-//! The frames of all shards, packed once and kept from step to step.
+//! The frames of all shards in packed form, from step to step.
 
 use burn::tensor::{DType, Int, Tensor};
 use burn_autodiff::NodeId;
@@ -10,12 +10,13 @@ use super::fingerprint::Fingerprints;
 use super::layout::ShardLayout;
 use super::packed::pack_values;
 use super::statistics::Statistics;
-use crate::ops::join;
+use crate::ops::{is_cpu, join};
 
 /// The frames of every weight, in the form that merges read.
 pub(super) struct Frames {
-    /// `[shards, row_len]` for each weight, rows by the index of the shard.
-    packed: Vec<Tensor<2>>,
+    /// `[shards, row_len]` for each weight, rows by the index of the shard. `None` if they are packed
+    /// anew for each use.
+    packed: Option<Vec<Tensor<2>>>,
     /// [`Statistics::norms`]
     norms: (Tensor<1>, Tensor<1>),
     /// The tensors of the model's factors from which the frames were packed.
@@ -44,16 +45,19 @@ impl Frames {
         if let (true, Some(fingerprints)) = (knows_all, fingerprints) {
             fingerprints.compare(communicator)?;
         }
-        let packed = if workers == 1 || knows_all {
+        let has_all = workers == 1 || knows_all;
+        let packed = if has_all {
             own
         } else {
             let gathered = communicator.all_gather(join(own))?;
             let len = gathered.dims()[0] / workers;
             layout.by_weight(gathered.reshape([workers, len]), &factors.weights)
         };
+        // On a CPU a copy of one weight's frames costs less than memory for those of all weights.
+        let is_kept = !(has_all && is_cpu(&factors.device()));
         Ok(Self {
             norms: Statistics::of(&packed, &factors.weights).norms(),
-            packed,
+            packed: is_kept.then_some(packed),
             source: factors.identity(),
             own: words,
         })
@@ -82,9 +86,13 @@ impl Frames {
         self.source = factors.identity();
     }
 
-    /// The packed frames of a weight, `[shards, row_len]`.
-    pub(super) fn of(&self, weight: usize) -> Tensor<2> {
-        self.packed[weight].clone()
+    /// The packed frames of a weight, `[shards, row_len]`. `factors` are those that the frames were
+    /// gathered from, or others with the same values.
+    pub(super) fn of(&self, weight: usize, factors: &Factors) -> Tensor<2> {
+        match &self.packed {
+            Some(packed) => packed[weight].clone(),
+            None => pack_values(&factors.weights[weight].known),
+        }
     }
 
     /// For each weight the norms of all `a` and of all `b`, `[weights]` each.
@@ -93,8 +101,9 @@ impl Frames {
     }
 
     /// The frames of all weights, for the comparison of workers.
-    pub(super) fn all(&self) -> &[Tensor<2>] {
-        &self.packed
+    pub(super) fn all(&self, factors: &Factors) -> Vec<Tensor<2>> {
+        let weights = 0..factors.weights.len();
+        weights.map(|weight| self.of(weight, factors)).collect()
     }
 }
 

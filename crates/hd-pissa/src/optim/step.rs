@@ -87,7 +87,7 @@ impl HdPissaOptimizer {
             let (merged, squares) =
                 Commit::apply(stepped, &factors, residuals, self.steps, |weight| {
                     MergeInputs {
-                        frames: frames.of(weight),
+                        frames: frames.of(weight, &factors),
                         deltas: deltas.packed[weight].clone(),
                         gate: gate.clone(),
                         rank: factors.weights[weight].rank(),
@@ -141,7 +141,7 @@ impl HdPissaOptimizer {
             .fingerprint_every
             .is_some_and(|every| self.steps > 0 && self.steps.is_multiple_of(every.get()));
         if due && workers > 1 {
-            Fingerprints::of_step(model, &factors, frames.all()).compare(communicator)?;
+            Fingerprints::of_step(model, &factors, &frames.all(&factors)).compare(communicator)?;
         }
 
         let (mut gradients, dense) = match grads.resolve(&factors)? {
