@@ -18,6 +18,8 @@ pub(crate) const SINGLE: &str = "model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
 /// That of the format.
 const LONGEST_HEADER: u64 = 100_000_000;
+/// Bytes that are read and decoded at once.
+const PART: usize = 1 << 20;
 
 /// Where the bytes of a weight file are.
 #[derive(Debug, Clone)]
@@ -218,28 +220,32 @@ pub(crate) fn read_header(
 }
 
 impl Entry {
-    fn bytes(&self, name: &str) -> Result<Vec<u8>, Error> {
-        self.check_memory(name)?;
-        let mut bytes = vec![0; self.len];
-        match &self.source {
+    /// What the file holds of it.
+    fn reader(&self) -> Result<Box<dyn Read + '_>, Error> {
+        Ok(match &self.source {
             Source::File(path) => {
                 let mut file = File::open(path).map_err(Error::io(path))?;
                 file.seek(SeekFrom::Start(self.start))
                     .map_err(Error::io(path))?;
-                file.read_exact(&mut bytes).map_err(Error::io(path))?;
+                Box::new(file)
             }
-            Source::Embedded(all) => {
-                let start = self.start as usize;
-                bytes.copy_from_slice(&all[start..start + self.len]);
-            }
-        }
+            Source::Embedded(all) => Box::new(&all[self.start as usize..]),
+        })
+    }
+
+    fn bytes(&self, name: &str) -> Result<Vec<u8>, Error> {
+        self.check_memory(name)?;
+        let mut bytes = vec![0; self.len];
+        self.reader()?
+            .read_exact(&mut bytes)
+            .map_err(Error::io(&self.path))?;
         Ok(bytes)
     }
 
     /// Refuses a tensor that does not fit into memory.
     pub(crate) fn check_memory(&self, name: &str) -> Result<(), Error> {
-        // The bytes, their values, and perhaps a transposed copy.
-        let fits = memory::check((self.len as u64).saturating_mul(5));
+        // The values, which may take more than the bytes, and perhaps a transposed copy.
+        let fits = memory::check((self.len as u64).saturating_mul(4));
         fits.map_err(|reason| Error::field(&self.path, name, reason))
     }
 
@@ -255,17 +261,32 @@ impl Entry {
     /// The values; `name` is for messages.
     pub(crate) fn read(&self, name: &str) -> Result<Vec<f32>, Error> {
         let fail = |reason: String| Error::field(&self.path, name, reason);
-        let bytes = self.bytes(name)?;
-        let values: Vec<f32> = match self.dtype {
-            Dtype::F32 => chunks(&bytes, f32::from_le_bytes),
-            Dtype::F16 => chunks(&bytes, |bytes| f16::from_le_bytes(bytes).to_f32()),
-            Dtype::BF16 => chunks(&bytes, |bytes| bf16::from_le_bytes(bytes).to_f32()),
+        let decode: fn(&[u8], &mut Vec<f32>) = match self.dtype {
+            Dtype::F32 => |bytes, values| extend(values, bytes, f32::from_le_bytes),
+            Dtype::F16 => |bytes, values| {
+                extend(values, bytes, |bytes| f16::from_le_bytes(bytes).to_f32());
+            },
+            Dtype::BF16 => |bytes, values| {
+                extend(values, bytes, |bytes| bf16::from_le_bytes(bytes).to_f32());
+            },
             other => {
                 return Err(fail(format!(
                     "has dtype {other:?}; supported are F32, F16, BF16"
                 )));
             }
         };
+        self.check_memory(name)?;
+        let mut reader = self.reader()?;
+        let mut values = Vec::with_capacity(self.num_values());
+        // In parts, so that the bytes are never there beside all of the values.
+        let mut buffer = vec![0; PART.min(self.len)];
+        let mut left = self.len;
+        while left > 0 {
+            let part = &mut buffer[..left.min(PART)];
+            reader.read_exact(part).map_err(Error::io(&self.path))?;
+            decode(part, &mut values);
+            left -= part.len();
+        }
         match values.iter().filter(|value| !value.is_finite()).count() {
             0 => Ok(values),
             count => Err(fail(format!("holds {count} NaN or infinite values"))),
@@ -273,9 +294,9 @@ impl Entry {
     }
 }
 
-fn chunks<const N: usize>(bytes: &[u8], value: impl Fn([u8; N]) -> f32) -> Vec<f32> {
+fn extend<const N: usize>(values: &mut Vec<f32>, bytes: &[u8], value: impl Fn([u8; N]) -> f32) {
     let (chunks, _) = bytes.as_chunks::<N>();
-    chunks.iter().map(|&chunk| value(chunk)).collect()
+    values.extend(chunks.iter().map(|&chunk| value(chunk)));
 }
 
 /// The transpose of a `[rows, cols]` matrix, in blocks that stay in cache.

@@ -1,10 +1,11 @@
 //! A trained model in the layout of the pretrained one: weights in the dtype that is asked for, and
 //! every other file of the model it came from.
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use burn::module::{Module, ModuleVisitor, Param};
-use burn::tensor::Tensor;
+use burn::tensor::{Tensor, TensorData};
 use clap::ValueEnum;
 use half::{bf16, f16};
 use rand::rngs::StdRng;
@@ -104,7 +105,10 @@ impl ExportConfig {
     }
 
     /// `values` rounded to `dtype`; `name` chooses the random stream.
-    fn round(&self, values: &[f32], dtype: Dtype, name: &str) -> Vec<f32> {
+    fn round<'a>(&self, values: &'a [f32], dtype: Dtype, name: &str) -> Cow<'a, [f32]> {
+        if dtype == Dtype::F32 {
+            return values.into();
+        }
         let digest = Sha256::new()
             .chain_update(self.seed.to_le_bytes())
             .chain_update(name)
@@ -191,22 +195,24 @@ impl Pretrained {
         config: &ExportConfig,
     ) -> Result<Exported, Error> {
         let path = folder.join(SINGLE);
-        let (mut along, mut square, mut rounded) = (0.0, 0.0, false);
+        let (mut along, mut square) = (0.0, 0.0);
         let mut unread = None;
         let weights = collect(model);
+        let own = |weight: &Weight| self.tensors.get(&weight.name);
+        let dtype = |weight: &Weight| config.dtype(own(weight).map(|entry| entry.dtype));
+        // Without a rounding all of the update survives, and nothing is read.
+        let rounds = weights.iter().any(|weight| dtype(weight) != Dtype::F32);
         let mut unwritten = Vec::new();
         for weight in &weights {
-            let own = self.tensors.get(&weight.name);
-            let dtype = config.dtype(own.map(|entry| entry.dtype));
+            let dtype = dtype(weight);
             let values = (weight.values)();
-            let written = weight.checked(&values, config, dtype, &path)?;
-            if dtype != Dtype::F32 {
-                rounded = true;
-            }
-            let before = own.map(|entry| entry.read(&weight.name));
+            let values = as_slice(&values);
+            let written = weight.checked(values, config, dtype, &path)?;
+            let before = own(weight).filter(|_| rounds);
+            let before = before.map(|entry| entry.read(&weight.name));
             match before {
                 Some(Ok(before)) => {
-                    for ((&before, &value), &written) in before.iter().zip(&values).zip(&written) {
+                    for ((&before, &value), &written) in before.iter().zip(values).zip(&*written) {
                         let update = f64::from(value) - f64::from(before);
                         along += (f64::from(written) - f64::from(before)) * update;
                         square += update * update;
@@ -244,7 +250,7 @@ impl Pretrained {
             }
         }
         Ok(Exported {
-            survived: (rounded && square > 0.0 && unread.is_none()).then(|| along / square),
+            survived: (rounds && square > 0.0 && unread.is_none()).then(|| along / square),
             left_out,
         })
     }
@@ -282,7 +288,7 @@ pub fn write_weights(
     let weights = collect(model);
     let unwritten = weights.iter().map(|weight| {
         let dtype = dtype(&weight.name);
-        weight.checked(&(weight.values)(), &config, dtype, path)?;
+        weight.checked(as_slice(&(weight.values)()), &config, dtype, path)?;
         Ok(weight.unwritten(&config, dtype))
     });
     write_file(unwritten.collect::<Result<_, Error>>()?, path)
@@ -293,18 +299,19 @@ pub fn write_weights(
 struct Weight {
     name: String,
     shape: Vec<usize>,
-    values: Box<dyn Fn() -> Vec<f32>>,
+    /// `f32`.
+    values: Box<dyn Fn() -> TensorData>,
 }
 
 impl Weight {
     /// `values` as they are written, all of them finite.
-    fn checked(
+    fn checked<'a>(
         &self,
-        values: &[f32],
+        values: &'a [f32],
         config: &ExportConfig,
         dtype: Dtype,
         path: &Path,
-    ) -> Result<Vec<f32>, Error> {
+    ) -> Result<Cow<'a, [f32]>, Error> {
         let written = config.round(values, dtype, &self.name);
         match written.iter().all(|value| value.is_finite()) {
             true => Ok(written),
@@ -316,7 +323,10 @@ impl Weight {
     }
 
     fn unwritten<'a>(&'a self, config: &'a ExportConfig, dtype: Dtype) -> (String, Unwritten<'a>) {
-        let bytes = move || encode(&config.round(&(self.values)(), dtype, &self.name), dtype);
+        let bytes = move || {
+            let values = (self.values)();
+            encode(&config.round(as_slice(&values), dtype, &self.name), dtype)
+        };
         let tensor = Unwritten {
             dtype,
             shape: self.shape.clone(),
@@ -354,9 +364,10 @@ impl ModuleVisitor for Collector {
         let tensor = param.val();
         let mut shape = tensor.dims().to_vec();
         let is_transposed = self.names.is_transposed();
-        let values: Box<dyn Fn() -> Vec<f32>> = match (is_transposed, &shape[..]) {
+        let values: Box<dyn Fn() -> TensorData> = match (is_transposed, &shape[..]) {
             (true, &[rows, columns]) => {
-                Box::new(move || transpose(&values(&tensor), rows, columns))
+                let transposed = move |values| transpose(as_slice(&values), rows, columns);
+                Box::new(move || TensorData::new(transposed(values(&tensor)), [columns, rows]))
             }
             _ => Box::new(move || values(&tensor)),
         };
@@ -371,9 +382,13 @@ impl ModuleVisitor for Collector {
     }
 }
 
-fn values<const D: usize>(tensor: &Tensor<D>) -> Vec<f32> {
-    let data = tensor.to_data().convert::<f32>();
-    data.try_into_vec().expect("converted to f32")
+fn values<const D: usize>(tensor: &Tensor<D>) -> TensorData {
+    tensor.to_data().convert::<f32>()
+}
+
+/// A slice of the data itself: a vector of it would be a copy.
+fn as_slice(data: &TensorData) -> &[f32] {
+    data.as_slice().expect("converted to f32")
 }
 
 #[cfg(test)]
