@@ -5,24 +5,34 @@ use std::process::ExitCode;
 use clap::Parser;
 use llama_math::cli::Cli;
 
-#[cfg(feature = "mimalloc")]
+/// Without glibc, whose allocator needs no replacement.
+#[cfg(all(feature = "mimalloc", not(target_env = "gnu")))]
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Lets the allocator keep the memory that operations give back. A step takes and returns the same
-/// buffers again and again; by default they go back to the system in between, which then clears every page
-/// once more. The variable `MIMALLOC_PURGE_DELAY`, in milliseconds, has the last word.
-#[cfg(feature = "mimalloc")]
+/// buffers again and again. By default they go back to the system in between, which then clears every
+/// page once more.
+///
+/// One arena serves all threads: with one for each, none could use what another gave back. The variables
+/// `MALLOC_ARENA_MAX` and the like of glibc have no effect.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
 fn keep_memory() {
-    /// Place of `mi_option_purge_delay` among the options.
-    const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
-    const NEVER: std::ffi::c_long = -1;
-    // SAFETY: sets a number. No other thread runs yet.
-    unsafe { libmimalloc_sys::mi_option_set_default(PURGE_DELAY, NEVER) }
+    let options = [
+        (libc::M_ARENA_MAX, 1),
+        // What is larger, logits above all, would leave holes that smaller buffers fill.
+        (libc::M_MMAP_THRESHOLD, 4 << 20),
+        (libc::M_TRIM_THRESHOLD, -1),
+        (libc::M_TOP_PAD, 8 << 20),
+    ];
+    for (option, value) in options {
+        // SAFETY: sets a number. No other thread runs yet. What glibc does not take, it ignores.
+        unsafe { libc::mallopt(option, value) };
+    }
 }
 
 fn main() -> ExitCode {
-    #[cfg(feature = "mimalloc")]
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
     keep_memory();
     match Cli::parse().run() {
         Ok(()) => ExitCode::SUCCESS,

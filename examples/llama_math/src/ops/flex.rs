@@ -253,8 +253,8 @@ fn attention_scores_gradient(
     gradient
 }
 
-/// The most logits that exist at once.
-const LOGITS: usize = 1 << 23;
+/// Rows whose logits exist at once.
+const ROWS_OF_LOGITS: usize = 64;
 
 /// The loss of [`LlamaOps::llama_head_loss`], and, if they are asked for, the gradients of the rows of `hidden`,
 /// in parts.
@@ -264,12 +264,9 @@ fn head_loss(
     labels: Vec<u32>,
     with_gradients: bool,
 ) -> (FlexTensor, Vec<FlexTensor>) {
-    let rows = (LOGITS / last(&weight).max(1)).max(1);
     // Parts of nearly equal size.
-    let rows = labels
-        .len()
-        .div_ceil(labels.len().div_ceil(rows).max(1))
-        .max(1);
+    let parts = labels.len().div_ceil(ROWS_OF_LOGITS).max(1);
+    let rows = labels.len().div_ceil(parts).max(1);
     let mut losses = 0.0;
     let mut gradients = Vec::new();
     for (part, labels) in labels.chunks(rows).enumerate() {
