@@ -6,7 +6,10 @@ use clap::Parser;
 use llama_math::cli::Cli;
 
 /// Without glibc, whose allocator needs no replacement.
-#[cfg(all(feature = "mimalloc", not(target_env = "gnu")))]
+#[cfg(all(
+    feature = "mimalloc",
+    not(all(target_os = "linux", target_env = "gnu"))
+))]
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
