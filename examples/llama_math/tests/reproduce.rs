@@ -29,6 +29,7 @@ fn trial(task: Task, row: Row, lr: f64, items: usize) -> Trial {
         items,
         rank: 4,
         shards: 8,
+        loss_only: false,
     }
 }
 
@@ -244,7 +245,6 @@ fn a_report_says_what_has_not_been_run() {
         for trial in tuning.into_iter().chain(fresh) {
             let measured = Measured {
                 losses: vec![],
-                held_out: vec![],
                 // Best at 2e-3.
                 loss: (trial.lr.ln() - 2e-3f64.ln()).abs() / 10.0 + 0.01 * trial.seed as f64,
                 correct: 0,
@@ -256,6 +256,7 @@ fn a_report_says_what_has_not_been_run() {
                 seconds: 6.0,
                 tokens_per_second: 1.0,
                 peak_memory: None,
+                used: None,
                 answers: vec![],
                 record: None,
             };

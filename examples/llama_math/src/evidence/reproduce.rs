@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::children::Children;
+use super::judge::Judge;
 use super::learning_rates::LearningRates;
 use super::row::Row;
 use super::search::{Entry, Finding, Search};
@@ -55,6 +56,21 @@ pub struct Experiment {
     pub seeds: Option<Vec<u64>>,
 }
 
+impl Experiment {
+    /// By what its methods are compared.
+    ///
+    /// # Panics
+    ///
+    /// Without a part.
+    pub fn judge(&self) -> Judge {
+        self.parts
+            .first()
+            .expect("an experiment has parts")
+            .task
+            .judge()
+    }
+}
+
 /// A column of an experiment's tables.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -83,6 +99,8 @@ pub struct Part {
 pub enum Measure {
     /// Share of right answers.
     Score,
+    /// Mean loss per target token on the test problems.
+    Loss,
     /// The share of a planted change that is missing, beside its closed form; the axis of a picture is
     /// the rank of the change.
     Missed,
@@ -136,6 +154,11 @@ impl Settings {
             }
             for part in &experiment.parts {
                 let Part { label, shards, .. } = part;
+                if part.task.judge() != experiment.judge() {
+                    let reason = "is compared by something else than the first part; a table of differences has one unit"
+                        .into();
+                    return invalid(&format!("{} / {label} / task", experiment.name), reason);
+                }
                 let sequences = part.task.sequences_per_step();
                 if *shards == 0 || !sequences.is_multiple_of(*shards) {
                     let reason =
