@@ -54,20 +54,23 @@ impl Judge {
         }
     }
 
-    /// A difference of gains.
+    /// A difference of gains in words.
     pub fn difference(self, difference: Estimate) -> String {
-        let unit = match self {
-            Self::Share => "points",
-            Self::Loss => "in loss",
-        };
-        format!("{} {unit}", self.number(difference))
+        let Estimate { mean, half_width } = difference;
+        match self {
+            Self::Share => format!("{} points", self.number(difference)),
+            Self::Loss => {
+                let direction = if mean < 0.0 { "higher" } else { "lower" };
+                format!("loss {:.3} ± {half_width:.3} {direction}", mean.abs())
+            }
+        }
     }
 
-    /// What the numbers of a table of differences are.
-    pub fn about_differences(self) -> &'static str {
+    /// The heading of a table of differences from others.
+    pub fn heading(self) -> &'static str {
         match self {
-            Self::Share => "in points",
-            Self::Loss => "by how much its loss per token is lower; a minus says that it is higher",
+            Self::Share => "difference from others, in points",
+            Self::Loss => "by how much its loss is lower than that of others",
         }
     }
 }
@@ -106,6 +109,10 @@ mod tests {
             half_width: 0.004,
         };
         assert_eq!(Judge::Share.difference(difference), "-1.2 ± 0.4 points");
-        assert_eq!(Judge::Loss.difference(difference), "-0.012 ± 0.004 in loss");
+        assert_eq!(Judge::Loss.number(difference), "-0.012 ± 0.004");
+        assert_eq!(
+            Judge::Loss.difference(difference),
+            "loss 0.012 ± 0.004 higher"
+        );
     }
 }

@@ -38,10 +38,10 @@ points more than LoRA and 4.98 points more than PiSSA. Its setting differs from 
 
 | setting | the paper | here |
 |---|---|---|
-| models | Llama-2-7B, Llama-3-8B, Mistral-7B | a Llama of 0.8 million values, and single layers |
+| models | Llama-2-7B, Llama-3-8B, Mistral-7B | a Llama of 0.8 million values, SmolLM2-135M on GSM8K, and single layers |
 | shards | 8 GPUs, rank 16 each | virtual shards on a CPU, rank as above |
 | learning rate | 2e-5 for all methods; its LoRA was not tuned | searched for every method and task |
-| batch | 128 sequences per step, one epoch | 32 sequences per step |
+| batch | 128 sequences per step, one epoch | 32 sequences per step, 8 on GSM8K |
 | baselines | LoRA and PiSSA of the rank of one shard | these, and LoRA and PiSSA of as many trainable values |
 
 “16 times the effective rank” compares K = 8 shards, whose update has rank up to 2·K·r = 16·r, with a LoRA of rank r. \
@@ -121,6 +121,15 @@ fn chapter(settings: &Settings, answers: &[Vec<Answered>]) -> String {
         results.len(),
         machine()
     );
+    let mut parts = settings
+        .experiments
+        .iter()
+        .flat_map(|experiment| &experiment.parts);
+    if parts.any(|part| part.task.takes_files()) {
+        text += "\nOn records of files, such as GSM8K, methods are compared by the loss on held-out records, \
+                 elsewhere by the share of right answers or of what was to be learned. To run that part, add \
+                 `--model DIR --data train.jsonl --test test.jsonl`.\n";
+    }
     missing(settings, answers, &mut text);
     losses(settings, answers, &mut text);
     for (experiment, parts) in settings.experiments.iter().zip(answers) {
@@ -292,9 +301,9 @@ fn section(settings: &Settings, experiment: &Experiment, parts: &[Answered], tex
         }
         let _ = writeln!(
             text,
-            "\n### {}: difference from others, {}\n",
+            "\n### {}: {}\n",
             row.title(settings.rank, 1),
-            experiment.judge().about_differences()
+            experiment.judge().heading()
         );
         let labels: Vec<&str> = parts
             .iter()

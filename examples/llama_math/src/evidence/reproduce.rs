@@ -1,6 +1,7 @@
 //! The reproduction of every result: its settings, and the trainings that they ask for.
 
 use std::path::Path;
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
@@ -175,8 +176,8 @@ impl Settings {
         experiment.seeds.as_deref().unwrap_or(&self.seeds)
     }
 
-    /// Runs what has no result yet, experiment by experiment. Tasks that take files have no results
-    /// without them.
+    /// Runs what has no result yet, experiment by experiment. Without files nothing is trained for tasks
+    /// that take them.
     ///
     /// # Errors
     ///
@@ -209,20 +210,16 @@ impl Settings {
             rank: self.rank,
             shards: part.shards,
         };
-        let without = |row| Finding {
-            entry: entry(row, part.steps),
-            known: None,
-            tried: Vec::new(),
-            fresh: Vec::new(),
+        // Without its files nothing is trained; the results that there are count.
+        let lacks_files = part.task.takes_files() && children.files.is_none();
+        let until = match lacks_files {
+            true => Some(Instant::now()),
+            false => children.until,
         };
-        if matches!(part.task.kind(), Kind::Records) && children.files.is_none() {
-            let rows = experiment.rows.iter().map(|&row| without(row));
-            return Ok(Answered {
-                part: part.clone(),
-                base: None,
-                findings: rows.collect(),
-            });
-        }
+        let children = &Children {
+            until,
+            ..children.clone()
+        };
         let base = match part.task.kind() {
             Kind::Layer(_) => None,
             _ => {

@@ -135,6 +135,11 @@ impl Task {
         }
     }
 
+    /// Whether it takes [`Files`].
+    pub fn takes_files(self) -> bool {
+        matches!(self.kind(), Kind::Records)
+    }
+
     /// By what methods are compared on it. A small checkpoint has too few right answers of GSM8K to
     /// tell methods by.
     pub fn judge(self) -> Judge {
@@ -238,7 +243,7 @@ impl Exam {
     ///
     /// # Errors
     ///
-    /// Those of the files; none for the embedded model.
+    /// Those of the files, and [`Error::Option`] for too few records; none for the embedded model.
     ///
     /// # Panics
     ///
@@ -286,6 +291,17 @@ impl Exam {
                 let (mut test, mut records) = short(&tokens, &template, &all, items + WATCHED)?;
                 others = test.split_off(items.min(test.len()));
                 records.truncate(items);
+                if others.is_empty() {
+                    let reason = format!(
+                        "has {} records of at most {MAX_LENGTH_OF_RECORDS} tokens; {items} are tested \
+                         on, and learning rates are chosen by others",
+                        records.len()
+                    );
+                    return Err(Error::Option {
+                        option: "test",
+                        reason,
+                    });
+                }
                 (train, test, records)
             }
             (Kind::Records, None) | (Kind::Layer(_), _) => {
@@ -330,24 +346,9 @@ impl Exam {
     }
 
     /// Mean loss per target token of a model in validation mode on records that are no test problems, to
-    /// choose rates by.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Option`] if the file has none.
-    pub fn loss_on_others(&self, model: &Llama) -> Result<f64, Error> {
-        if self.others.is_empty() {
-            let reason = format!(
-                "has no record after the first {}; learning rates are chosen by others than the test \
-                 problems",
-                self.records.len()
-            );
-            return Err(Error::Option {
-                option: "test",
-                reason,
-            });
-        }
-        Ok(mean_loss(model, &self.others, || ()))
+    /// choose rates by; 0 for a task without files.
+    pub fn loss_on_others(&self, model: &Llama) -> f64 {
+        mean_loss(model, &self.others, || ())
     }
 
     /// Measures a model, which must be in validation mode.

@@ -260,7 +260,7 @@ impl Trial {
 
         let model = trained.model.valid().materialize();
         let (grade, (numeric_rank, effective_rank)) = match self.loss_only {
-            true => (Grade::of_loss(exam.loss_on_others(&model)?), (0.0, 0.0)),
+            true => (Grade::of_loss(exam.loss_on_others(&model)), (0.0, 0.0)),
             false => {
                 let before = projections(&exam.pretrained.load(device)?);
                 let ranks = mean_ranks(&before, &projections(&model));
