@@ -305,6 +305,8 @@ fn a_report_says_what_has_not_been_run() {
         partial.contains("times LoRA r 2 | 1.0 | 4.0 |"),
         "{partial}"
     );
+    // Tuned, 99 % of the change is learned, and afterwards 97.5 %.
+    assert!(!partial.contains("did not carry over"), "{partial}");
     // Both have the same losses.
     assert!(
         partial.contains("1 without a difference shown, 0 ahead"),
@@ -315,6 +317,49 @@ fn a_report_says_what_has_not_been_run() {
     let numbers = std::fs::read_to_string(folder.path().join(report::NUMBERS)).unwrap();
     let numbers: serde_json::Value = serde_json::from_str(&numbers).unwrap();
     assert_eq!(numbers["findings"][0]["fresh"][1]["seed"], 3);
+}
+
+#[test]
+fn a_report_names_rates_that_were_good_with_the_tuning_seed_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("settings.json");
+    std::fs::write(&path, SMALL).unwrap();
+    let settings = Settings::read(&path).unwrap();
+    let children = nothing_trained(folder.path(), Some(std::time::Instant::now()));
+    std::fs::create_dir(&children.folder).unwrap();
+    for part in &settings.experiments[0].parts {
+        for &row in &settings.experiments[0].rows {
+            let entry = Entry {
+                task: part.task,
+                row,
+                steps: part.steps,
+                items: part.items,
+                rank: 2,
+                shards: part.shards,
+            };
+            for lr in [2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2] {
+                for seed in [1, 2, 3] {
+                    let is_missed = seed > 1 && row == Row::Lora && part.items == 16;
+                    let measured = Measured {
+                        loss: match (is_missed, lr == 2e-3) {
+                            (true, _) => 0.7,
+                            (false, true) => 0.2,
+                            (false, false) => 0.9,
+                        },
+                        ..made_up()
+                    };
+                    write(&children.folder, entry.trial(lr, seed), measured);
+                }
+            }
+        }
+    }
+    let answers = settings.run(&children).unwrap();
+    report::write(folder.path(), &settings, &answers).unwrap();
+    let chapter = std::fs::read_to_string(folder.path().join(report::CHAPTER)).unwrap();
+    let line = "The rate of LoRA r 2 did not carry over, second: 80.0 % with the tuning seeds, 30.0 % \
+                with the others.";
+    assert!(chapter.contains(line), "{chapter}");
+    assert_eq!(chapter.matches("did not carry over").count(), 1);
 }
 
 /// A small reproduction with records.

@@ -7,6 +7,8 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use super::judge::Judge;
+use super::rates;
 use super::reproduce::{Answered, Experiment, Measure, Settings};
 use super::row::Row;
 use super::search::{Entry, Finding};
@@ -28,6 +30,10 @@ const MISSING: &str = "not run";
 
 /// Differences below this one are none: they show as 0.0 points, or a loss of 0.000.
 const NOTHING: f64 = 5e-4;
+
+/// A rate whose share of right answers falls below this part of what it was with the tuning seeds has
+/// not carried over to other seeds.
+const CARRIED_OVER: f64 = 0.5;
 
 /// What the paper says of itself. Its figures are not ours to compute.
 const PAPER: &str = "\
@@ -283,6 +289,9 @@ fn section(settings: &Settings, experiment: &Experiment, parts: &[Answered], tex
             let _ = writeln!(text, "\nThrown out: {label}, because {reason}.");
         }
     }
+    for line in parts.iter().flat_map(unsteady) {
+        let _ = writeln!(text, "\n{line}");
+    }
     if picture(experiment, parts).is_some() {
         let name = picture_name(experiment);
         let _ = writeln!(text, "\n![{}]({name})", experiment.title);
@@ -330,6 +339,27 @@ fn section(settings: &Settings, experiment: &Experiment, parts: &[Answered], tex
         let lines: Vec<String> = lines.into_iter().map(|(_, line)| line).collect();
         let _ = writeln!(text, "{}{}", head("from", &labels), lines.join("\n"));
     }
+}
+
+/// Methods whose rate was good with the tuning seeds alone, a sentence each.
+fn unsteady(answered: &Answered) -> Vec<String> {
+    let of_finding = |finding: &&Finding| {
+        let tried = rates::tried(&finding.tried).into_iter();
+        let tuned = tried.filter(|tried| tried.rate.value() == finding.lr());
+        let tuned = tuned.map(|tried| tried.score).next()?;
+        let fresh = Estimate::of(&finding.scores()).mean;
+        (answered.part.task.judge() == Judge::Share && fresh < CARRIED_OVER * tuned).then(|| {
+            format!(
+                "The rate of {} did not carry over, {}: {} with the tuning seeds, {} with the others. A \
+                 difference from it says little.",
+                finding.entry.title(),
+                answered.part.label,
+                percent(tuned),
+                percent(fresh)
+            )
+        })
+    };
+    complete(answered).iter().filter_map(of_finding).collect()
 }
 
 fn head(first: &str, labels: &[&str]) -> String {
