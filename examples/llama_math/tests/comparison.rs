@@ -60,6 +60,7 @@ fn short_runs(task: Task) -> [Measured; 7] {
             items,
             rank: 4,
             shards: 8,
+            loss_only: false,
         };
         match trial.run(&Device::flex(), None).unwrap().outcome {
             Outcome::Trained(measured) => *measured,

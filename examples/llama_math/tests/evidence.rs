@@ -166,6 +166,7 @@ fn a_result_of_other_settings_is_refused() {
         items: 32,
         rank: 4,
         shards: 8,
+        loss_only: false,
     };
     assert!(TrialResult::read(&path, &trial).unwrap().is_none());
     trial
@@ -215,6 +216,7 @@ fn facts_are_learned_and_recall_is_counted() {
         items: 32,
         rank: 4,
         shards: 8,
+        loss_only: false,
     };
     let result = trial.run(&Device::flex(), None).unwrap();
     let Outcome::Trained(measured) = &result.outcome else {
@@ -253,6 +255,7 @@ fn a_training_that_diverges_is_a_result() {
         items: 32,
         rank: 4,
         shards: 8,
+        loss_only: false,
     };
     let result = trial.run(&Device::flex(), None).unwrap();
     assert!(matches!(result.outcome, Outcome::Diverged(_)));

@@ -10,7 +10,7 @@ use llama_math::evidence::children::{Children, this_program};
 use llama_math::evidence::planted::{Direction, Planted};
 use llama_math::evidence::reproduce::Settings;
 use llama_math::evidence::row::Row;
-use llama_math::evidence::task::{Kind, Task};
+use llama_math::evidence::task::{Files, Kind, Task};
 use llama_math::evidence::trial::{Measured, Outcome, Trial, TrialResult};
 use llama_math::evidence::{report, search::Entry};
 use llama_math::recipe::Recipe;
@@ -29,6 +29,7 @@ fn trial(task: Task, row: Row, lr: f64, items: usize) -> Trial {
         items,
         rank: 4,
         shards: 8,
+        loss_only: false,
     }
 }
 
@@ -175,6 +176,11 @@ fn settings_that_cannot_be_run_are_refused() {
         ("\"shards\": 8", "\"shards\": 0", "0 does not divide"),
         ("\"planted-random\"", "\"unheard-of\"", "unknown variant"),
         ("\"rank\": 4", "\"ranks\": 4", "unknown field"),
+        (
+            "\"task\": \"planted-aligned\"",
+            "\"task\": \"gsm8k\"",
+            "compared by something else",
+        ),
     ] {
         std::fs::write(&path, good.replacen(from, to, 1)).unwrap();
         let error = Settings::read(&path).unwrap_err().to_string();
@@ -198,21 +204,53 @@ const SMALL: &str = r#"{
   }]
 }"#;
 
+/// What a training might have measured.
+fn made_up() -> Measured {
+    Measured {
+        losses: vec![],
+        loss: 1.0,
+        correct: 0,
+        numeric_rank: 3.0,
+        effective_rank: 3.0,
+        ranks: vec![],
+        text_loss: None,
+        trainable: 100,
+        seconds: 6.0,
+        tokens_per_second: 1.0,
+        peak_memory: None,
+        used: None,
+        answers: vec![],
+        record: None,
+    }
+}
+
+fn write(folder: &Path, trial: Trial, measured: Measured) {
+    let outcome = Outcome::Trained(Box::new(measured));
+    let result = TrialResult { trial, outcome };
+    let name = format!("{}.json", trial.name());
+    result.write(&folder.join(name)).unwrap();
+}
+
+/// A run that reads the results in the folder `trials`, and trains nothing.
+fn nothing_trained(folder: &Path, until: Option<std::time::Instant>) -> Children {
+    Children {
+        folder: folder.join("trials"),
+        processes: 1,
+        device: None,
+        files: None,
+        record: false,
+        until,
+        program: this_program,
+    }
+}
+
 #[test]
 fn a_report_says_what_has_not_been_run() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("settings.json");
     std::fs::write(&path, SMALL).unwrap();
     let settings = Settings::read(&path).unwrap();
-    let children = Children {
-        folder: folder.path().join("trials"),
-        processes: 1,
-        device: None,
-        files: None,
-        record: false,
-        until: Some(std::time::Instant::now()),
-        program: this_program,
-    };
+    let children = nothing_trained(folder.path(), Some(std::time::Instant::now()));
     let report = || {
         let answers = settings.run(&children).unwrap();
         report::write(folder.path(), &settings, &answers).unwrap();
@@ -243,26 +281,12 @@ fn a_report_says_what_has_not_been_run() {
             .flat_map(|&lr| [2, 3].map(|seed| entry.trial(lr, seed)));
         for trial in tuning.into_iter().chain(fresh) {
             let measured = Measured {
-                losses: vec![],
-                held_out: vec![],
                 // Best at 2e-3.
                 loss: (trial.lr.ln() - 2e-3f64.ln()).abs() / 10.0 + 0.01 * trial.seed as f64,
-                correct: 0,
-                numeric_rank: 3.0,
-                effective_rank: 3.0,
                 ranks: vec![(10, 2.0), (20, if row == Row::Lora { 2.0 } else { 8.0 })],
-                text_loss: None,
-                trainable: 100,
-                seconds: 6.0,
-                tokens_per_second: 1.0,
-                peak_memory: None,
-                answers: vec![],
-                record: None,
+                ..made_up()
             };
-            let outcome = Outcome::Trained(Box::new(measured));
-            let result = TrialResult { trial, outcome };
-            let name = format!("{}.json", trial.name());
-            result.write(&children.folder.join(name)).unwrap();
+            write(&children.folder, trial, measured);
         }
     }
     let partial = report();
@@ -281,6 +305,8 @@ fn a_report_says_what_has_not_been_run() {
         partial.contains("times LoRA r 2 | 1.0 | 4.0 |"),
         "{partial}"
     );
+    // Tuned, 99 % of the change is learned, and afterwards 97.5 %.
+    assert!(!partial.contains("did not carry over"), "{partial}");
     // Both have the same losses.
     assert!(
         partial.contains("1 without a difference shown, 0 ahead"),
@@ -291,6 +317,232 @@ fn a_report_says_what_has_not_been_run() {
     let numbers = std::fs::read_to_string(folder.path().join(report::NUMBERS)).unwrap();
     let numbers: serde_json::Value = serde_json::from_str(&numbers).unwrap();
     assert_eq!(numbers["findings"][0]["fresh"][1]["seed"], 3);
+}
+
+#[test]
+fn a_report_names_rates_that_were_good_with_the_tuning_seed_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("settings.json");
+    std::fs::write(&path, SMALL).unwrap();
+    let settings = Settings::read(&path).unwrap();
+    let children = nothing_trained(folder.path(), Some(std::time::Instant::now()));
+    std::fs::create_dir(&children.folder).unwrap();
+    for part in &settings.experiments[0].parts {
+        for &row in &settings.experiments[0].rows {
+            let entry = Entry {
+                task: part.task,
+                row,
+                steps: part.steps,
+                items: part.items,
+                rank: 2,
+                shards: part.shards,
+            };
+            for lr in [2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2] {
+                for seed in [1, 2, 3] {
+                    let is_missed = seed > 1 && row == Row::Lora && part.items == 16;
+                    let measured = Measured {
+                        loss: match (is_missed, lr == 2e-3) {
+                            (true, _) => 0.7,
+                            (false, true) => 0.2,
+                            (false, false) => 0.9,
+                        },
+                        ..made_up()
+                    };
+                    write(&children.folder, entry.trial(lr, seed), measured);
+                }
+            }
+        }
+    }
+    let answers = settings.run(&children).unwrap();
+    report::write(folder.path(), &settings, &answers).unwrap();
+    let chapter = std::fs::read_to_string(folder.path().join(report::CHAPTER)).unwrap();
+    let line = "The rate of LoRA r 2 did not carry over, second: 80.0 % with the tuning seeds, 30.0 % \
+                with the others.";
+    assert!(chapter.contains(line), "{chapter}");
+    assert_eq!(chapter.matches("did not carry over").count(), 1);
+}
+
+/// A small reproduction with records.
+const RECORDS: &str = r#"{
+  "tuning_seeds": [1], "seeds": [2, 3, 4], "rank": 4,
+  "experiments": [{
+    "name": "gsm8k", "title": "Records", "rows": ["lora", "published", "full"],
+    "tables": ["loss", "score", "rate"],
+    "parts": [{"label": "first", "task": "gsm8k", "items": 200, "steps": 20, "shards": 8}]
+  }]
+}"#;
+
+/// Writes results about records, with the loss of each row, and returns the chapter.
+fn chapter_on_records(base: f64, losses: [(Row, f64); 3]) -> String {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("settings.json");
+    std::fs::write(&path, RECORDS).unwrap();
+    let settings = Settings::read(&path).unwrap();
+    // Without the files nothing is trained, however much time there is.
+    let children = nothing_trained(folder.path(), None);
+    std::fs::create_dir(&children.folder).unwrap();
+    let part = &settings.experiments[0].parts[0];
+    let entry = |row, steps| Entry {
+        task: part.task,
+        row,
+        steps,
+        items: part.items,
+        rank: 4,
+        shards: part.shards,
+    };
+    let untrained = Measured {
+        loss: base,
+        used: Some((5, 9)),
+        ..made_up()
+    };
+    let trial = entry(Row::Full, 0).trial(1e-3, 2);
+    write(&children.folder, trial, untrained);
+    for (row, loss) in losses {
+        for (place, lr) in [5e-5_f64, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2]
+            .into_iter()
+            .enumerate()
+        {
+            let tuning = Measured {
+                // Best at 2e-3, where the answers are the fewest.
+                loss: 1.0 + (lr.ln() - 2e-3f64.ln()).abs(),
+                ..made_up()
+            };
+            write(&children.folder, entry(row, 20).tuning(lr, 1), tuning);
+            for seed in [2, 3, 4] {
+                let fresh = Measured {
+                    loss: if lr == 2e-3 {
+                        loss + 0.1 * seed as f64
+                    } else {
+                        9.0
+                    },
+                    correct: place,
+                    ..made_up()
+                };
+                write(&children.folder, entry(row, 20).trial(lr, seed), fresh);
+            }
+        }
+    }
+    let answers = settings.run(&children).unwrap();
+    report::write(folder.path(), &settings, &answers).unwrap();
+    std::fs::read_to_string(folder.path().join(report::CHAPTER)).unwrap()
+}
+
+#[test]
+fn methods_are_compared_by_loss_on_records() {
+    let rows = [Row::Lora, Row::Published, Row::Full];
+    let chapter = chapter_on_records(1.5, [(rows[0], 0.8), (rows[1], 0.9), (rows[2], 0.9)]);
+    for part in [
+        "Records, HD-PiSSA, published: behind LoRA r 4 (first). Of 2 comparisons: 1 behind, 1 without \
+         a difference shown, 0 ahead",
+        "| untrained | 1.500 |",
+        "| LoRA r 4 | 1.100 ± 0.248 |",
+        "| LoRA r 4 | 2.5 ± 0.0 % |",
+        "| full | 2e-3 |",
+        "### HD-PiSSA, published: by how much its loss is lower than that of others",
+        "| LoRA r 4 | **-0.100 ± 0.000** |",
+        "| full | +0.000 ± 0.000 |",
+        "5 of 9 to train on",
+    ] {
+        assert!(chapter.contains(part), "{part} is not in {chapter}");
+    }
+    assert!(!chapter.contains("Thrown out"), "{chapter}");
+
+    let unfit = chapter_on_records(1.1, [(rows[0], 0.8), (rows[1], 0.9), (rows[2], 0.9)]);
+    assert!(
+        unfit.contains("Thrown out: first, because full fine-tuning does not lower the loss"),
+        "{unfit}"
+    );
+    assert!(!unfit.contains("behind"), "{unfit}");
+}
+
+/// Lines of JSON: short records, and long ones between them.
+fn records(path: &Path, numbers: impl Iterator<Item = usize>) {
+    let mut text = String::new();
+    for number in numbers {
+        let answer = format!("{} + {number} = {}\n#### {}", 3, 3 + number, 3 + number);
+        let long = "1 + ".repeat(200) + &answer;
+        let question = format!("How much is 3 + {number}?");
+        for answer in [answer, long] {
+            let line = serde_json::json!({"question": question, "answer": answer});
+            text += &format!("{line}\n");
+        }
+    }
+    std::fs::write(path, text).unwrap();
+}
+
+#[test]
+fn a_rate_is_chosen_without_answers_on_other_records_than_the_test_problems() {
+    let folder = tempfile::tempdir().unwrap();
+    let [train, test, others] =
+        ["train.jsonl", "test.jsonl", "others.jsonl"].map(|name| folder.path().join(name));
+    records(&train, 10..50);
+    records(&test, 50..57);
+    records(&others, (54..57).chain(50..54));
+    let files = |test: &Path| Files {
+        model: in_example("assets/tiny"),
+        train: train.clone(),
+        test: test.into(),
+    };
+    let run = |trial: &Trial, test: &Path| {
+        let _alone = RANDOM.lock();
+        let result = trial.run(&Device::flex(), Some(&files(test)));
+        result.map(|result| match result.outcome {
+            Outcome::Trained(measured) => *measured,
+            Outcome::Diverged(reason) => panic!("{reason}"),
+        })
+    };
+    let entry = Entry {
+        task: Task::Gsm8k,
+        row: Row::Full,
+        steps: 3,
+        items: 4,
+        rank: 4,
+        shards: 8,
+    };
+    let tuning = entry.tuning(1e-3, 1);
+    assert!(tuning.loss_only && !entry.trial(1e-3, 1).loss_only);
+    let tuned = run(&tuning, &test).unwrap();
+    assert_eq!((tuned.correct, tuned.answers.len()), (0, 0));
+    assert_eq!(tuned.used, Some((40, 80)));
+
+    let graded = run(&entry.trial(1e-3, 1), &test).unwrap();
+    assert_eq!(graded.losses, tuned.losses);
+    assert_ne!(graded.loss, tuned.loss);
+    assert!(!graded.answers.is_empty());
+    // The records after the first four, tested on as the first of another file.
+    let of_others = Entry { items: 3, ..entry };
+    let graded = run(&of_others.trial(1e-3, 1), &others).unwrap();
+    assert_eq!(graded.loss, tuned.loss);
+
+    let too_many = Entry { items: 7, ..entry };
+    let error = run(&too_many.tuning(1e-3, 1), &test)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("--test") && error.contains("7 records of at most"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_result_without_answers_is_none_of_the_test_problems() {
+    let folder = tempfile::tempdir().unwrap();
+    let whole = trial(Task::Gsm8k, Row::Lora, 1e-2, 200);
+    let tuning = Trial {
+        loss_only: true,
+        ..whole
+    };
+    assert_eq!(whole.name(), "gsm8k-lora-lr1e-2-seed3-of200-steps150-k8-r4");
+    assert_ne!(tuning.name(), whole.name());
+    write(folder.path(), tuning, made_up());
+    let path = folder.path().join(format!("{}.json", tuning.name()));
+    assert!(TrialResult::read(&path, &tuning).unwrap().is_some());
+    assert!(TrialResult::read(&path, &whole).is_err());
+
+    // A result from before there were such trials is one with answers.
+    let before = r#"{"task":"gsm8k","row":"lora","lr":0.01,"seed":3,"steps":150,"items":200,"rank":4,"shards":8}"#;
+    assert_eq!(serde_json::from_str::<Trial>(before).unwrap(), whole);
+    assert_eq!(serde_json::to_string(&whole).unwrap(), before);
 }
 
 #[test]

@@ -15,7 +15,8 @@ use crate::evidence::row::Row;
 use crate::evidence::statistics::{Estimate, percent};
 use crate::evidence::task::{Exam, Grade, SEQUENCES_PER_STEP, Task};
 use crate::evidence::trial::{Measured, Outcome, Trial, TrialResult};
-use crate::evidence::verdict::{Rival, against, why_unfit};
+use crate::evidence::verdict::{Rival, against};
+use crate::history::Measures;
 use crate::output::Staged;
 use crate::picture::{smooth, window};
 use crate::{Error, tiny};
@@ -107,6 +108,7 @@ impl Comparison {
                 items,
                 rank: self.rank,
                 shards: self.shards,
+                loss_only: false,
             }
         };
         let of_task = |task| ROWS.map(|row| trial(task, row));
@@ -266,7 +268,8 @@ impl Part {
             found.expect("every row was run")
         };
         let task = self.task;
-        if let Some(reason) = why_unfit(self.base_share(), of(Row::Full).score()) {
+        let judge = task.judge();
+        if let Some(reason) = judge.why_unfit(Some(self.base_share()), of(Row::Full).score()) {
             return format!("{task}: nothing can be said about the methods, because {reason}\n");
         }
         let subject = of(BEST);
@@ -281,7 +284,7 @@ impl Part {
                 ),
             })
             .collect();
-        format!("{task}: {}\n", against(&title(subject), &rivals))
+        format!("{task}: {}\n", against(judge, &title(subject), &rivals))
     }
 
     fn show_answers(&self) {
@@ -319,8 +322,12 @@ impl Part {
                 points,
                 band: Vec::new(),
             };
-            let held_out = measured.held_out.iter();
-            let held_out = held_out.map(|&(step, loss)| (step as f64, loss)).collect();
+            let record = measured.record.iter();
+            let measurements = record.flat_map(|record| &record.measurements);
+            let held_out = measurements.filter_map(|measurement| match measurement.measures {
+                Measures::HeldOut { loss, .. } => Some((measurement.step as f64, loss)),
+                _ => None,
+            });
             let training = smooth(&measured.losses, window(measured.losses.len()));
             let stroke = match row {
                 Row::LoraWide => Stroke::Dashed,
@@ -328,7 +335,7 @@ impl Part {
             };
             curves.push(curve(row.short(rank, shards), stroke, training));
             if self.task == Task::Problems {
-                curves.push(curve(String::new(), Stroke::Dots, held_out));
+                curves.push(curve(String::new(), Stroke::Dots, held_out.collect()));
             }
         }
         let title = match self.task {

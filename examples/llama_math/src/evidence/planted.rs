@@ -73,8 +73,6 @@ pub struct LayerTraining {
 pub struct Learned {
     /// Training loss of each step, relative to the squared norm of the change.
     pub losses: Vec<f64>,
-    /// Step and missed share of the change, every few steps.
-    pub by_steps: Vec<(usize, f64)>,
     /// Step and effective rank of the update, every few steps.
     pub ranks: Vec<(usize, f64)>,
     /// Missed share of the change in the end.
@@ -199,7 +197,7 @@ impl LayerTraining {
         // Whatever the adapters drew, the rows are the same for every method.
         device.seed(seed.wrapping_add(1 << 32));
         let schedule = Schedule::new(self.lr, Decay::Cosine, 0.05, *steps);
-        let (mut losses, mut by_steps, mut ranks) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut losses, mut ranks) = (Vec::new(), Vec::new());
         let start = Instant::now();
         for step in 0..*steps {
             let shape = [ROWS, planted.size];
@@ -209,14 +207,12 @@ impl LayerTraining {
             (layer, loss) = problem.step(layer, &mut optimizer, adaptation, rows, place, device)?;
             losses.push(loss / problem.whole);
             if (step + 1).is_multiple_of((steps / WATCHED).max(1)) {
-                by_steps.push((step + 1, problem.missed(&layer)));
                 ranks.push((step + 1, problem.ranks(&layer).effective));
             }
         }
         let seconds = start.elapsed().as_secs_f64();
         Ok(Learned {
             losses,
-            by_steps,
             ranks,
             missed: problem.missed(&layer),
             last: problem.ranks(&layer),

@@ -39,7 +39,11 @@ pub fn first(task: Task, row: Row) -> Vec<Rate> {
         (Kind::Layer(_), Row::Lora | Row::Pissa) => 2e-3,
         (Kind::Layer(_), Row::LoraWide | Row::PissaWide | Row::LoraDouble) => 1e-3,
         (Kind::Layer(_), _) => 2e-4,
-        (Kind::Records, _) => 1e-4,
+        (Kind::Records, Row::Lora) => 2e-3,
+        (Kind::Records, Row::LoraWide | Row::LoraDouble) => 1e-3,
+        (Kind::Records, Row::Pissa) => 5e-4,
+        (Kind::Records, Row::Full) => 5e-5,
+        (Kind::Records, _) => 2e-4,
         (_, Row::Lora | Row::Pissa) => 5e-3,
         (_, Row::Published | Row::PerShardRandom) => 2e-3,
         (_, Row::LoraWide | Row::PissaWide | Row::LoraDouble) => 2e-3,
@@ -82,15 +86,22 @@ pub fn tried(results: &[TrialResult]) -> Vec<Tried> {
     means.collect()
 }
 
-/// The best rate: most right answers, and among equals the smallest loss.
+/// The best rate, by what the task is judged by, and among equals the one of the smallest loss.
 ///
 /// # Panics
 ///
 /// If there is no result.
 pub fn best(results: &[TrialResult]) -> Rate {
+    let judge = results
+        .first()
+        .expect("a row has results")
+        .trial
+        .task
+        .judge();
+    let gain = |tried: &Tried| judge.gain(tried.score, tried.loss);
     let order = |a: &Tried, b: &Tried| {
-        let score = a.score.total_cmp(&b.score);
-        score.then(b.loss.total_cmp(&a.loss))
+        let by_gain = gain(a).total_cmp(&gain(b));
+        by_gain.then(b.loss.total_cmp(&a.loss))
     };
     let best = tried(results).into_iter().max_by(order);
     best.expect("a row has results").rate
@@ -116,7 +127,6 @@ mod tests {
     fn result(lr: f64, correct: usize, loss: f64) -> TrialResult {
         let outcome = Outcome::Trained(Box::new(Measured {
             losses: vec![],
-            held_out: vec![],
             loss,
             correct,
             numeric_rank: 1.0,
@@ -127,6 +137,7 @@ mod tests {
             seconds: 1.0,
             tokens_per_second: 1.0,
             peak_memory: None,
+            used: None,
             answers: vec![],
             record: None,
         }));
@@ -139,6 +150,7 @@ mod tests {
             items: 100,
             rank: 4,
             shards: 8,
+            loss_only: false,
         };
         TrialResult { trial, outcome }
     }
@@ -177,6 +189,27 @@ mod tests {
         diverged.outcome = Outcome::Diverged("step 3".into());
         let results = [diverged, result(1e-2, 0, 9.0)];
         assert_eq!(best(&results).value(), 1e-2);
+    }
+
+    #[test]
+    fn on_records_the_smallest_loss_is_the_best_whatever_the_answers() {
+        let of_records = |lr, correct, loss| {
+            let mut result = result(lr, correct, loss);
+            result.trial.task = Task::Gsm8k;
+            result.trial.loss_only = true;
+            result
+        };
+        let mut results = vec![
+            of_records(1e-4, 9, 1.3),
+            of_records(2e-4, 0, 1.1),
+            of_records(5e-4, 5, 1.2),
+        ];
+        assert_eq!(best(&results).value(), 2e-4);
+        assert_eq!(next(&results), None);
+        results.push(of_records(1e-3, 0, 1.0));
+        assert_eq!(next(&results).unwrap().value(), 2e-3);
+        results.last_mut().unwrap().outcome = Outcome::Diverged("step 3".into());
+        assert_eq!(best(&results).value(), 2e-4);
     }
 
     #[test]

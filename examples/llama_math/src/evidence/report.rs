@@ -7,13 +7,15 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use super::judge::Judge;
+use super::rates;
 use super::reproduce::{Answered, Experiment, Measure, Settings};
 use super::row::Row;
 use super::search::{Entry, Finding};
 use super::statistics::{Estimate, percent};
-use super::task::{Kind, Task};
+use super::task::{Kind, MAX_LENGTH_OF_RECORDS, Task};
 use super::trial::{Measured, Outcome, TrialResult};
-use super::verdict::{Rival, compared, points, unfit};
+use super::verdict::{Rival, compared, unfit};
 use crate::Error;
 use crate::chart::{self, Curve, Panel, Scale, Stroke};
 use crate::machine::machine;
@@ -26,8 +28,12 @@ pub const NUMBERS: &str = "reproduce.json";
 /// Stands where a training has not been run.
 const MISSING: &str = "not run";
 
-/// Differences of shares below this one are none: they show as 0.0 points.
+/// Differences below this one are none: they show as 0.0 points, or a loss of 0.000.
 const NOTHING: f64 = 5e-4;
+
+/// A rate whose share of right answers falls below this part of what it was with the tuning seeds has
+/// not carried over to other seeds.
+const CARRIED_OVER: f64 = 0.5;
 
 /// What the paper says of itself. Its figures are not ours to compute.
 const PAPER: &str = "\
@@ -38,10 +44,10 @@ points more than LoRA and 4.98 points more than PiSSA. Its setting differs from 
 
 | setting | the paper | here |
 |---|---|---|
-| models | Llama-2-7B, Llama-3-8B, Mistral-7B | a Llama of 0.8 million values, and single layers |
+| models | Llama-2-7B, Llama-3-8B, Mistral-7B | a Llama of 0.8 million values, SmolLM2-135M on GSM8K, and single layers |
 | shards | 8 GPUs, rank 16 each | virtual shards on a CPU, rank as above |
 | learning rate | 2e-5 for all methods; its LoRA was not tuned | searched for every method and task |
-| batch | 128 sequences per step, one epoch | 32 sequences per step |
+| batch | 128 sequences per step, one epoch | 32 sequences per step, 8 on GSM8K |
 | baselines | LoRA and PiSSA of the rank of one shard | these, and LoRA and PiSSA of as many trainable values |
 
 “16 times the effective rank” compares K = 8 shards, whose update has rank up to 2·K·r = 16·r, with a LoRA of rank r. \
@@ -121,6 +127,15 @@ fn chapter(settings: &Settings, answers: &[Vec<Answered>]) -> String {
         results.len(),
         machine()
     );
+    let mut parts = settings
+        .experiments
+        .iter()
+        .flat_map(|experiment| &experiment.parts);
+    if parts.any(|part| part.task.takes_files()) {
+        text += "\nOn records of files, such as GSM8K, methods are compared by the loss on held-out records, \
+                 elsewhere by the share of right answers or of what was to be learned. To run that part, add \
+                 `--model DIR --data train.jsonl --test test.jsonl`.\n";
+    }
     missing(settings, answers, &mut text);
     losses(settings, answers, &mut text);
     for (experiment, parts) in settings.experiments.iter().zip(answers) {
@@ -161,8 +176,8 @@ fn missing(settings: &Settings, answers: &[Vec<Answered>], text: &mut String) {
     }
 }
 
-fn base_score(answered: &Answered) -> f64 {
-    answered.base.as_ref().map_or(0.0, TrialResult::score)
+fn base_gain(answered: &Answered) -> Option<f64> {
+    answered.base.as_ref().map(TrialResult::gain)
 }
 
 fn complete(answered: &Answered) -> Vec<&Finding> {
@@ -177,7 +192,7 @@ fn differences(parts: &[Answered]) -> Differences<'_> {
     let mut all = Differences::new();
     for answered in parts {
         let findings = complete(answered);
-        if unfit(&findings, base_score(answered)).is_some() {
+        if unfit(&findings, base_gain(answered)).is_some() {
             continue;
         }
         for (subject, rivals) in compared(&findings) {
@@ -260,10 +275,22 @@ fn section(settings: &Settings, experiment: &Experiment, parts: &[Answered], tex
         let _ = writeln!(text, "- {heading}");
     }
     for answered in parts {
-        if let Some(reason) = unfit(&complete(answered), base_score(answered)) {
+        let base = answered.base.as_ref().and_then(measured);
+        if let Some((used, all)) = base.and_then(|base| base.used) {
+            let _ = writeln!(
+                text,
+                "\nOnly records of at most {MAX_LENGTH_OF_RECORDS} tokens are used, prompt and answer together, none of \
+                 them cut: {used} of {all} to train on, and the first such to test on. Learning rates are chosen by the \
+                 loss on other records than the test problems."
+            );
+        }
+        if let Some(reason) = unfit(&complete(answered), base_gain(answered)) {
             let label = &answered.part.label;
             let _ = writeln!(text, "\nThrown out: {label}, because {reason}.");
         }
+    }
+    for line in parts.iter().flat_map(unsteady) {
+        let _ = writeln!(text, "\n{line}");
     }
     if picture(experiment, parts).is_some() {
         let name = picture_name(experiment);
@@ -283,8 +310,9 @@ fn section(settings: &Settings, experiment: &Experiment, parts: &[Answered], tex
         }
         let _ = writeln!(
             text,
-            "\n### {}: difference from others, in points\n",
-            row.title(settings.rank, 1)
+            "\n### {}: {}\n",
+            row.title(settings.rank, 1),
+            experiment.judge().heading()
         );
         let labels: Vec<&str> = parts
             .iter()
@@ -295,10 +323,10 @@ fn section(settings: &Settings, experiment: &Experiment, parts: &[Answered], tex
             let cell = |label: &&str| {
                 let found = differences.iter().find(|(of, _)| of == label);
                 found.map_or(String::new(), |&(_, difference)| {
-                    let points = points(difference).replace(" points", "");
+                    let number = experiment.judge().number(difference);
                     match difference.is_positive() || difference.is_negative() {
-                        true => format!("**{points}**"),
-                        false => points,
+                        true => format!("**{number}**"),
+                        false => number,
                     }
                 })
             };
@@ -313,6 +341,27 @@ fn section(settings: &Settings, experiment: &Experiment, parts: &[Answered], tex
     }
 }
 
+/// Methods whose rate was good with the tuning seeds alone, a sentence each.
+fn unsteady(answered: &Answered) -> Vec<String> {
+    let of_finding = |finding: &&Finding| {
+        let tried = rates::tried(&finding.tried).into_iter();
+        let tuned = tried.filter(|tried| tried.rate.value() == finding.lr());
+        let tuned = tuned.map(|tried| tried.score).next()?;
+        let fresh = Estimate::of(&finding.scores()).mean;
+        (answered.part.task.judge() == Judge::Share && fresh < CARRIED_OVER * tuned).then(|| {
+            format!(
+                "The rate of {} did not carry over, {}: {} with the tuning seeds, {} with the others. A \
+                 difference from it says little.",
+                finding.entry.title(),
+                answered.part.label,
+                percent(tuned),
+                percent(fresh)
+            )
+        })
+    };
+    complete(answered).iter().filter_map(of_finding).collect()
+}
+
 fn head(first: &str, labels: &[&str]) -> String {
     let rule = "---|".repeat(labels.len() + 1);
     format!("| {first} | {} |\n|{rule}\n", labels.join(" | "))
@@ -321,6 +370,7 @@ fn head(first: &str, labels: &[&str]) -> String {
 fn heading(measure: Measure) -> &'static str {
     match measure {
         Measure::Score => "Right answers, or what was learned of a change",
+        Measure::Loss => "Loss per token on the test problems",
         Measure::Missed => "Missed share of the change, and the closed form where there is one",
         Measure::PerParameter => "Right answers for each thousand trainable values",
         Measure::Rate => "Learning rates that were best",
@@ -339,12 +389,13 @@ fn table(experiment: &Experiment, measure: Measure, parts: &[Answered]) -> Strin
         .map(|answered| answered.part.label.as_str())
         .collect();
     let mut text = head("method", &labels);
-    if matches!(measure, Measure::Score | Measure::TextLoss) {
+    if matches!(measure, Measure::Score | Measure::Loss | Measure::TextLoss) {
         let cells = parts
             .iter()
             .map(|answered| match (measure, &answered.base) {
                 (_, None) => String::new(),
                 (Measure::Score, Some(base)) => percent(base.score()),
+                (Measure::Loss, Some(base)) => format!("{:.3}", base.loss()),
                 (_, Some(base)) => {
                     let loss = measured(base).and_then(|measured| measured.text_loss);
                     loss.map_or(String::new(), |loss| format!("{loss:.3}"))
@@ -407,6 +458,7 @@ fn cell(measure: Measure, finding: &Finding) -> String {
     };
     match measure {
         Measure::Score => shown(estimate(finding, TrialResult::score), 100.0, 1) + " %",
+        Measure::Loss => shown(estimate(finding, TrialResult::loss), 1.0, 3),
         Measure::Missed => {
             let missed = shown(estimate(finding, TrialResult::loss), 100.0, 1);
             match closed_form(&finding.entry) {
@@ -510,6 +562,7 @@ fn panel(experiment: &Experiment, measure: Measure, name: &str, parts: &[&Answer
     let (label, factor) = match measure {
         Measure::Missed => ("missed share, %; dashed: closed form", 100.0),
         Measure::Score => ("right answers, %", 100.0),
+        Measure::Loss => ("loss per token on the test problems", 1.0),
         Measure::Rate => ("best learning rate", 1.0),
         Measure::RankBySteps | Measure::EffectiveRank => ("effective rank", 1.0),
         Measure::TextLoss => ("loss on texts of the pre-training", 1.0),
@@ -526,7 +579,7 @@ fn panel(experiment: &Experiment, measure: Measure, name: &str, parts: &[&Answer
         };
         let (rank, shards) = (first.entry.rank, first.entry.shards);
         let value = |finding: &Finding| match measure {
-            Measure::Missed => estimate(finding, TrialResult::loss),
+            Measure::Missed | Measure::Loss => estimate(finding, TrialResult::loss),
             Measure::Rate => Estimate {
                 mean: finding.lr(),
                 half_width: 0.0,
@@ -614,8 +667,9 @@ struct Numbers<'a> {
     entry: Entry,
     title: String,
     known_rate: Option<f64>,
-    /// Rate, seed, share of right answers and loss of what the rate was chosen by.
-    tried: Vec<(f64, u64, f64, Option<f64>)>,
+    /// Rate, seed, share of right answers and loss of what the rate was chosen by; no share where
+    /// nothing was asked.
+    tried: Vec<(f64, u64, Option<f64>, Option<f64>)>,
     fresh: Vec<Fresh>,
 }
 
@@ -640,6 +694,7 @@ struct Untrained {
     task: Task,
     items: usize,
     score: f64,
+    loss: Option<f64>,
     text_loss: Option<f64>,
 }
 
@@ -669,6 +724,7 @@ fn numbers<'a>(settings: &'a Settings, answers: &'a [Vec<Answered>]) -> All<'a> 
                 task: base.trial.task,
                 items: base.trial.items,
                 score: base.score(),
+                loss: short(base.loss()),
                 text_loss: measured(base)
                     .and_then(|measured| measured.text_loss)
                     .and_then(short),
@@ -688,7 +744,7 @@ fn numbers<'a>(settings: &'a Settings, answers: &'a [Vec<Answered>]) -> All<'a> 
                         .iter()
                         .map(|result| {
                             let trial = &result.trial;
-                            let score = short(result.score()).unwrap_or_default();
+                            let score = short(result.score()).filter(|_| !trial.loss_only);
                             (trial.lr, trial.seed, score, short(result.loss()))
                         })
                         .collect(),

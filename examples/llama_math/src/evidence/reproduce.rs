@@ -1,10 +1,12 @@
 //! The reproduction of every result: its settings, and the trainings that they ask for.
 
 use std::path::Path;
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
 use super::children::Children;
+use super::judge::Judge;
 use super::learning_rates::LearningRates;
 use super::row::Row;
 use super::search::{Entry, Finding, Search};
@@ -55,6 +57,21 @@ pub struct Experiment {
     pub seeds: Option<Vec<u64>>,
 }
 
+impl Experiment {
+    /// By what its methods are compared.
+    ///
+    /// # Panics
+    ///
+    /// Without a part.
+    pub fn judge(&self) -> Judge {
+        self.parts
+            .first()
+            .expect("an experiment has parts")
+            .task
+            .judge()
+    }
+}
+
 /// A column of an experiment's tables.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -83,6 +100,8 @@ pub struct Part {
 pub enum Measure {
     /// Share of right answers.
     Score,
+    /// Mean loss per target token on the test problems.
+    Loss,
     /// The share of a planted change that is missing, beside its closed form; the axis of a picture is
     /// the rank of the change.
     Missed,
@@ -136,6 +155,11 @@ impl Settings {
             }
             for part in &experiment.parts {
                 let Part { label, shards, .. } = part;
+                if part.task.judge() != experiment.judge() {
+                    let reason = "is compared by something else than the first part; a table of differences has one unit"
+                        .into();
+                    return invalid(&format!("{} / {label} / task", experiment.name), reason);
+                }
                 let sequences = part.task.sequences_per_step();
                 if *shards == 0 || !sequences.is_multiple_of(*shards) {
                     let reason =
@@ -152,8 +176,8 @@ impl Settings {
         experiment.seeds.as_deref().unwrap_or(&self.seeds)
     }
 
-    /// Runs what has no result yet, experiment by experiment. Tasks that take files have no results
-    /// without them.
+    /// Runs what has no result yet, experiment by experiment. Without files nothing is trained for tasks
+    /// that take them.
     ///
     /// # Errors
     ///
@@ -186,20 +210,16 @@ impl Settings {
             rank: self.rank,
             shards: part.shards,
         };
-        let without = |row| Finding {
-            entry: entry(row, part.steps),
-            known: None,
-            tried: Vec::new(),
-            fresh: Vec::new(),
+        // Without its files nothing is trained; the results that there are count.
+        let lacks_files = part.task.takes_files() && children.files.is_none();
+        let until = match lacks_files {
+            true => Some(Instant::now()),
+            false => children.until,
         };
-        if matches!(part.task.kind(), Kind::Records) && children.files.is_none() {
-            let rows = experiment.rows.iter().map(|&row| without(row));
-            return Ok(Answered {
-                part: part.clone(),
-                base: None,
-                findings: rows.collect(),
-            });
-        }
+        let children = &Children {
+            until,
+            ..children.clone()
+        };
         let base = match part.task.kind() {
             Kind::Layer(_) => None,
             _ => {

@@ -63,12 +63,12 @@ fn learning_rates(sweep: &Sweep, findings: &[Finding]) -> LearningRates {
 fn verdicts(task: Task, findings: &[Finding], base: f64) -> Vec<String> {
     let of_task = findings.iter().filter(|finding| finding.entry.task == task);
     let of_task: Vec<&Finding> = of_task.collect();
-    if let Some(reason) = unfit(&of_task, base) {
+    if let Some(reason) = unfit(&of_task, Some(base)) {
         return vec![format!("Nothing can be said: {reason}.")];
     }
     let sentences = compared(&of_task).into_iter();
     sentences
-        .map(|(subject, rivals)| against(&subject.entry.title(), &rivals) + ".")
+        .map(|(subject, rivals)| against(task.judge(), &subject.entry.title(), &rivals) + ".")
         .collect()
 }
 

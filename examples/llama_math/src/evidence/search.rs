@@ -4,6 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::children::Children;
+use super::judge::Judge;
 use super::rates;
 use super::row::Row;
 use super::task::Task;
@@ -28,6 +29,15 @@ pub struct Entry {
 }
 
 impl Entry {
+    /// The trial that helps to choose the rate: where methods are compared by their loss, without
+    /// answers.
+    pub fn tuning(&self, lr: f64, seed: u64) -> Trial {
+        Trial {
+            loss_only: self.task.judge() == Judge::Loss,
+            ..self.trial(lr, seed)
+        }
+    }
+
     /// The trial at a rate, with a seed.
     pub fn trial(&self, lr: f64, seed: u64) -> Trial {
         let Self {
@@ -47,6 +57,7 @@ impl Entry {
             items,
             rank,
             shards,
+            loss_only: false,
         }
     }
 
@@ -109,6 +120,11 @@ impl Finding {
         !self.fresh.is_empty()
     }
 
+    /// What methods are compared by, by seed; more is better.
+    pub fn gains(&self) -> Vec<f64> {
+        self.fresh.iter().map(TrialResult::gain).collect()
+    }
+
     /// The shares of right answers, by seed.
     pub fn scores(&self) -> Vec<f64> {
         self.fresh.iter().map(TrialResult::score).collect()
@@ -143,7 +159,7 @@ impl Search {
                 *ready = rates.is_empty();
                 for rate in rates {
                     let seeds = self.tuning_seeds.iter();
-                    trials.extend(seeds.map(|&seed| finding.entry.trial(rate.value(), seed)));
+                    trials.extend(seeds.map(|&seed| finding.entry.tuning(rate.value(), seed)));
                 }
             }
             if trials.is_empty() {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use super::judge::Judge;
 use super::planted::{Direction, Planted};
 use crate::batch::Sequence;
 use crate::data::{Record, read_records};
@@ -20,11 +21,11 @@ use crate::{Error, Llama, Pretrained, tiny};
 /// Longest sequence and longest answer, in tokens.
 const MAX_LENGTH: usize = 128;
 const MAX_NEW_TOKENS: usize = 48;
-/// The same for the records of files.
-const MAX_LENGTH_OF_RECORDS: usize = 192;
-const MAX_NEW_TOKENS_OF_RECORDS: usize = 160;
+/// The same for the records of files; longer ones are not used.
+pub const MAX_LENGTH_OF_RECORDS: usize = 160;
+const MAX_NEW_TOKENS_OF_RECORDS: usize = 128;
 const TRAIN_QUESTIONS: usize = 6000;
-/// Test questions whose loss is measured during the training.
+/// Test questions whose loss is measured during the training, and records that rates are chosen by.
 const WATCHED: usize = 50;
 /// Sequences of a step of the tiny model, with every method.
 pub const SEQUENCES_PER_STEP: usize = 32;
@@ -124,13 +125,27 @@ impl Task {
         match (self.kind(), quick) {
             (Kind::Questions(_), false) => (250, 200),
             (Kind::Facts, false) => (400, 256),
-            (Kind::Records, false) => (60, 200),
+            (Kind::Records, false) => (20, 200),
             (Kind::Layer(_), false) => (300, 32),
             (Kind::Questions(_), true) => (8, 10),
             // A step takes no fact twice.
             (Kind::Facts, true) => (20, SEQUENCES_PER_STEP),
             (Kind::Records, true) => (2, 2),
             (Kind::Layer(_), true) => (10, 8),
+        }
+    }
+
+    /// Whether it takes [`Files`].
+    pub fn takes_files(self) -> bool {
+        matches!(self.kind(), Kind::Records)
+    }
+
+    /// By what methods are compared on it. A small checkpoint has too few right answers of GSM8K to
+    /// tell methods by.
+    pub fn judge(self) -> Judge {
+        match self.kind() {
+            Kind::Records => Judge::Loss,
+            Kind::Questions(_) | Kind::Facts | Kind::Layer(_) => Judge::Share,
         }
     }
 
@@ -194,6 +209,10 @@ pub struct Exam {
     test: Vec<Sequence>,
     /// The test problems.
     records: Vec<Record>,
+    /// Records that are no test problems, to choose rates by.
+    others: Vec<Sequence>,
+    /// How many of the records to train on are used, and how many there are, if a file has them.
+    used: Option<(usize, usize)>,
 }
 
 /// How a model did.
@@ -207,12 +226,24 @@ pub struct Grade {
     pub answers: Vec<(String, bool)>,
 }
 
+impl Grade {
+    /// That of a model which was asked nothing.
+    pub(crate) fn of_loss(loss: f64) -> Self {
+        let (correct, answers) = (0, Vec::new());
+        Self {
+            loss,
+            correct,
+            answers,
+        }
+    }
+}
+
 impl Exam {
     /// The data of this seed, with so many test problems or facts; `files` for a task that takes them.
     ///
     /// # Errors
     ///
-    /// Those of the files; none for the embedded model.
+    /// Those of the files, and [`Error::Option`] for too few records; none for the embedded model.
     ///
     /// # Panics
     ///
@@ -236,6 +267,7 @@ impl Exam {
         let sequences = |records: &[Record], length| -> Result<Vec<Sequence>, Error> {
             Ok(tokens.sequences(records, &template, length)?.usable)
         };
+        let (mut others, mut used) = (Vec::new(), None);
         let (train, test, records) = match (task.kind(), files) {
             (Kind::Questions(families), _) => {
                 let (train, test) = questions(families, seed, TRAIN_QUESTIONS, items);
@@ -252,11 +284,25 @@ impl Exam {
                 (facts.clone(), facts, Vec::new())
             }
             (Kind::Records, Some(files)) => {
-                let train = read_records(&files.train, None)?;
-                let mut test = read_records(&files.test, None)?;
-                test.truncate(items);
-                let length = MAX_LENGTH_OF_RECORDS;
-                (sequences(&train, length)?, sequences(&test, length)?, test)
+                let all = read_records(&files.train, None)?;
+                let (train, _) = short(&tokens, &template, &all, usize::MAX)?;
+                used = Some((train.len(), all.len()));
+                let all = read_records(&files.test, None)?;
+                let (mut test, mut records) = short(&tokens, &template, &all, items + WATCHED)?;
+                others = test.split_off(items.min(test.len()));
+                records.truncate(items);
+                if others.is_empty() {
+                    let reason = format!(
+                        "has {} records of at most {MAX_LENGTH_OF_RECORDS} tokens; {items} are tested \
+                         on, and learning rates are chosen by others",
+                        records.len()
+                    );
+                    return Err(Error::Option {
+                        option: "test",
+                        reason,
+                    });
+                }
+                (train, test, records)
             }
             (Kind::Records, None) | (Kind::Layer(_), _) => {
                 panic!("{task} has no data for a language model")
@@ -270,12 +316,19 @@ impl Exam {
             train,
             test,
             records,
+            others,
+            used,
         })
     }
 
     /// The test problems.
     pub fn records(&self) -> &[Record] {
         &self.records
+    }
+
+    /// How many of the records to train on are used, and how many there are, if a file has them.
+    pub fn used(&self) -> Option<(usize, usize)> {
+        self.used
     }
 
     /// Mean loss per target token of a model in validation mode, on the first test problems or on all
@@ -290,6 +343,12 @@ impl Exam {
             Kind::Questions(_) | Kind::Records => self.test.len().min(WATCHED),
             _ => self.test.len(),
         }
+    }
+
+    /// Mean loss per target token of a model in validation mode on records that are no test problems, to
+    /// choose rates by; 0 for a task without files.
+    pub fn loss_on_others(&self, model: &Llama) -> f64 {
+        mean_loss(model, &self.others, || ())
     }
 
     /// Measures a model, which must be in validation mode.
@@ -327,4 +386,26 @@ impl Exam {
             answers,
         })
     }
+}
+
+/// The first records that fit whole into [`MAX_LENGTH_OF_RECORDS`] and have an answer, at most so many.
+fn short(
+    tokens: &Tokens,
+    template: &PromptTemplate,
+    records: &[Record],
+    most: usize,
+) -> Result<(Vec<Sequence>, Vec<Record>), Error> {
+    let (mut sequences, mut kept) = (Vec::new(), Vec::new());
+    for record in records {
+        if kept.len() == most {
+            break;
+        }
+        let of_record = std::slice::from_ref(record);
+        let encoded = tokens.sequences(of_record, template, MAX_LENGTH_OF_RECORDS)?;
+        if encoded.usable.len() == 1 && encoded.cut == 0 {
+            sequences.extend(encoded.usable);
+            kept.push(record.clone());
+        }
+    }
+    Ok((sequences, kept))
 }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::forgetting;
 use super::planted::{LayerTraining, Planted};
 use super::row::Row;
-use super::task::{Exam, Files, Kind, Task};
+use super::task::{Exam, Files, Grade, Kind, Task};
 use crate::batch::BatcherConfig;
 use crate::changes::Changes;
 use crate::history::{Measurement, Measures, Record};
@@ -45,6 +45,14 @@ pub struct Trial {
     pub rank: usize,
     /// Number of shards.
     pub shards: usize,
+    /// Whether nothing but a loss is measured, on records that are no test problems: enough to choose a
+    /// learning rate by, where methods are compared by their loss.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub loss_only: bool,
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 /// What became of it.
@@ -71,16 +79,14 @@ pub enum Outcome {
 pub struct Measured {
     /// Training loss of each step.
     pub losses: Vec<f64>,
-    /// Step and loss on the first test problems, or on the facts, every few steps.
-    pub held_out: Vec<(usize, f64)>,
     /// Mean loss per target token on the test problems, or on the facts; for a layer the share of the
-    /// change that is missing.
+    /// change that is missing; on other records where nothing else was measured.
     pub loss: f64,
-    /// Right answers; 0 for a layer, which gives none.
+    /// Right answers; 0 for a layer, which gives none, and where only the loss was measured.
     pub correct: usize,
-    /// Mean numeric rank of the update of a projection.
+    /// Mean numeric rank of the update of a projection; 0 where only the loss was measured.
     pub numeric_rank: f64,
-    /// Mean effective rank of the update of a projection.
+    /// Mean effective rank of the update of a projection; 0 where only the loss was measured.
     pub effective_rank: f64,
     /// Step and effective rank, every few steps of a layer.
     pub ranks: Vec<(usize, f64)>,
@@ -94,6 +100,10 @@ pub struct Measured {
     pub tokens_per_second: f64,
     /// Peak memory of the process up to the last step, in bytes.
     pub peak_memory: Option<u64>,
+    /// How many of the records to train on were used, those that are not too long, and how many there
+    /// were, if a file had them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub used: Option<(usize, usize)>,
     /// The first answers to problems, with whether they are right.
     pub answers: Vec<(String, bool)>,
     /// Every step, and loss and change of the weights every few steps, for a report.
@@ -113,8 +123,12 @@ impl Trial {
             items,
             rank,
             shards,
+            loss_only,
         } = self;
-        format!("{task}-{row}-lr{lr:e}-seed{seed}-of{items}-steps{steps}-k{shards}-r{rank}")
+        let measured = if *loss_only { "-loss-only" } else { "" };
+        format!(
+            "{task}-{row}-lr{lr:e}-seed{seed}-of{items}-steps{steps}-k{shards}-r{rank}{measured}"
+        )
     }
 
     /// The settings of the training. In every step every method sees the same sequences.
@@ -219,51 +233,45 @@ impl Trial {
             )?),
             false => None,
         };
-        let (held_out, measurements) = (Mutex::new(Vec::new()), Mutex::new(Vec::new()));
+        let measurements = Mutex::new(Vec::new());
+        // Only a record has a place for what is measured between steps.
         let watch = |step: usize, model: &Llama| {
+            let Some(changes) = &changes else { return };
             if step.is_multiple_of((self.steps / WATCHED).max(1)) {
                 let model = model.clone().valid();
-                let loss = exam.loss(&model);
-                let mut seen = held_out.lock().expect("one thread trains");
-                seen.push((step, loss));
-                let measured = changes
-                    .as_ref()
-                    .map(|changes| changes.measure(step, &model));
+                let held_out = Measures::HeldOut {
+                    loss: exam.loss(&model),
+                    records: exam.watched(),
+                    of_output: false,
+                };
+                let measured = [Ok(held_out), changes.measure(step, &model)];
                 let mut measurements = measurements.lock().expect("one thread trains");
                 measurements.extend(measured.map(|measures| (step, measures)));
             }
         };
         let trained = config.train(model, exam.train.clone(), &self.name(), watch)?;
-        let held_out = held_out.into_inner().expect("one thread trains");
         let mut record = recorded.then(|| trained.history.record.clone());
         if let Some(record) = &mut record {
-            for &(step, loss) in &held_out {
-                let measures = Measures::HeldOut {
-                    loss,
-                    records: exam.watched(),
-                    of_output: false,
-                };
-                record.measurements.push(Measurement { step, measures });
-            }
             for (step, measures) in measurements.into_inner().expect("one thread trains") {
                 let measures = measures?;
                 record.measurements.push(Measurement { step, measures });
             }
-            record
-                .measurements
-                .sort_by_key(|measurement| measurement.step);
         }
 
         let model = trained.model.valid().materialize();
-        let before = projections(&exam.pretrained.load(device)?);
-        let (numeric_rank, effective_rank) = mean_ranks(&before, &projections(&model));
-        let grade = exam.grade(&model)?;
+        let (grade, (numeric_rank, effective_rank)) = match self.loss_only {
+            true => (Grade::of_loss(exam.loss_on_others(&model)), (0.0, 0.0)),
+            false => {
+                let before = projections(&exam.pretrained.load(device)?);
+                let ranks = mean_ranks(&before, &projections(&model));
+                (exam.grade(&model)?, ranks)
+            }
+        };
         Ok(Measured {
             losses: {
                 let steps = trained.history.record.metrics.iter();
                 steps.map(|metrics| metrics.loss).collect()
             },
-            held_out,
             loss: grade.loss,
             correct: grade.correct,
             numeric_rank,
@@ -277,6 +285,7 @@ impl Trial {
             seconds: trained.preparation + trained.seconds,
             tokens_per_second: trained.tokens_per_second,
             peak_memory: trained.peak_memory,
+            used: exam.used(),
             answers: grade.answers.into_iter().take(SHOWN).collect(),
             record,
         })
@@ -294,7 +303,6 @@ impl Trial {
         let learned = training.run(device)?;
         Ok(Measured {
             losses: learned.losses,
-            held_out: learned.by_steps,
             loss: learned.missed,
             correct: 0,
             numeric_rank: learned.last.numeric as f64,
@@ -305,6 +313,7 @@ impl Trial {
             seconds: learned.seconds,
             tokens_per_second: learned.rows_per_second,
             peak_memory: memory::peak(),
+            used: None,
             answers: Vec::new(),
             record: None,
         })
@@ -329,6 +338,12 @@ impl TrialResult {
             Outcome::Trained(measured) => measured.loss,
             Outcome::Diverged(_) => f64::INFINITY,
         }
+    }
+
+    /// What methods are compared by; more is better.
+    pub fn gain(&self) -> f64 {
+        let judge = self.trial.task.judge();
+        judge.gain(self.score(), self.loss())
     }
 
     /// Writes the result as JSON. The file is complete or absent.

@@ -1,45 +1,26 @@
 //! What a table shows, in words, whichever way its numbers fall. Losses come first.
 
+use super::judge::Judge;
 use super::row::Row;
 use super::search::Finding;
 use super::statistics::Estimate;
-
-/// Less than this share of right answers is a failure, and so is no more than the base has.
-const LEARNED: f64 = 0.1;
 
 /// A method that another is compared with.
 #[derive(Clone, Debug)]
 pub struct Rival {
     /// Its name.
     pub name: String,
-    /// How much larger the other's share of right answers is.
+    /// How much better the other is than it.
     pub difference: Estimate,
 }
 
-/// Why the shares of right answers of a task say nothing about methods, if so: the base model knows
-/// the answers, or full fine-tuning does not learn them.
-pub fn why_unfit(base: f64, full: f64) -> Option<String> {
-    if base > 0.5 {
-        let percent = 100.0 * base;
-        return Some(format!(
-            "the base model already has {percent:.1} % of the answers"
-        ));
-    }
-    if full < LEARNED || full <= base {
-        let percent = 100.0 * full;
-        return Some(format!(
-            "full fine-tuning has no more than {percent:.1} % of the answers"
-        ));
-    }
-    None
-}
-
-/// Why the findings about one task say nothing about methods, if so, given the share of right answers
-/// of the untrained model.
-pub fn unfit(findings: &[&Finding], base: f64) -> Option<String> {
+/// Why the findings about one task say nothing about methods, if so, given the gain of the untrained
+/// model.
+pub fn unfit(findings: &[&Finding], base: Option<f64>) -> Option<String> {
     let is_full = |finding: &&&Finding| finding.entry.row == Row::Full && finding.is_complete();
     let full = findings.iter().find(is_full)?;
-    why_unfit(base, Estimate::of(&full.scores()).mean)
+    let judge = full.entry.task.judge();
+    judge.why_unfit(base, Estimate::of(&full.gains()).mean)
 }
 
 /// Every form of HD-PiSSA with those that it is compared with, paired by seed: all methods that are
@@ -57,7 +38,7 @@ pub fn compared<'a>(findings: &[&'a Finding]) -> Vec<(&'a Finding, Vec<Rival>)> 
         };
         let rivals = complete.iter().filter(is_rival).map(|other| Rival {
             name: other.entry.title(),
-            difference: Estimate::of_differences(&subject.scores(), &other.scores()),
+            difference: Estimate::of_differences(&subject.gains(), &other.gains()),
         });
         (subject, rivals.collect())
     });
@@ -65,12 +46,15 @@ pub fn compared<'a>(findings: &[&'a Finding]) -> Vec<(&'a Finding, Vec<Rival>)> 
 }
 
 /// How a method stands against others. A difference counts if its 95 % interval leaves out zero.
-pub fn against(subject: &str, rivals: &[Rival]) -> String {
+pub fn against(judge: Judge, subject: &str, rivals: &[Rival]) -> String {
     let part = |words: &str, counts: fn(Estimate) -> bool| {
         let named: Vec<String> = rivals
             .iter()
             .filter(|rival| counts(rival.difference))
-            .map(|rival| format!("{} ({})", rival.name, points(rival.difference)))
+            .map(|rival| {
+                let difference = judge.difference(rival.difference);
+                format!("{} ({difference})", rival.name)
+            })
             .collect();
         (!named.is_empty()).then(|| format!("{words} {}", named.join(", ")))
     };
@@ -83,12 +67,6 @@ pub fn against(subject: &str, rivals: &[Rival]) -> String {
     ];
     let parts: Vec<String> = parts.into_iter().flatten().collect();
     format!("{subject}: {}", parts.join("; "))
-}
-
-/// A difference of shares in points.
-pub fn points(difference: Estimate) -> String {
-    let Estimate { mean, half_width } = difference;
-    format!("{:+.1} ± {:.1} points", 100.0 * mean, 100.0 * half_width)
 }
 
 #[cfg(test)]
@@ -111,25 +89,17 @@ mod tests {
             rival("E", -0.5, 0.1),
         ];
         assert_eq!(
-            against("X", &rivals),
+            against(Judge::Share, "X", &rivals),
             "X: behind B (-30.0 ± 25.0 points), E (-50.0 ± 10.0 points); no difference shown from C \
              (+5.0 ± 6.0 points), D (-2.0 ± 10.0 points); ahead of A (+20.0 ± 10.0 points)"
         );
         assert_eq!(
-            against("X", &rivals[..1]),
+            against(Judge::Share, "X", &rivals[..1]),
             "X: ahead of A (+20.0 ± 10.0 points)"
         );
         assert_eq!(
-            against("X", &rivals[1..2]),
+            against(Judge::Share, "X", &rivals[1..2]),
             "X: behind B (-30.0 ± 25.0 points)"
         );
-    }
-
-    #[test]
-    fn a_task_that_is_known_or_not_learned_tells_nothing() {
-        assert!(why_unfit(0.6, 0.9).unwrap().contains("base model"));
-        assert!(why_unfit(0.02, 0.05).unwrap().contains("full fine-tuning"));
-        assert!(why_unfit(0.3, 0.3).unwrap().contains("full fine-tuning"));
-        assert_eq!(why_unfit(0.02, 0.5), None);
     }
 }
