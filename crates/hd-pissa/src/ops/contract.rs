@@ -280,7 +280,7 @@ pub(super) fn flatten<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {
 }
 
 /// `lhs · rhs` of two matrices; an empty inner dimension gives zeros on every backend.
-fn product<B: Backend>(lhs: FloatTensor<B>, rhs: FloatTensor<B>) -> FloatTensor<B> {
+pub(super) fn product<B: Backend>(lhs: FloatTensor<B>, rhs: FloatTensor<B>) -> FloatTensor<B> {
     let (rows, inner, cols) = (lhs.shape()[0], lhs.shape()[1], rhs.shape()[1]);
     if rows * inner * cols == 0 {
         return B::float_zeros(Shape::new([rows, cols]), &lhs.device(), lhs.dtype().into());

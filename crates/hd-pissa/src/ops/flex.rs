@@ -8,12 +8,13 @@ use burn::tensor::{DType, Element, TensorData};
 use burn_flex::FlexTensor;
 use bytemuck::Pod;
 use faer::linalg::matmul::matmul;
+use faer::linalg::matmul::triangular::{self, BlockStructure};
 use faer::{Accum, Mat, MatMut, MatRef, Par};
 use half::{bf16, f16};
 use hd_pissa_bits::{Half, mix};
 use rayon::prelude::*;
 
-use super::contract::cast;
+use super::contract::{cast, product};
 use super::thin_product::{Large, multiply};
 use super::{HdPissaOps, ProductKernels, Rounding};
 
@@ -21,6 +22,10 @@ use super::{HdPissaOps, ProductKernels, Rounding};
 impl ProductKernels for Flex {
     fn has_factor_product(_: &Device<Self>, dtype: DType) -> bool {
         matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
+    }
+
+    fn has_low_rank_product(_: &Device<Self>, dtype: DType) -> bool {
+        dtype == DType::F32
     }
 }
 
@@ -31,6 +36,18 @@ impl HdPissaOps for Flex {
             DType::BF16 => factor_product(x, f, bf16::to_f32),
             _ => factor_product(x, f, |x: f32| x),
         }
+    }
+
+    fn hd_pissa_low_rank_product(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        f: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let y = match order(&w) {
+            Some(Order::ColumnMajor) => by_transposed(x.clone(), w),
+            _ => product::<Self>(x.clone(), w),
+        };
+        (y, factor_product(x, f, |x: f32| x))
     }
 
     fn hd_pissa_merge(
@@ -128,6 +145,24 @@ impl HdPissaOps for Flex {
     fn hd_pissa_fingerprint_int(x: IntTensor<Self>) -> IntTensor<Self> {
         fingerprint(&x, |x: i32| x as u32)
     }
+}
+
+/// `x · w` in `f32` for a matrix `w` that is stored column by column: a transposed weight, as in backward
+/// passes. Flex's own product is slow if these columns are long.
+fn by_transposed(x: FlexTensor, w: FlexTensor) -> FlexTensor {
+    let x = readable(x);
+    let (rows, inner) = (x.layout().shape()[0], x.layout().shape()[1]);
+    let columns = w.layout().shape()[1];
+    let mut y = vec![0.0f32; rows * columns];
+    matmul(
+        MatMut::from_row_major_slice_mut(&mut y, rows, columns),
+        Accum::Replace,
+        MatRef::from_row_major_slice(x.storage::<f32>(), rows, inner),
+        MatRef::from_column_major_slice(w.storage::<f32>(), inner, columns),
+        1.0,
+        Par::rayon(0),
+    );
+    FlexTensor::from_data(TensorData::new(y, [rows, columns]))
 }
 
 /// `x · f` for an `f32` matrix `f` of few columns.
@@ -327,7 +362,17 @@ impl Stacked {
     fn squared_norm(&self) -> f32 {
         let gram = |lhs: MatRef<'_, f64>, rhs: MatRef<'_, f64>| {
             let mut gram = Mat::<f64>::zeros(self.inner, self.inner);
-            matmul(gram.as_mut(), Accum::Replace, lhs, rhs, 1.0, Par::rayon(0));
+            triangular::matmul(
+                gram.as_mut(),
+                BlockStructure::TriangularLower,
+                Accum::Replace,
+                lhs,
+                BlockStructure::Rectangular,
+                rhs,
+                BlockStructure::Rectangular,
+                1.0,
+                Par::rayon(0),
+            );
             gram
         };
         let wide = |narrow: MatRef<'_, f32>| {
@@ -338,9 +383,11 @@ impl Stacked {
         let (left, right) = (wide(self.left()), wide(self.right()));
         let left = gram(left.transpose(), left.as_ref());
         let right = gram(right.as_ref(), right.transpose());
+        // Both are symmetric: the elements below the diagonal count twice.
         let terms = (0..self.inner).map(|j| {
-            let columns = left.col(j).iter().zip(right.col(j).iter());
-            columns.map(|(l, r)| l * r).sum::<f64>()
+            let below = left.col(j).iter().zip(right.col(j).iter()).skip(j + 1);
+            let below: f64 = below.map(|(l, r)| l * r).sum();
+            left[(j, j)] * right[(j, j)] + 2.0 * below
         });
         terms.sum::<f64>().max(0.0) as f32
     }
