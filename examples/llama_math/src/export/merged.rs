@@ -400,7 +400,7 @@ mod tests {
             rounding,
             ..ExportConfig::default()
         };
-        config.round(values, dtype, "a.weight")
+        config.round(values, dtype, "a.weight").into_owned()
     }
 
     #[test]
