@@ -63,6 +63,13 @@ impl OptimizerState {
         Ok(true)
     }
 
+    /// Adds the states of other parameters.
+    pub(crate) fn extend(&mut self, other: Self) {
+        self.tensors.extend(other.tensors);
+        self.scalars.extend(other.scalars);
+        self.metadata.extend(other.metadata);
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.tensors.is_empty() && self.scalars.is_empty()
     }

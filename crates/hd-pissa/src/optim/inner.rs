@@ -1,20 +1,21 @@
 //! The inner optimizer, and its view of factors: the packed rows of a weight as one parameter if
-//! that gives the same numbers, else one parameter for each factor.
+//! that gives the same numbers, else one parameter for each factor. Weights step side by side on a CPU.
 
 use std::sync::Arc;
 
 use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
-use burn::module::Module;
+use burn::module::{Module, ParamId};
 use burn::optim::{GradientsParams, ModuleOptimizer, OptimizerRecord};
-use burn::tensor::{Bytes, Device, Tensor};
+use burn::tensor::{Device, Tensor};
+use rayon::prelude::*;
 
 use super::OptimizerError;
 use super::factors::{Factors, WeightFactors};
 use super::packed::unpack;
 use super::param_list::ParamList;
 use super::probe::{Probe, are_elementwise};
-use super::rows::{Rows, divide, unite};
-use crate::ops::join;
+use super::rows::{Rows, by_weight, divide, unite};
+use crate::ops::{is_cpu, join};
 use crate::optimizer_state::OptimizerState;
 
 /// A [`ModuleOptimizer`] that steps packed gradients.
@@ -22,11 +23,14 @@ use crate::optimizer_state::OptimizerState;
 /// Its record always has the states of single factors.
 #[derive(Clone)]
 pub(super) struct InnerOptimizer {
+    /// With the states of all parameters but those of `of_weights`.
     optimizer: ModuleOptimizer,
     /// Whether packed rows may be parameters.
     packs: bool,
     /// The views of the model that it was last used for, weight by weight.
     weights: Arc<Vec<Arranged>>,
+    /// For each of these weights an optimizer of its own.
+    of_weights: Vec<ModuleOptimizer>,
 }
 
 /// The optimizer's view of a weight's factors.
@@ -38,12 +42,57 @@ struct Arranged {
     is_packed: bool,
 }
 
+/// What a weight's optimizer steps.
+type Job<'a> = (
+    &'a Arranged,
+    &'a mut ModuleOptimizer,
+    ParamList,
+    GradientsParams,
+);
+
+impl Arranged {
+    /// The parameters: path, id and shape.
+    fn params(&self) -> Vec<(String, ParamId, [usize; 2])> {
+        let factors = &self.rows.factors;
+        if self.is_packed {
+            return vec![(factors[0].path.clone(), self.rows.id(), self.rows.shape())];
+        }
+        let factors = factors.iter();
+        factors.map(|f| (f.path.clone(), f.id, f.shape)).collect()
+    }
+
+    /// The gradients of the parameters, of packed ones.
+    fn gradients(&self, weight: &WeightFactors, packed: Tensor<2>) -> GradientsParams {
+        let mut gradients = GradientsParams::new();
+        if self.is_packed {
+            gradients.register(self.rows.id(), packed);
+            return gradients;
+        }
+        for (row, factors) in self.rows.factors.chunks(2).enumerate() {
+            let row = packed.clone().narrow(0, row, 1);
+            let (a, b) = unpack(row, weight.d_input(), weight.rank());
+            gradients.register(factors[0].id, a);
+            gradients.register(factors[1].id, b);
+        }
+        gradients
+    }
+
+    /// The parameters' deltas in packed form.
+    fn delta(&self, mut parts: Vec<Tensor<2>>) -> Tensor<2> {
+        match self.is_packed {
+            true => parts.remove(0),
+            false => join(parts).reshape(self.rows.shape()),
+        }
+    }
+}
+
 impl InnerOptimizer {
     pub(super) fn new(optimizer: ModuleOptimizer, packs: bool) -> Self {
         Self {
             optimizer,
             packs,
             weights: Arc::default(),
+            of_weights: Vec::new(),
         }
     }
 
@@ -100,17 +149,17 @@ impl InnerOptimizer {
     }
 
     fn rearrange(&mut self, mut weights: Vec<Arranged>) -> Result<(), OptimizerError> {
-        let state = self.state()?;
-        if !state.is_empty() {
-            let packed = weights.iter_mut().filter(|weight| weight.is_packed);
-            let packed: Vec<&mut Arranged> = packed.collect();
-            let rows = packed.iter().map(|weight| &weight.rows);
-            let (state, united) = unite(state, rows)?;
-            for (weight, is_united) in packed.into_iter().zip(united) {
-                weight.is_packed = is_united;
-            }
-            self.set_state(state)?;
+        let packed = weights.iter_mut().filter(|weight| weight.is_packed);
+        let packed: Vec<&mut Arranged> = packed.collect();
+        let rows = packed.iter().map(|weight| &weight.rows);
+        let (state, united) = unite(self.state()?, rows)?;
+        for (weight, is_united) in packed.into_iter().zip(united) {
+            weight.is_packed = is_united;
         }
+        let (states, rest) = by_weight(state, weights.iter().map(|weight| &weight.rows));
+        let load = |state| with_state(&self.optimizer, state);
+        self.of_weights = states.into_iter().map(load).collect::<Result<_, _>>()?;
+        self.optimizer = with_state(&self.optimizer, rest)?;
         self.weights = Arc::new(weights);
         Ok(())
     }
@@ -126,47 +175,32 @@ impl InnerOptimizer {
         gradients: Vec<Tensor<2>>,
         device: &Device,
     ) -> Vec<Tensor<2>> {
-        let arranged = &self.weights[start..start + weights.len()];
-        let params = arranged.iter().flat_map(|weight| {
-            let factors = &weight.rows.factors;
-            match weight.is_packed {
-                true => vec![(
-                    factors[0].path.clone(),
-                    weight.rows.id(),
-                    weight.rows.shape(),
-                )],
-                false => {
-                    let factors = factors.iter();
-                    factors.map(|f| (f.path.clone(), f.id, f.shape)).collect()
-                }
-            }
-        });
+        let range = start..start + weights.len();
+        let arranged = &self.weights[range.clone()];
+        let params = arranged.iter().flat_map(|weight| weight.params());
         // An update does not read the parameter. From a parameter of zeros, the result is exactly
         // the delta.
-        let params = ParamList::zeros(device, params);
-        let mut of_params = GradientsParams::new();
-        for ((arranged, weight), gradient) in arranged.iter().zip(weights).zip(gradients) {
-            if arranged.is_packed {
-                of_params.register(arranged.rows.id(), gradient);
-                continue;
-            }
-            for (row, factors) in arranged.rows.factors.chunks(2).enumerate() {
-                let row = gradient.clone().narrow(0, row, 1);
-                let (a, b) = unpack(row, weight.d_input(), weight.rank());
-                of_params.register(factors[0].id, a);
-                of_params.register(factors[1].id, b);
-            }
+        let mut params = ParamList::zeros(device, params);
+        let optimizers = self.of_weights[range].iter_mut();
+        let weights = arranged.iter().zip(weights);
+        let jobs: Vec<_> = weights
+            .zip(optimizers)
+            .zip(gradients)
+            .map(|(((arranged, weight), optimizer), gradient)| {
+                let params = params.take(arranged.params().len());
+                let gradients = arranged.gradients(weight, gradient);
+                (arranged, optimizer, params, gradients)
+            })
+            .collect();
+        let step = |(arranged, optimizer, params, gradients): Job| {
+            let moved = optimizer.step(lr.clone(), params, gradients);
+            arranged.delta(moved.into_values().collect())
+        };
+        match is_cpu(device) {
+            true => jobs.into_par_iter().map(step).collect(),
+            // The order of calls is that of a device's queue.
+            false => jobs.into_iter().map(step).collect(),
         }
-        let arranged = self.weights.clone();
-        let mut moved = self.optimizer.step(lr, params, of_params).into_values();
-        let deltas = arranged[start..start + weights.len()].iter().map(|weight| {
-            if weight.is_packed {
-                return moved.next().expect("a parameter for each weight");
-            }
-            let parts = moved.by_ref().take(weight.rows.factors.len());
-            join(parts.collect()).reshape(weight.rows.shape())
-        });
-        deltas.collect()
     }
 
     /// Burn's own step, for parameters outside the adapters.
@@ -184,24 +218,33 @@ impl InnerOptimizer {
 
     /// The states of single factors, and of dense parameters.
     pub(super) fn state(&self) -> Result<OptimizerState, OptimizerError> {
-        let state = OptimizerState::from_bytes(self.optimizer.into_bytes()?);
+        let mut all = OptimizerState::default();
+        for optimizer in std::iter::once(&self.optimizer).chain(&self.of_weights) {
+            all.extend(OptimizerState::from_bytes(optimizer.into_bytes()?)?);
+        }
         let packed = self.weights.iter().filter(|weight| weight.is_packed);
-        let divided = state.and_then(|state| divide(state, packed.map(|weight| &weight.rows)));
-        Ok(divided?.expect("a trial has found states of the rows' shape"))
+        let divided = divide(all, packed.map(|weight| &weight.rows))?;
+        Ok(divided.expect("a trial has found states of the rows' shape"))
     }
 
     /// Takes over the states of single factors, and of dense parameters.
     pub(super) fn load(&mut self, record: OptimizerRecord) {
         self.optimizer = self.optimizer.clone().load_record(record);
         self.weights = Arc::default();
+        self.of_weights = Vec::new();
     }
+}
 
-    fn set_state(&mut self, state: OptimizerState) -> Result<(), OptimizerError> {
-        let bytes: Bytes = state.into_bytes()?;
-        let record = OptimizerRecord::from_bytes(bytes)?;
-        self.optimizer = self.optimizer.clone().load_record(record);
-        Ok(())
-    }
+/// `optimizer` with the state `state`.
+fn with_state(
+    optimizer: &ModuleOptimizer,
+    state: OptimizerState,
+) -> Result<ModuleOptimizer, OptimizerError> {
+    let record = match state.is_empty() {
+        true => OptimizerRecord::default(),
+        false => OptimizerRecord::from_bytes(state.into_bytes()?)?,
+    };
+    Ok(optimizer.clone().load_record(record))
 }
 
 #[cfg(test)]

@@ -39,6 +39,11 @@ impl ParamList {
         self
     }
 
+    /// Takes the first `count` parameters out of the list.
+    pub(super) fn take(&mut self, count: usize) -> Self {
+        Self(self.0.drain(..count).collect())
+    }
+
     pub(super) fn ids(&self) -> impl Iterator<Item = ParamId> {
         self.0.iter().map(|(_, param)| param.id)
     }

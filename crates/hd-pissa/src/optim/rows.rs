@@ -159,6 +159,22 @@ impl ByParam {
     }
 }
 
+/// The states of the parameters of each of `rows`, which may be the factors or all of them together,
+/// and the rest.
+pub(super) fn by_weight<'a>(
+    state: OptimizerState,
+    rows: impl Iterator<Item = &'a Rows>,
+) -> (Vec<OptimizerState>, OptimizerState) {
+    let mut by_param = ByParam::of(state);
+    let states = rows.map(|rows| {
+        let ids = rows.factors.iter().map(|factor| factor.id.val());
+        let own = ids.filter_map(|id| by_param.0.remove_entry(&id));
+        ByParam(own.collect(), OptimizerState::default()).into_state()
+    });
+    let states = states.collect();
+    (states, by_param.into_state())
+}
+
 /// The states of all `rows` divided among their factors; `None` if one has another shape than the rows.
 pub(super) fn divide<'a>(
     state: OptimizerState,

@@ -4,7 +4,6 @@ use burn::backend::ops::FloatTensorOps;
 use burn::backend::{Flex, tensor::FloatTensor};
 use burn::tensor::{Shape, Slice, TensorData};
 use burn_flex::FlexTensor;
-use rayon::prelude::*;
 
 use super::rows::{each_row, exp, exponentials, largest, sum};
 use super::{Causal, LlamaOps};
@@ -43,12 +42,17 @@ impl LlamaOps for Flex {
         let [gates, ups] = [&gate, &up].map(|x| x.storage::<f32>());
         let len = last(&gate);
         let mut output = vec![0.0; gates.len()];
-        each_row(&mut output, len, |index, row| {
-            let [gates, ups] = [gates, ups].map(|x| &x[index * len..][..len]);
-            for ((output, &gate), &up) in row.iter_mut().zip(gates).zip(ups) {
-                *output = gate * up / (1.0 + exp(-gate));
-            }
-        });
+        each_row(
+            &mut output,
+            len,
+            #[inline(always)]
+            |index, row| {
+                let [gates, ups] = [gates, ups].map(|x| &x[index * len..][..len]);
+                for ((output, &gate), &up) in row.iter_mut().zip(gates).zip(ups) {
+                    *output = gate * up / (1.0 + exp(-gate));
+                }
+            },
+        );
         tensor(output, gate.layout().shape())
     }
 
@@ -63,19 +67,29 @@ impl LlamaOps for Flex {
         // First the gradient of `up`, then in place the gradient of `gate`.
         let mut of_up = vec![0.0; gates.len()];
         let gradients = gradient.storage::<f32>();
-        each_row(&mut of_up, len, |index, row| {
-            let [gates, gradients] = [gates, gradients].map(|x| &x[index * len..][..len]);
-            for ((output, &gate), &gradient) in row.iter_mut().zip(gates).zip(gradients) {
-                *output = gradient * gate / (1.0 + exp(-gate));
-            }
-        });
-        each_row(gradient.storage_mut(), len, |index, row| {
-            let [gates, ups] = [gates, ups].map(|x| &x[index * len..][..len]);
-            for ((x, &gate), &up) in row.iter_mut().zip(gates).zip(ups) {
-                let sigmoid = 1.0 / (1.0 + exp(-gate));
-                *x *= up * sigmoid * (1.0 + gate * (1.0 - sigmoid));
-            }
-        });
+        each_row(
+            &mut of_up,
+            len,
+            #[inline(always)]
+            |index, row| {
+                let [gates, gradients] = [gates, gradients].map(|x| &x[index * len..][..len]);
+                for ((output, &gate), &gradient) in row.iter_mut().zip(gates).zip(gradients) {
+                    *output = gradient * gate / (1.0 + exp(-gate));
+                }
+            },
+        );
+        each_row(
+            gradient.storage_mut(),
+            len,
+            #[inline(always)]
+            |index, row| {
+                let [gates, ups] = [gates, ups].map(|x| &x[index * len..][..len]);
+                for ((x, &gate), &up) in row.iter_mut().zip(gates).zip(ups) {
+                    let sigmoid = 1.0 / (1.0 + exp(-gate));
+                    *x *= up * sigmoid * (1.0 + gate * (1.0 - sigmoid));
+                }
+            },
+        );
         let of_up = tensor(of_up, gate.layout().shape());
         (gradient, of_up)
     }
@@ -89,13 +103,18 @@ impl LlamaOps for Flex {
         let (inputs, gammas) = (x.storage::<f32>(), gamma.storage::<f32>());
         let len = gammas.len();
         let mut output = vec![0.0; inputs.len()];
-        each_row(&mut output, len, |index, row| {
-            let inputs = &inputs[index * len..][..len];
-            let factor = inverse_rms(inputs, epsilon);
-            for ((output, x), gamma) in row.iter_mut().zip(inputs).zip(gammas) {
-                *output = x * factor * gamma;
-            }
-        });
+        each_row(
+            &mut output,
+            len,
+            #[inline(always)]
+            |index, row| {
+                let inputs = &inputs[index * len..][..len];
+                let factor = inverse_rms(inputs, epsilon);
+                for ((output, x), gamma) in row.iter_mut().zip(inputs).zip(gammas) {
+                    *output = x * factor * gamma;
+                }
+            },
+        );
         tensor(output, x.layout().shape())
     }
 
@@ -116,15 +135,20 @@ impl LlamaOps for Flex {
                 *sum += x * factor * gradient;
             }
         }
-        each_row(gradient.storage_mut(), len, |index, row| {
-            let inputs = &inputs[index * len..][..len];
-            let factor = inverse_rms(inputs, epsilon);
-            let product = sum(len, |i| inputs[i] * gammas[i] * row[i]);
-            let along = product * factor * factor / len as f32;
-            for ((gradient, x), gamma) in row.iter_mut().zip(inputs).zip(gammas) {
-                *gradient = factor * (gamma * *gradient - along * x);
-            }
-        });
+        each_row(
+            gradient.storage_mut(),
+            len,
+            #[inline(always)]
+            |index, row| {
+                let inputs = &inputs[index * len..][..len];
+                let factor = inverse_rms(inputs, epsilon);
+                let product = sum(len, |i| inputs[i] * gammas[i] * row[i]);
+                let along = product * factor * factor / len as f32;
+                for ((gradient, x), gamma) in row.iter_mut().zip(inputs).zip(gammas) {
+                    *gradient = factor * (gamma * *gradient - along * x);
+                }
+            },
+        );
         let of_gamma = tensor(of_gamma, gamma.layout().shape());
         (gradient, of_gamma)
     }
@@ -140,19 +164,24 @@ impl LlamaOps for Flex {
         let heads = width / (2 * half);
         let [inputs, cos, sin] = [&x, &cos, &sin].map(|x| x.storage::<f32>());
         let mut output = vec![0.0; inputs.len()];
-        each_row(&mut output, 2 * half, |index, row| {
-            let (position, rest) = (index % positions, index / positions);
-            let (head, batch) = (rest % heads, rest / heads);
-            let start = (batch * positions + position) * width + head * 2 * half;
-            let angles = position * half..(position + 1) * half;
-            rotate(
-                &inputs[start..][..2 * half],
-                row,
-                &cos[angles.clone()],
-                &sin[angles],
-                1.0,
-            );
-        });
+        each_row(
+            &mut output,
+            2 * half,
+            #[inline(always)]
+            |index, row| {
+                let (position, rest) = (index % positions, index / positions);
+                let (head, batch) = (rest % heads, rest / heads);
+                let start = (batch * positions + position) * width + head * 2 * half;
+                let angles = position * half..(position + 1) * half;
+                rotate(
+                    &inputs[start..][..2 * half],
+                    row,
+                    &cos[angles.clone()],
+                    &sin[angles],
+                    1.0,
+                );
+            },
+        );
         tensor(output, &Shape::new([batch, heads, positions, 2 * half]))
     }
 
@@ -166,19 +195,24 @@ impl LlamaOps for Flex {
         let half = dim / 2;
         let [inputs, cos, sin] = [&gradient, &cos, &sin].map(|x| x.storage::<f32>());
         let mut output = vec![0.0; inputs.len()];
-        each_row(&mut output, dim, |index, row| {
-            let (head, rest) = (index % heads, index / heads);
-            let (position, batch) = (rest % positions, rest / positions);
-            let start = ((batch * heads + head) * positions + position) * dim;
-            let angles = position * half..(position + 1) * half;
-            rotate(
-                &inputs[start..][..dim],
-                row,
-                &cos[angles.clone()],
-                &sin[angles],
-                -1.0,
-            );
-        });
+        each_row(
+            &mut output,
+            dim,
+            #[inline(always)]
+            |index, row| {
+                let (head, rest) = (index % heads, index / heads);
+                let (position, batch) = (rest % positions, rest / positions);
+                let start = ((batch * heads + head) * positions + position) * dim;
+                let angles = position * half..(position + 1) * half;
+                rotate(
+                    &inputs[start..][..dim],
+                    row,
+                    &cos[angles.clone()],
+                    &sin[angles],
+                    -1.0,
+                );
+            },
+        );
         tensor(output, &Shape::new([batch, positions, heads * dim]))
     }
 
@@ -216,15 +250,20 @@ impl LlamaOps for Flex {
 fn attention_weights(scores: FlexTensor, scale: f64, causal: Causal) -> FlexTensor {
     let mut weights = whole(scores);
     let keys = last(&weights);
-    each_row(weights.storage_mut(), keys, |index, row| {
-        let visible = causal.keys_of(index, keys);
-        row[..visible.start].fill(0.0);
-        row[visible.end..].fill(0.0);
-        let row = &mut row[visible];
-        let sum = exponentials(row, largest(row), scale as f32);
-        let factor = 1.0 / sum;
-        row.iter_mut().for_each(|x| *x *= factor);
-    });
+    each_row(
+        weights.storage_mut(),
+        keys,
+        #[inline(always)]
+        |index, row| {
+            let visible = causal.keys_of(index, keys);
+            row[..visible.start].fill(0.0);
+            row[visible.end..].fill(0.0);
+            let row = &mut row[visible];
+            let sum = exponentials(row, largest(row), scale as f32);
+            let factor = 1.0 / sum;
+            row.iter_mut().for_each(|x| *x *= factor);
+        },
+    );
     weights
 }
 
@@ -239,17 +278,22 @@ fn attention_scores_gradient(
     let mut gradient = whole(gradient);
     let keys = last(&weights);
     let all = weights.storage::<f32>();
-    each_row(gradient.storage_mut(), keys, |index, row| {
-        let visible = causal.keys_of(index, keys);
-        row[..visible.start].fill(0.0);
-        row[visible.end..].fill(0.0);
-        let weights = &all[index * keys..][..keys][visible.clone()];
-        let row = &mut row[visible];
-        let mean = sum(row.len(), |i| weights[i] * row[i]);
-        for (x, weight) in row.iter_mut().zip(weights) {
-            *x = weight * (*x - mean) * scale as f32;
-        }
-    });
+    each_row(
+        gradient.storage_mut(),
+        keys,
+        #[inline(always)]
+        |index, row| {
+            let visible = causal.keys_of(index, keys);
+            row[..visible.start].fill(0.0);
+            row[visible.end..].fill(0.0);
+            let weights = &all[index * keys..][..keys][visible.clone()];
+            let row = &mut row[visible];
+            let mean = sum(row.len(), |i| weights[i] * row[i]);
+            for (x, weight) in row.iter_mut().zip(weights) {
+                *x = weight * (*x - mean) * scale as f32;
+            }
+        },
+    );
     gradient
 }
 
@@ -287,19 +331,21 @@ fn head_loss(
 fn target_loss(logits: FlexTensor, labels: &[u32]) -> (f64, FlexTensor) {
     let mut gradient = whole(logits);
     let len = last(&gradient);
-    let mut losses = vec![0.0f32; labels.len()];
-    let rows = gradient.storage_mut::<f32>().par_chunks_mut(len.max(1));
-    let labels = labels.par_iter().zip(&mut losses);
-    rows.zip(labels).for_each(|(row, (&label, loss))| {
-        let label = label as usize;
-        let (largest, wanted) = (largest(row), row[label]);
-        let sum = exponentials(row, largest, 1.0);
-        *loss = sum.ln() + (largest - wanted);
-        let factor = 1.0 / sum;
-        row.iter_mut().for_each(|x| *x *= factor);
-        row[label] -= 1.0;
-    });
-    (losses.iter().copied().map(f64::from).sum(), gradient)
+    let losses = each_row(
+        gradient.storage_mut(),
+        len,
+        #[inline(always)]
+        |index, row| {
+            let label = labels[index] as usize;
+            let (largest, wanted) = (largest(row), row[label]);
+            let sum = exponentials(row, largest, 1.0);
+            let factor = 1.0 / sum;
+            row.iter_mut().for_each(|x| *x *= factor);
+            row[label] -= 1.0;
+            sum.ln() + (largest - wanted)
+        },
+    );
+    (losses.into_iter().map(f64::from).sum(), gradient)
 }
 
 /// Last two dimensions exchanged, without a copy.

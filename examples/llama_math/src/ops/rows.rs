@@ -2,6 +2,7 @@
 
 use std::array::from_fn;
 
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 /// Numbers that a loop processes at once; sums have the same number of partial sums.
@@ -45,10 +46,15 @@ pub(super) fn sum(len: usize, term: impl Fn(usize) -> f32) -> f32 {
     sums.iter().sum::<f32>() + rest
 }
 
+/// The larger value; NaN if there is one.
+#[inline(always)]
+fn larger(x: f32, y: f32) -> f32 {
+    if x > y || x.is_nan() { x } else { y }
+}
+
 /// The largest value; NaN if there is one.
 #[inline(always)]
 pub(super) fn largest(row: &[f32]) -> f32 {
-    let larger = |x: f32, y: f32| if x > y || x.is_nan() { x } else { y };
     let mut all = [f32::NEG_INFINITY; LANES];
     let (chunks, rest) = row.as_chunks::<LANES>();
     for chunk in chunks {
@@ -56,8 +62,8 @@ pub(super) fn largest(row: &[f32]) -> f32 {
             *best = larger(*best, x);
         }
     }
-    let all = all.into_iter().reduce(larger).unwrap_or(f32::NEG_INFINITY);
-    rest.iter().fold(all, |best, &x| larger(best, x))
+    let all = all.into_iter().chain(rest.iter().copied());
+    all.fold(f32::NEG_INFINITY, larger)
 }
 
 /// Replaces each number by `e^(scale · (x − largest))` and returns their sum.
@@ -79,19 +85,56 @@ pub(super) fn exponentials(row: &mut [f32], largest: f32, scale: f32) -> f32 {
     sum
 }
 
-/// Calls `work` for the rows of `output`, of `len` numbers each, with their index. The results do
-/// not depend on the number of threads.
-pub(super) fn each_row(output: &mut [f32], len: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
+/// Calls `work` for the rows of `output`, of `len` numbers each, with their index, and returns its
+/// results in order. None depends on the number of threads.
+///
+/// The loops of `work` use the best instructions that the processor has, if it and all that it calls are
+/// `#[inline(always)]`: they are compiled once for each set of instructions.
+pub(super) fn each_row<R: Send>(
+    output: &mut [f32],
+    len: usize,
+    work: impl Fn(usize, &mut [f32]) -> R + Sync,
+) -> Vec<R> {
     if len == 0 || output.is_empty() {
-        return;
+        return Vec::new();
     }
     let rows = TASK.div_ceil(len);
+    let arch = Arch::new();
     let tasks = output.par_chunks_mut(rows * len).enumerate();
-    tasks.for_each(|(task, output)| {
-        for (index, row) in output.chunks_mut(len).enumerate() {
-            work(task * rows + index, row);
-        }
+    let results = tasks.map(|(task, output)| {
+        arch.dispatch(Rows {
+            output,
+            len,
+            first: task * rows,
+            work: &work,
+        })
     });
+    results
+        .collect::<Vec<Vec<R>>>()
+        .into_iter()
+        .flatten()
+        .collect()
+}
+
+/// Rows of one task, from row `first` on.
+struct Rows<'a, W> {
+    output: &'a mut [f32],
+    len: usize,
+    first: usize,
+    work: &'a W,
+}
+
+impl<R, W: Fn(usize, &mut [f32]) -> R> WithSimd for Rows<'_, W> {
+    type Output = Vec<R>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> Vec<R> {
+        let mut results = Vec::with_capacity(self.output.len().div_ceil(self.len));
+        for (row, output) in self.output.chunks_mut(self.len).enumerate() {
+            results.push((self.work)(self.first + row, output));
+        }
+        results
+    }
 }
 
 #[cfg(test)]
