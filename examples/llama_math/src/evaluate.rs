@@ -6,8 +6,13 @@ use crate::score::final_answer;
 use crate::tokenize::{Template, Tokens};
 use crate::{Continued, Error, Llama};
 
-/// Greedy decoding with a key/value cache, of all prompts at once: for each at most `limit` tokens after it, up
-/// to the one for which `is_end` holds, which is left out.
+/// Positions for which keys and values are kept at once, at most: those of the prompts in a pass and of
+/// their longest answers. At least one prompt is taken, whatever its length.
+const POSITIONS: usize = 8192;
+
+/// Greedy decoding with a key/value cache: for each prompt at most `limit` tokens after it, up to the one
+/// for which `is_end` holds, which is left out. Several prompts share a pass, and one that ends makes room
+/// for the next. `progress` is called once for each.
 ///
 /// # Panics
 ///
@@ -17,32 +22,50 @@ pub fn greedy(
     prompts: &[&[u32]],
     limit: usize,
     is_end: impl Fn(u32) -> bool,
+    progress: impl Fn(),
 ) -> Vec<Vec<u32>> {
     let mut answers = vec![Vec::new(); prompts.len()];
-    let mut places: Vec<usize> = (0..prompts.len()).collect();
-    let new = |prompt: &&[u32]| Continued::new(prompt.to_vec());
-    let mut sequences: Vec<Continued> = prompts.iter().map(new).collect();
-    for _ in 0..limit {
+    if limit == 0 {
+        prompts.iter().for_each(|_| progress());
+        return answers;
+    }
+    let mut waiting = prompts.iter().enumerate().peekable();
+    let mut positions = 0;
+    let mut places: Vec<usize> = Vec::new();
+    let mut sequences: Vec<Continued> = Vec::new();
+    loop {
+        while let Some((place, prompt)) = waiting.next_if(|(_, prompt)| {
+            sequences.is_empty() || positions + prompt.len() + limit <= POSITIONS
+        }) {
+            positions += prompt.len() + limit;
+            places.push(place);
+            sequences.push(Continued::new(prompt.to_vec()));
+        }
         if sequences.is_empty() {
-            break;
+            return answers;
         }
         let next = model.next_logits(&mut sequences).argmax(1).into_data();
         let next: Vec<i64> = next.iter().collect();
         let rows = places.into_iter().zip(sequences).zip(next);
-        // What has ended leaves the batch.
         (places, sequences) = rows
             .filter_map(|((place, mut sequence), next)| {
                 let token = u32::try_from(next).expect("token ids are small and not negative");
-                if is_end(token) {
-                    return None;
+                let answer = &mut answers[place];
+                let goes_on = !is_end(token) && {
+                    answer.push(token);
+                    answer.len() < limit
+                };
+                match goes_on {
+                    true => sequence.tokens.push(token),
+                    false => {
+                        positions -= prompts[place].len() + limit;
+                        progress();
+                    }
                 }
-                answers[place].push(token);
-                sequence.tokens.push(token);
-                Some((place, sequence))
+                goes_on.then_some((place, sequence))
             })
             .unzip();
     }
-    answers
 }
 
 /// Tokens that one forward pass takes of sequences that stand beside each other and have one length.
@@ -92,9 +115,6 @@ pub struct Solver<'a> {
     pub max_new_tokens: usize,
 }
 
-/// Records that are answered at once.
-const BATCH: usize = 16;
-
 impl Solver<'_> {
     /// Answers one record.
     ///
@@ -106,27 +126,23 @@ impl Solver<'_> {
         Ok(answers.remove(0))
     }
 
-    /// Answers records, several at once. `progress` is called once for each.
+    /// Answers records. `progress` is called once for each.
     ///
     /// # Errors
     ///
     /// Those of the tokenizer.
     pub fn answers(&self, records: &[Record], progress: impl Fn()) -> Result<Vec<Answer>, Error> {
         let is_end = |token| self.tokens.is_end(token);
-        let mut answers = Vec::new();
-        for records in records.chunks(BATCH) {
-            let prompts = records
-                .iter()
-                .map(|record| self.tokens.prompt(record, self.template));
-            let prompts: Vec<Vec<u32>> = prompts.collect::<Result<_, _>>()?;
-            let prompts: Vec<&[u32]> = prompts.iter().map(|prompt| &prompt[..]).collect();
-            let found = greedy(self.model, &prompts, self.max_new_tokens, is_end);
-            for (record, answer) in records.iter().zip(found) {
-                answers.push(self.mark(record, &answer)?);
-                progress();
-            }
-        }
-        Ok(answers)
+        let prompts = records.iter();
+        let prompts = prompts.map(|record| self.tokens.prompt(record, self.template));
+        let prompts: Vec<Vec<u32>> = prompts.collect::<Result<_, _>>()?;
+        let prompts: Vec<&[u32]> = prompts.iter().map(|prompt| &prompt[..]).collect();
+        let limit = self.max_new_tokens;
+        let answers = greedy(self.model, &prompts, limit, is_end, progress);
+        let answers = records.iter().zip(answers);
+        answers
+            .map(|(record, answer)| self.mark(record, &answer))
+            .collect()
     }
 
     /// The text of an answer, compared with the reference.

@@ -43,7 +43,7 @@ pub fn facts(seed: u64, count: usize, vocabulary: Range<u32>) -> Vec<Sequence> {
 /// How many of the facts the model completes in full, each token the likeliest one.
 pub fn recalled(model: &Llama, facts: &[Sequence]) -> usize {
     let keys: Vec<&[u32]> = facts.iter().map(|fact| &fact.tokens[..LENGTH]).collect();
-    let values = greedy(model, &keys, LENGTH, |_| false);
+    let values = greedy(model, &keys, LENGTH, |_| false, || ());
     facts
         .iter()
         .zip(values)

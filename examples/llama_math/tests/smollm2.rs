@@ -103,7 +103,7 @@ fn logits_and_greedy_tokens_are_the_recorded_ones() {
 
         // A prompt fed in two parts through the cache gives the tokens of one fed whole.
         let recorded = ids(&case["greedy20"]);
-        let ours = greedy(&model, &[&prompt], recorded.len(), |_| false).remove(0);
+        let ours = greedy(&model, &[&prompt], recorded.len(), |_| false, || ()).remove(0);
         assert_eq!(
             ours.iter().map(|&id| i64::from(id)).collect::<Vec<_>>(),
             recorded,
