@@ -53,18 +53,21 @@ impl Sequence {
     }
 }
 
+/// Positions that one pass on a CPU takes of a micro-batch. More take more memory and little less time: the
+/// passes stand side by side.
+pub(crate) const POSITIONS_PER_PASS: usize = 256;
+
 /// Sequences of one forward pass, below each other and padded on the right to the longest, or packed into
 /// one row without padding.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct MicroBatch {
     tokens: Vec<u32>,
     shape: [usize; 2],
-    /// Of the sequences of a packed row; empty otherwise.
+    /// Of the sequences, without padding.
     lengths: Vec<usize>,
+    is_packed: bool,
     /// Flattened position and the token that follows there.
     targets: Vec<(usize, u32)>,
-    /// Tokens without padding.
-    num_tokens: usize,
     /// What the sum over targets is divided by.
     divisor: f64,
 }
@@ -75,9 +78,12 @@ impl MicroBatch {
     /// If `rows` is empty.
     pub fn new(rows: &[&Sequence]) -> Self {
         let width = rows.iter().map(|row| row.tokens.len()).max();
-        let width = width.expect("a micro-batch has at least one row");
+        Self::padded(rows, width.expect("a micro-batch has at least one row"))
+    }
+
+    /// What stands in the padding has no influence: nothing attends to it.
+    fn padded(rows: &[&Sequence], width: usize) -> Self {
         let mut batch = Self::of(rows, |index| index * width);
-        // What stands in the padding has no influence: nothing attends to it.
         batch.shape = [rows.len(), width];
         batch
     }
@@ -92,8 +98,8 @@ impl MicroBatch {
         assert!(!rows.is_empty(), "a micro-batch has at least one row");
         let lengths: Vec<usize> = rows.iter().map(|row| row.tokens.len()).collect();
         let mut batch = Self::of(rows, |index| lengths[..index].iter().sum());
-        batch.shape = [1, batch.num_tokens];
-        batch.lengths = lengths;
+        batch.shape = [1, batch.num_tokens()];
+        batch.is_packed = true;
         batch
     }
 
@@ -112,10 +118,10 @@ impl MicroBatch {
         Self {
             tokens,
             shape: [0, 0],
-            lengths: Vec::new(),
+            lengths: rows.iter().map(|row| row.tokens.len()).collect(),
+            is_packed: false,
             divisor: targets.len() as f64,
             targets,
-            num_tokens: rows.iter().map(|row| row.tokens.len()).sum(),
         }
     }
 
@@ -129,10 +135,58 @@ impl MicroBatch {
     /// Sum over the targets of the negative log-likelihood that `model` gives them, `[1]`.
     pub fn loss(&self, model: &Llama, device: &Device) -> Tensor<1> {
         let tokens = self.tokens(device);
-        match self.lengths.is_empty() {
-            true => model.target_loss(tokens, &self.targets),
-            false => model.packed_target_loss(tokens, &self.lengths, &self.targets),
+        match self.is_packed {
+            true => model.packed_target_loss(tokens, &self.lengths, &self.targets),
+            false => model.target_loss(tokens, &self.targets),
         }
+    }
+
+    /// The sequences in parts, each of `limit` positions at most or of one sequence. The sum of the parts'
+    /// losses is the loss, and their [`divisor`](Self::divisor) is that of the whole.
+    pub(crate) fn parts(&self, limit: usize) -> Vec<Self> {
+        let rows = self.rows();
+        let positions = |rows: &[Sequence]| match self.is_packed {
+            true => rows.iter().map(|row| row.tokens.len()).sum(),
+            false => rows.len() * self.shape[1],
+        };
+        let mut parts = Vec::new();
+        let mut rest = &rows[..];
+        while !rest.is_empty() {
+            let fitting = (2..=rest.len()).take_while(|&count| positions(&rest[..count]) <= limit);
+            let (part, others) = rest.split_at(fitting.last().unwrap_or(1));
+            rest = others;
+            let part: Vec<&Sequence> = part.iter().collect();
+            let mut part = match self.is_packed {
+                true => Self::packed(&part),
+                // As wide as the whole: frequencies can depend on it.
+                false => Self::padded(&part, self.shape[1]),
+            };
+            part.divisor = self.divisor;
+            parts.push(part);
+        }
+        parts
+    }
+
+    fn rows(&self) -> Vec<Sequence> {
+        let mut start = 0;
+        let mut targets = self.targets.iter().peekable();
+        let rows = self.lengths.iter().map(|&length| {
+            let end = start + length;
+            let mut row = Sequence {
+                tokens: self.tokens[start..end].to_vec(),
+                targets: Vec::new(),
+            };
+            while let Some((position, _)) = targets.next_if(|(position, _)| *position < end) {
+                let place = position + 1 - start;
+                row.targets.push(place..place + 1);
+            }
+            start = match self.is_packed {
+                true => end,
+                false => start + self.shape[1],
+            };
+            row
+        });
+        rows.collect()
     }
 
     /// The targets: flattened positions, and the tokens that follow there.
@@ -152,7 +206,7 @@ impl MicroBatch {
 
     /// Number of tokens without padding.
     pub fn num_tokens(&self) -> usize {
-        self.num_tokens
+        self.lengths.iter().sum()
     }
 }
 
@@ -328,6 +382,35 @@ mod tests {
 
     fn ids(micro_batch: &MicroBatch) -> Vec<u32> {
         micro_batch.tokens.chunks(2).map(|row| row[0]).collect()
+    }
+
+    #[test]
+    fn parts_have_every_sequence_and_target_once() {
+        let rows = [3, 5, 2, 9, 2, 4].map(|length| {
+            let tokens = (0..length).map(|token| 10 * length + token).collect();
+            Sequence::new(tokens, 1)
+        });
+        let rows: Vec<&Sequence> = rows.iter().collect();
+        let padded: fn(&[_]) -> _ = |rows| MicroBatch::padded(rows, 9);
+        for (of, limit, expected) in [
+            (padded, 20, &[2, 2, 2][..]),
+            (padded, 8, &[1; 6]),
+            (MicroBatch::packed, 10, &[3, 1, 2]),
+        ] {
+            let parts = of(&rows).parts(limit);
+            assert_eq!(parts.len(), expected.len());
+            let mut rest = &rows[..];
+            for (part, &count) in parts.iter().zip(expected) {
+                let (own, others) = rest.split_at(count);
+                rest = others;
+                let expected = MicroBatch {
+                    divisor: 19.0,
+                    ..of(own)
+                };
+                assert_eq!(part, &expected);
+            }
+            assert!(rest.is_empty());
+        }
     }
 
     #[test]

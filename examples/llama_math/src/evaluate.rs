@@ -1,6 +1,6 @@
 //! Loss and exact match on held-out records.
 
-use crate::batch::{MicroBatch, Sequence};
+use crate::batch::{MicroBatch, POSITIONS_PER_PASS, Sequence};
 use crate::data::Record;
 use crate::score::final_answer;
 use crate::tokenize::{Template, Tokens};
@@ -68,10 +68,6 @@ pub fn greedy(
     }
 }
 
-/// Tokens that one forward pass takes of sequences that stand beside each other and have one length.
-/// At least one sequence is taken, whatever its length.
-const TOKENS_PER_PASS: usize = 256;
-
 /// Mean loss per target over all sequences. `progress` is called once for each.
 pub fn mean_loss(model: &Llama, sequences: &[Sequence], progress: impl Fn()) -> f64 {
     let device = model.device();
@@ -81,7 +77,7 @@ pub fn mean_loss(model: &Llama, sequences: &[Sequence], progress: impl Fn()) -> 
         .filter(|sequence| sequence.num_targets() > 0)
         .collect::<Vec<_>>();
     for alike in used.chunk_by(|a, b| a.tokens.len() == b.tokens.len()) {
-        for rows in alike.chunks((TOKENS_PER_PASS / alike[0].tokens.len()).max(1)) {
+        for rows in alike.chunks((POSITIONS_PER_PASS / alike[0].tokens.len()).max(1)) {
             let batch = MicroBatch::new(rows);
             let loss = batch.loss(model, &device);
             sum += loss.into_scalar::<f64>();

@@ -16,9 +16,10 @@ use hd_pissa::{
     side_by_side,
 };
 
-use crate::batch::MicroBatch;
+use crate::batch::{MicroBatch, POSITIONS_PER_PASS};
 use crate::loss::LossMean;
 use crate::method::{Adaptation, Method, num_trainable};
+use crate::ops::is_flex;
 use crate::spectrum::WeightsBefore;
 use crate::{Error, Llama};
 
@@ -269,7 +270,14 @@ impl Trainer {
         let first = self.share.first_shard();
         let total = &mut Total::default();
         let groups = [vec![micro_batch]];
-        let gradients = mean_gradients(self.model(), first, &groups, &self.device, total);
+        let gradients = mean_gradients(
+            self.model(),
+            first,
+            &groups,
+            usize::MAX,
+            &self.device,
+            total,
+        );
         let is_finite = |gradients: &GradientsParams| {
             squared_gradient_norm(self.model(), gradients).is_finite()
         };
@@ -321,7 +329,7 @@ impl Trainer {
         // on how many workers there are.
         let mut own = vec![total.tokens as f32];
         own.extend(squared_gradients.iter().map(|&square| square as f32));
-        own.extend(total.losses.iter().map(|&loss| loss as f32));
+        own.extend(&total.losses);
         let all = self.gather(&own)?;
         let (mut tokens, mut squared_norm, mut loss) = (0, 0.0, 0.0);
         for worker in all.chunks(own.len()) {
@@ -360,10 +368,11 @@ fn step_of_shards(
     device: &Device,
     total: &mut Total,
 ) -> (Llama, Result<Norms, Error>) {
+    let limit = positions_per_pass(device);
     let gradients: Result<StepGradients, Error> = match first_shard {
         Some(first) => {
             let mut gradients = ShardGradients::new(&model);
-            mean_gradients(&model, Some(first), groups, device, total).map(|means| {
+            mean_gradients(&model, Some(first), groups, limit, device, total).map(|means| {
                 for (shard, mean) in (first..).zip(means) {
                     gradients.push(shard, mean);
                 }
@@ -373,9 +382,15 @@ fn step_of_shards(
         None => {
             let count = groups.iter().map(Vec::len).sum();
             let mut gradients = SharedGradients::new(&model, count);
-            let add = |_, of_micro_batch| gradients.push(of_micro_batch);
-            each_gradient(&model, None, groups, device, total, |_| 1, add)
-                .map(|()| gradients.into())
+            let mut of_micro_batch = GradientsAccumulator::new();
+            let add = |pass: &Pass, of_pass| {
+                of_micro_batch.accumulate(&model, of_pass);
+                if pass.is_last {
+                    gradients.push(of_micro_batch.grads());
+                }
+            };
+            let passes = passes(groups, limit, |_| 1);
+            each_gradient(&model, None, passes, device, total, add).map(|()| gradients.into())
         }
     };
     let gradients = match gradients {
@@ -401,7 +416,8 @@ fn step_of_shards(
     }
 }
 
-/// Every other method: one step with the mean gradient of all micro-batches.
+/// Every other method: one step with the mean gradient of all micro-batches. A pass takes a whole one,
+/// since each pass of Burn's LoRA computes the adapted weights anew.
 fn step_of_mean(
     optimizer: &mut ModuleOptimizer,
     clip: Option<f64>,
@@ -412,7 +428,7 @@ fn step_of_mean(
     total: &mut Total,
 ) -> (Llama, Result<Norms, Error>) {
     let all = [groups.iter().flatten().collect::<Vec<_>>()];
-    let mut mean = match mean_gradients(&model, None, &all, device, total) {
+    let mut mean = match mean_gradients(&model, None, &all, usize::MAX, device, total) {
         Ok(mut means) => means.remove(0),
         Err(error) => return (model, Err(error)),
     };
@@ -450,69 +466,118 @@ fn step_of_mean(
 struct Total {
     step: usize,
     /// Of each micro-batch.
-    losses: Vec<f64>,
+    losses: Vec<f32>,
     tokens: usize,
 }
 
 /// For each group of micro-batches the mean of the gradients of their loss per target. With HD-PiSSA
-/// a group is a shard, and `first_shard` the first of them.
+/// a group is a shard, and `first_shard` the first of them. A pass takes `limit` positions at most.
 fn mean_gradients<B: Borrow<MicroBatch>>(
     model: &Llama,
     first_shard: Option<usize>,
     groups: &[Vec<B>],
+    limit: usize,
     device: &Device,
     total: &mut Total,
 ) -> Result<Vec<GradientsParams>, Error> {
     let mut accumulators: Vec<_> = groups.iter().map(|_| GradientsAccumulator::new()).collect();
-    let add = |group: usize, gradients| accumulators[group].accumulate(model, gradients);
-    each_gradient(model, first_shard, groups, device, total, Vec::len, add)?;
+    let passes = passes(groups, limit, Vec::len);
+    each_gradient(
+        model,
+        first_shard,
+        passes,
+        device,
+        total,
+        |pass, gradients| {
+            accumulators[pass.group].accumulate(model, gradients);
+        },
+    )?;
     Ok(accumulators.iter_mut().map(|all| all.grads()).collect())
 }
 
-/// Hands the gradients of each micro-batch's loss per target, divided by `divisor` of its group, to
-/// `collect`, in order, with the position of the group.
-fn each_gradient<B: Borrow<MicroBatch>>(
+/// Positions that a pass takes at most where weights are frozen and read in place.
+fn positions_per_pass(device: &Device) -> usize {
+    match is_flex(device) {
+        true => POSITIONS_PER_PASS,
+        false => usize::MAX,
+    }
+}
+
+/// A part of a micro-batch, or all of it.
+struct Pass {
+    group: usize,
+    batch: MicroBatch,
+    /// What the loss of the micro-batch per target is divided by.
+    count: usize,
+    /// Whether it is the first and the last of its micro-batch.
+    is_first: bool,
+    is_last: bool,
+}
+
+/// The passes of the micro-batches, in order, of `limit` positions at most, with the `divisor` of each
+/// group.
+fn passes<B: Borrow<MicroBatch>>(
+    groups: &[Vec<B>],
+    limit: usize,
+    divisor: impl Fn(&Vec<B>) -> usize,
+) -> Vec<Pass> {
+    let mut passes = Vec::new();
+    for (group, micro_batches) in groups.iter().enumerate() {
+        let count = divisor(micro_batches);
+        for micro_batch in micro_batches {
+            let parts = micro_batch.borrow().parts(limit);
+            let last = parts.len() - 1;
+            let parts = parts.into_iter().enumerate();
+            passes.extend(parts.map(|(part, batch)| Pass {
+                group,
+                batch,
+                count,
+                is_first: part == 0,
+                is_last: part == last,
+            }));
+        }
+    }
+    passes
+}
+
+/// Hands the gradients of each pass to `collect`, in order. Those of the passes of a micro-batch are parts
+/// of a sum.
+fn each_gradient(
     model: &Llama,
     first_shard: Option<usize>,
-    groups: &[Vec<B>],
+    passes: Vec<Pass>,
     device: &Device,
     total: &mut Total,
-    divisor: impl Fn(&Vec<B>) -> usize,
-    mut collect: impl FnMut(usize, GradientsParams),
+    mut collect: impl FnMut(&Pass, GradientsParams),
 ) -> Result<(), Error> {
-    let micro_batches = groups
-        .iter()
-        .enumerate()
-        .flat_map(|(group, micro_batches)| {
-            let count = divisor(micro_batches);
-            let of_group = micro_batches.iter().map(Borrow::borrow);
-            of_group.map(move |micro_batch: &MicroBatch| (group, count, micro_batch))
-        });
     let mut failed = None;
     side_by_side(
         model,
-        micro_batches.collect(),
-        |model, (group, count, micro_batch)| {
+        passes,
+        |model, pass| {
             let selected = first_shard.map(|first| {
-                let selected = model.clone().select_shard(first + group);
+                let selected = model.clone().select_shard(first + pass.group);
                 selected.expect("each group is that of a hosted shard")
             });
             let model = selected.as_ref().unwrap_or(model);
-            let loss = micro_batch.loss(model, device) / micro_batch.divisor();
-            let value: f64 = loss.clone().into_scalar();
+            let loss = pass.batch.loss(model, device) / pass.batch.divisor();
+            let value: f32 = loss.clone().into_scalar();
             let gradients = value.is_finite().then(|| {
-                let gradients = (loss / count as f64).backward();
+                let gradients = (loss / pass.count as f64).backward();
                 GradientsParams::from_grads(gradients, model)
             });
-            (group, micro_batch.num_tokens(), value, gradients)
+            (pass, value, gradients)
         },
-        |(group, tokens, loss, gradients)| {
-            total.losses.push(loss);
-            total.tokens += tokens;
+        |(pass, loss, gradients)| {
+            match total.losses.last_mut() {
+                Some(sum) if !pass.is_first => *sum += loss,
+                _ => total.losses.push(loss),
+            }
+            total.tokens += pass.batch.num_tokens();
             match gradients {
-                Some(gradients) => collect(group, gradients),
+                Some(gradients) => collect(&pass, gradients),
                 None => {
-                    let step = total.step;
+                    let (step, loss) = (total.step, f64::from(loss));
                     failed.get_or_insert(Error::NonFiniteLoss { step, loss });
                 }
             }

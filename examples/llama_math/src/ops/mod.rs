@@ -10,4 +10,4 @@ mod rows;
 mod tensor;
 
 pub use contract::{Causal, LlamaOps};
-pub use tensor::{attention, head_loss, rms_norm, rotate_heads, swiglu, target_loss};
+pub use tensor::{attention, head_loss, is_flex, rms_norm, rotate_heads, swiglu, target_loss};

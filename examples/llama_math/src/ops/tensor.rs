@@ -3,13 +3,18 @@
 use burn::backend::{Dispatch, DispatchDevice};
 use burn::nn;
 use burn::tensor::activation::{log_softmax, silu, softmax};
-use burn::tensor::{Bool, DType, Int, Tensor, TensorData};
+use burn::tensor::{Bool, DType, Device, Int, Tensor, TensorData};
 
 use super::{Causal, LlamaOps};
 use crate::rope::Rotation;
 
 /// Whether the tensor's backend has the operations for its dtype.
 fn has_own<const D: usize>(x: &Tensor<D>) -> bool {
+    x.dtype() == DType::F32 && is_flex(&x.device())
+}
+
+/// Whether a device is Flex, Burn's CPU backend.
+pub fn is_flex(device: &Device) -> bool {
     fn is_flex(device: &DispatchDevice) -> bool {
         match device {
             DispatchDevice::Autodiff(device) => is_flex(&device.clone().inner()),
@@ -19,7 +24,7 @@ fn has_own<const D: usize>(x: &Tensor<D>) -> bool {
             _ => false,
         }
     }
-    x.dtype() == DType::F32 && is_flex(x.device().as_dispatch())
+    is_flex(device.as_dispatch())
 }
 
 /// Whether a dtype has 16 bits. Norms, softmax and losses are then computed in `f32`, as in transformers, and
