@@ -86,6 +86,12 @@ fn a_step_updates_the_weight_in_place() {
     let mut model: HdPissaLinear = layer(LinearLayout::Row, &device).into();
     model = model.apply_hd_pissa(&config(), 0..2).unwrap();
     let mut optim = optimizer(adam());
+    // In its first product, a thread takes a block of twice the processor's cache for faer, and keeps it. Of
+    // this block, a product touches what it packs.
+    rayon::broadcast(|_| {
+        let matrix = faer::Mat::<f32>::identity(64, 64);
+        assert_eq!(&matrix * &matrix, matrix);
+    });
 
     let mut live = Vec::new();
     for step in 0..40 {

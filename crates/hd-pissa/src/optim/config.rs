@@ -58,8 +58,7 @@ pub struct HdPissaOptimizerConfig {
     /// [`update_norm`](crate::HdPissaOptimizer::update_norm) and
     /// [`gradient_norms`](crate::HdPissaOptimizer::gradient_norms).
     ///
-    /// The GPU backends compute the norm of the update with every merge. On Flex it costs about
-    /// half of a merge for each weight. No tensor of the weight's size is made.
+    /// A merge sums the squares of the values that it adds. No tensor of the weight's size is made.
     #[config(default = false)]
     pub measure_norms: bool,
     /// Whether the inner optimizer may see the factors of all hosted shards of a weight as one
