@@ -273,7 +273,8 @@ fn answers_in_batches_are_those_of_one_by_one() {
         template: &template,
         max_new_tokens: 24,
     };
-    let (_, records) = problems(5, 0, 90);
+    // More than are decoded at once.
+    let (_, records) = problems(5, 0, 200);
     let together = solver.answers(&records, || ()).unwrap();
     let mut lengths = BTreeSet::new();
     for (record, batched) in records.iter().zip(&together) {
@@ -282,7 +283,7 @@ fn answers_in_batches_are_those_of_one_by_one() {
         assert_eq!(batched.correct, alone.correct);
         lengths.insert(tokens.prompt(record, &template).unwrap().len());
     }
-    // The prompts of a batch have different lengths, and its answers end at different places.
+    // Prompts have different lengths, and their answers end at different places.
     assert!(lengths.len() > 2, "{lengths:?}");
     let ends: Vec<usize> = together.iter().map(|answer| answer.text.len()).collect();
     assert!(ends.iter().max() > ends.iter().min());

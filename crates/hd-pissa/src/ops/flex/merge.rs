@@ -12,10 +12,13 @@ use super::simd::vectorized;
 use super::squares::finite_squares;
 use crate::ops::Rounding;
 
-/// Rows that one task merges, and columns of which it computes the update at once: a tile fits in the
-/// cache of a core. The number of columns is even, since a word holds residual bits of two of them.
+/// Rows that one task merges, at most, and columns of which it computes the update at once: a tile fits in
+/// the cache of a core. The number of columns is even, since a word holds residual bits of two of them.
 const ROWS: usize = 256;
 const COLUMNS: usize = 512;
+/// A weight of few rows is divided among this many tasks, if each has this many rows.
+const TASKS: usize = 4;
+const FEWEST_ROWS: usize = 64;
 
 /// The update of a merge as one product: `left = [a + Δa | Δa]` and `right = [Δb ; b]` over all
 /// shards, row by row.
@@ -182,16 +185,17 @@ impl Update {
         };
         let (rows, cols) = (left.nrows(), right.ncols());
         let words_per_row = words.len() / rows;
-        let bands = storage.par_chunks_mut(ROWS * cols);
+        let height = rows.div_ceil(TASKS).clamp(FEWEST_ROWS, ROWS);
+        let bands = storage.par_chunks_mut(height * cols);
         let mut words: Vec<&mut [i32]> = match words_per_row {
             0 => Vec::new(),
-            count => words.chunks_mut(ROWS * count).collect(),
+            count => words.chunks_mut(height * count).collect(),
         };
         words.resize_with(bands.len(), Default::default);
         let squares = bands.zip(words).enumerate().map_init(
-            || vec![0.0; ROWS.min(rows) * COLUMNS.min(cols)],
+            || vec![0.0; height * COLUMNS.min(cols)],
             |tile, (band, (storage, words))| {
-                let first = band * ROWS;
+                let first = band * height;
                 let rows = storage.len() / cols;
                 let mut squares = 0.0;
                 for col in (0..cols).step_by(COLUMNS) {
