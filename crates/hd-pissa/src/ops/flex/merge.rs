@@ -15,7 +15,7 @@ use crate::ops::Rounding;
 /// Rows that one task merges, at most, and columns of which it computes the update at once: a tile fits in
 /// the cache of a core. The number of columns is even, since a word holds residual bits of two of them.
 const ROWS: usize = 256;
-const COLUMNS: usize = 512;
+const COLUMNS: usize = 256;
 /// A weight of few rows is divided among this many tasks, if each has this many rows.
 const TASKS: usize = 4;
 const FEWEST_ROWS: usize = 64;
