@@ -158,8 +158,9 @@ impl InnerOptimizer {
         }
         let (states, rest) = by_weight(state, weights.iter().map(|weight| &weight.rows));
         let load = |state| with_state(&self.optimizer, state);
-        self.of_weights = states.into_iter().map(load).collect::<Result<_, _>>()?;
+        let of_weights = states.into_iter().map(load).collect::<Result<_, _>>()?;
         self.optimizer = with_state(&self.optimizer, rest)?;
+        self.of_weights = of_weights;
         self.weights = Arc::new(weights);
         Ok(())
     }
