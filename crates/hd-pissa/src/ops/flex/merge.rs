@@ -1,4 +1,4 @@
-//! Merges on Flex: an update is a product, of which one tile after the other is computed and added.
+//! Merges on Flex: the update is a product. Each tile of it is computed, then added to the weight.
 
 use burn_flex::FlexTensor;
 use faer::linalg::matmul::matmul;
@@ -12,8 +12,8 @@ use super::simd::vectorized;
 use super::squares::finite_squares;
 use crate::ops::Rounding;
 
-/// Rows that one task merges, at most, and columns of which it computes the update at once: a tile fits in
-/// the cache of a core. The number of columns is even, since a word holds residual bits of two of them.
+/// Largest size of a tile; it fits in the cache of a core. A task merges all tiles of its rows. The number of
+/// columns is even, because a word holds the residual bits of two of them.
 const ROWS: usize = 256;
 const COLUMNS: usize = 256;
 /// A weight of few rows is divided among this many tasks, if each has this many rows.
