@@ -42,7 +42,7 @@ struct Arranged {
     is_packed: bool,
 }
 
-/// What a weight's optimizer steps.
+/// A weight, its optimizer, and the parameters that it steps with their gradients.
 type Job<'a> = (
     &'a Arranged,
     &'a mut ModuleOptimizer,
@@ -61,7 +61,15 @@ impl Arranged {
         factors.map(|f| (f.path.clone(), f.id, f.shape)).collect()
     }
 
-    /// The gradients of the parameters, of packed ones.
+    /// The number of the parameters.
+    fn count(&self) -> usize {
+        match self.is_packed {
+            true => 1,
+            false => self.rows.factors.len(),
+        }
+    }
+
+    /// The gradients of the parameters, from those in packed form.
     fn gradients(&self, weight: &WeightFactors, packed: Tensor<2>) -> GradientsParams {
         let mut gradients = GradientsParams::new();
         if self.is_packed {
@@ -188,7 +196,7 @@ impl InnerOptimizer {
             .zip(optimizers)
             .zip(gradients)
             .map(|(((arranged, weight), optimizer), gradient)| {
-                let params = params.take(arranged.params().len());
+                let params = params.take(arranged.count());
                 let gradients = arranged.gradients(weight, gradient);
                 (arranged, optimizer, params, gradients)
             })
