@@ -1,16 +1,15 @@
 //! The system's allocator, with a count of live bytes and of large allocations.
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicIsize, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 struct Counting;
 
 static LARGEST: AtomicUsize = AtomicUsize::new(0);
 pub static LIVE: AtomicIsize = AtomicIsize::new(0);
 static PEAK: AtomicIsize = AtomicIsize::new(0);
-/// One measurement at a time.
-pub static MEASURING: Mutex<()> = Mutex::new(());
+static MEASURING: Mutex<()> = Mutex::new(());
 
 fn count(size: usize) {
     LARGEST.fetch_max(size, Ordering::Relaxed);
@@ -48,6 +47,11 @@ unsafe impl GlobalAlloc for Counting {
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
+
+/// Keeps the other tests that measure waiting. A test that failed does not stop them.
+pub fn one_at_a_time() -> MutexGuard<'static, ()> {
+    MEASURING.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// The largest allocation and the growth of live bytes at its peak, while `work` runs.
 pub fn measure<T>(work: impl FnOnce() -> T) -> (T, usize, usize) {

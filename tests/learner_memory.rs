@@ -22,7 +22,7 @@ use hd_pissa::{
     FrameScale, HdPissaConfig, HdPissaLinear, HdPissaLinearConfig, HdPissaModule, Windows,
 };
 
-use allocator::{LIVE, MEASURING, measure};
+use allocator::{LIVE, measure, one_at_a_time};
 
 // A thread that multiplies matrices on the CPU keeps a buffer of 64 MiB, and may end after the training. The
 // bounds below, from half a weight on, are above it.
@@ -91,7 +91,7 @@ impl<R: Checkpoint> Checkpointer<R> for Forget {
 /// A checkpoint leaves no memory behind.
 #[test]
 fn the_weight_is_updated_in_place() {
-    let _guard = MEASURING.lock().unwrap();
+    let _guard = one_at_a_time();
     let bytes = |epochs: usize, saves: bool| {
         let device = Device::flex().autodiff();
         // Random directions, because a weight of this size takes long to decompose.

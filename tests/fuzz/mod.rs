@@ -163,9 +163,7 @@ pub fn fuzz(
     size: usize,
     read: impl Fn(&[u8]) -> Result<(), String>,
 ) {
-    let _one_at_a_time = allocator::MEASURING
-        .lock()
-        .unwrap_or_else(|e| e.into_inner());
+    let _guard = allocator::one_at_a_time();
     for good in corpus {
         assert_eq!(read(good), Ok(()), "{target}");
     }
