@@ -28,6 +28,7 @@ SETTINGS = [
     ("8 shards, 1 x 256 tokens", 8, 1, 256),
     ("2 shards, 4 x 128 tokens", 2, 4, 128),
 ]
+TORCH_WAYS = ("frozen", "lora", "wide lora", "published")
 # Targets: name, number of shards (None for all), the ratio, the bound, and whether it is an upper bound.
 TARGETS = [
     ("tokens/s, ours / published", None, ("ours", "published", "tokens_per_s"), 2.2, False),
@@ -112,9 +113,11 @@ def stop_at_first_checkpoint(command, folder, environment):
 
 def torch_side(args, setting, folder, way):
     _, shards, batch, _ = setting
-    command = [args.python, os.path.join(HERE, "torch_side.py"), way, "--model", args.model,
+    # The wide LoRA has as many trainable values as all shards.
+    method, rank = ("lora", 16 * shards) if way == "wide lora" else (way, 16)
+    command = [args.python, os.path.join(HERE, "torch_side.py"), method, "--model", args.model,
                "--sequences", os.path.join(folder, "sequences.jsonl"), "--shards", str(shards), "--batch", str(batch),
-               "--steps", str(args.steps), "--threads", str(args.threads)]
+               "--steps", str(args.steps), "--threads", str(args.threads), "--rank", str(rank)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(f"{' '.join(command)}\n{done.stderr}")
@@ -158,7 +161,7 @@ def main():
         parser.error("--steps: the first step is not timed")
     probe = [args.python, "-c", "import torch, transformers, peft"]
     has_torch = subprocess.run(probe, capture_output=True).returncode == 0
-    ways = ["ours", "shared", "one thread", "resumed"] + (["frozen", "lora", "published"] if has_torch else [])
+    ways = ["ours", "shared", "one thread", "resumed"] + (list(TORCH_WAYS) if has_torch else [])
     ways = [way for way in ways if args.ways is None or way in args.ways]
 
     result = {"machine": machine(), "load_before": os.getloadavg()[0], "steps": args.steps, "settings": {}}
@@ -173,7 +176,7 @@ def main():
                 encode(args, setting, folder)
             for _ in range(args.rounds):
                 for way in ways:
-                    side = torch_side if way in ("frozen", "lora", "published") else ours
+                    side = torch_side if way in TORCH_WAYS else ours
                     rows[way].append(side(args, setting, folder, way))
         print(f"\n{name}, rank 16, {args.threads} threads\n{'':12}{'tokens/s':>10}{'prepared in':>13}{'peak':>11}")
         for way, found in rows.items():
