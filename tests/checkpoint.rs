@@ -1,7 +1,7 @@
 //! Checkpoints: restored values on any workers, and refusals.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use burn::module::{Module, ModuleVisitor, Param, ParamGroup};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
@@ -339,6 +339,7 @@ fn what_a_killed_run_leaves_is_no_checkpoint_and_goes_away() {
     for name in [
         ".step-000000009.partial-00beef",
         ".step-000000001.discarded",
+        ".step-discarded-00beef",
     ] {
         std::fs::create_dir(folder.join(name)).unwrap();
         std::fs::write(folder.join(name).join("model.bpk"), "half").unwrap();
@@ -360,6 +361,8 @@ fn what_somebody_else_puts_into_the_folder_ends_no_run() {
     std::fs::create_dir(folder.join("step-1")).unwrap();
     std::fs::create_dir(folder.join("step-999")).unwrap();
     std::fs::write(folder.join("step-000000777"), "a file").unwrap();
+    std::fs::create_dir(folder.join(".step-notes")).unwrap();
+    std::fs::write(folder.join(".step-000000777.old"), "a file").unwrap();
     assert_eq!(three.checkpoints.steps().unwrap(), [1, 2, 3]);
     let found = three.checkpoints.latest().unwrap();
     assert_eq!(
@@ -370,56 +373,80 @@ fn what_somebody_else_puts_into_the_folder_ends_no_run() {
     few.save(&three.snapshot(4), &Solo).unwrap();
     assert_eq!(few.steps().unwrap(), [4]);
     few.discard_all().unwrap();
-    assert_eq!(names(folder), ["step-000000777", "step-1", "step-999"]);
+    let others = [
+        ".step-000000777.old",
+        ".step-notes",
+        "step-000000777",
+        "step-1",
+        "step-999",
+    ];
+    assert_eq!(names(folder), others);
 }
 
-/// Two independent programs save the same step into the same folder again and again. A folder with
-/// the name of a checkpoint is always a complete one of theirs.
+/// Two independent programs save into the same folder, the second at every moment of the first
+/// one's save. A folder with the name of a checkpoint is a complete one of theirs.
 #[test]
 fn two_runs_in_one_folder_never_mix() {
+    const ROUNDS: u32 = 24;
     let root = tempfile::tempdir().unwrap();
-    let folder = root.path().join("run");
     let device = Device::flex();
     let models = [Lean::new(&device), Lean::new(&device)];
-    let snapshot = |model| Snapshot::new(7, model, adam().into_bytes().unwrap());
-    let save = |own: usize, folder: &Path| {
-        let mut snapshot = snapshot(&models[own]);
-        // Large enough for both to write at once.
-        let filler = vec![own as u8; 1 << 18];
-        snapshot.attachments.insert("whose".into(), filler);
+    let save = |own: usize, step, folder: &Path| {
+        let mut snapshot = Snapshot::new(step, &models[own], adam().into_bytes().unwrap());
+        // Files enough for the first to be writing while the second deletes.
+        for file in 0..[30, 1][own] {
+            let name = format!("file-{file:02}");
+            snapshot.attachments.insert(name, vec![own as u8; 1 << 12]);
+        }
         Checkpoints::new(folder).save(&snapshot, &Solo)
     };
-    let content = |path: &Path| -> Vec<Vec<u8>> {
-        let names = ["model.bpk", "whose", "manifest.json"];
-        names
-            .map(|name| std::fs::read(path.join(name)).unwrap())
-            .into()
-    };
-    let alone = [0, 1].map(|own| content(&save(own, &root.path().join(own.to_string())).unwrap()));
-    assert_ne!(alone[0][0], alone[1][0]);
-    let saved = std::sync::atomic::AtomicUsize::new(0);
-    let barrier = std::sync::Barrier::new(2);
-    for round in 0..20 {
-        std::thread::scope(|scope| {
-            for own in 0..2 {
-                let (barrier, saved, save, folder) = (&barrier, &saved, &save, &folder);
-                scope.spawn(move || {
-                    barrier.wait();
-                    // One of them may find that the other has removed its draft.
-                    let result = save(own, folder);
-                    saved.fetch_add(result.is_ok().into(), std::sync::atomic::Ordering::SeqCst);
-                });
-            }
-        });
-        let found = Checkpoints::new(&folder).latest().unwrap();
-        assert!(found.damaged.is_empty(), "{round}: {:?}", found.damaged);
-        let Some(checkpoint) = found.checkpoint else {
-            continue;
+    let content = |path: &Path| -> Vec<(String, Vec<u8>)> {
+        let read = |name: String| {
+            let content = std::fs::read(path.join(&name)).unwrap();
+            (name, content)
         };
-        let found = content(checkpoint.path());
-        assert!(alone.contains(&found), "{round}: mixed");
+        names(path).into_iter().map(read).collect()
+    };
+    let start = Instant::now();
+    let alone = [0, 1].map(|own| {
+        let path = save(own, 7, &root.path().join(own.to_string())).unwrap();
+        content(&path)
+    });
+    let duration = start.elapsed();
+    assert_eq!(alone.each_ref().map(Vec::len), [34, 5]);
+    // Both save the same step, or each a step of its own.
+    for second_step in [7, 8] {
+        let mut saved = [0; 2];
+        for round in 0..ROUNDS {
+            let folder = root.path().join(format!("{second_step}-{round}"));
+            let results = std::thread::scope(|scope| {
+                let first = scope.spawn(|| save(0, 7, &folder));
+                let second = scope.spawn(|| {
+                    std::thread::sleep(duration * round / ROUNDS);
+                    save(1, second_step, &folder)
+                });
+                [first, second].map(|thread| thread.join().unwrap())
+            });
+            let place = format!("{second_step}, {round}");
+            for (saved, result) in saved.iter_mut().zip(&results) {
+                *saved += u32::from(result.is_ok());
+            }
+            let checkpoints = Checkpoints::new(&folder);
+            let steps = checkpoints.steps().unwrap();
+            assert!(!steps.is_empty(), "{place}: {results:?}");
+            for step in steps {
+                let found = Checkpoint::open(folder.join(format!("step-{step:09}")));
+                let found = content(found.unwrap_or_else(|e| panic!("{place}: {e}")).path());
+                let names: Vec<&String> = found.iter().map(|(name, _)| name).collect();
+                let is_first = found == alone[0];
+                let is_second = found.len() == alone[1].len() && step == second_step;
+                assert!(is_first || is_second, "{place}: {names:?}");
+            }
+        }
+        // Neither removes the other's draft. Both may be about to replace the same checkpoint.
+        let enough = |&saved: &u32| saved > ROUNDS / 2;
+        assert!(saved.iter().all(enough), "{second_step}: {saved:?}");
     }
-    assert!(saved.into_inner() >= 10);
 }
 
 /// The names of both checkpoints if a program ends while it replaces one.
@@ -520,7 +547,8 @@ fn every_moment_of_a_replacement() {
             let is_there = found.checkpoint.is_some();
             let is_first = (call, kill) == ("rename", 1);
             assert!(is_there || is_first, "{place}: no checkpoint is left");
-            replacing += usize::from(names(&folder).iter().any(|name| name.ends_with(".old")));
+            let is_old = |name: &String| name.ends_with(".old") || name.contains("discarded");
+            replacing += usize::from(names(&folder).iter().any(is_old));
             // The left-overs do not prevent the next run from saving.
             let model = Lean::new(&Device::flex());
             let snapshot = Snapshot::new(4, &model, adam().into_bytes().unwrap());

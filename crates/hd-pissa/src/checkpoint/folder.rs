@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::collections::hash_map::RandomState;
+use std::fs::{File, TryLockError};
 use std::hash::BuildHasher;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use burn::module::Module;
@@ -21,6 +23,8 @@ const PREFIX: &str = "step-";
 const REPLACED: &str = "old";
 /// Ending of the hidden name of a checkpoint that is being written; a number follows.
 const PARTIAL: &str = "partial";
+/// Ending of the hidden name of a folder that is being deleted; a number follows.
+const DISCARDED: &str = "discarded";
 
 /// The content of a checkpoint.
 #[derive(Clone, Debug)]
@@ -155,22 +159,25 @@ impl Checkpoints {
     }
 
     /// Deletes what interrupted programs have left, and restores the names of checkpoints that they
-    /// were replacing.
+    /// were replacing. A draft that a program is writing stays.
     ///
     /// # Errors
     ///
     /// The first error; it continues with the other folders.
     fn tidy(&self) -> Result<(), CheckpointError> {
-        let is_hidden = |name: &String| name.starts_with(&format!(".{PREFIX}"));
+        let is_left = |name: &String| is_hidden(name) && self.folder.join(name).is_dir();
         let tidy = |name: String| {
             let hidden = self.folder.join(&name);
             match replaced_step(&name).map(|step| self.path(step)) {
                 Some(path) if !path.exists() => rename(&hidden, &path),
-                _ => remove(&hidden),
+                _ => match locked(&hidden) {
+                    Err(TryLockError::WouldBlock) => Ok(()),
+                    _lock => self.remove(&hidden),
+                },
             }
         };
-        let hidden = self.names()?.into_iter().filter(is_hidden);
-        hidden.map(tidy).fold(Ok(()), Result::and)
+        let left = self.names()?.into_iter().filter(is_left);
+        left.map(tidy).fold(Ok(()), Result::and)
     }
 
     /// The newest checkpoint whose files are all unchanged.
@@ -210,7 +217,7 @@ impl Checkpoints {
         for path in &found.damaged_folders {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             let aside = self.folder.join(format!("damaged-{name}"));
-            remove(&aside)?;
+            self.remove(&aside)?;
             rename(path, &aside)?;
         }
         Ok(())
@@ -238,32 +245,40 @@ impl Checkpoints {
     ) -> Result<PathBuf, CheckpointError> {
         let together = |own| all_or_none(communicator, own).map_err(CheckpointError::from);
         let is_first = communicator.worker_index() == 0;
-        // No other run writes into this folder.
         let number = number_of_first(communicator)?;
         let draft = self.hidden(snapshot.step, &format!("{PARTIAL}-{number:06x}"));
         let path = self.path(snapshot.step);
-        let first = |action: &dyn Fn() -> Result<(), CheckpointError>| match is_first {
-            true => action(),
+        let mut lock = None;
+        let begun = match is_first {
+            true => self.begin(&draft).map(|held| lock = held),
             false => Ok(()),
         };
-        let written = together(first(&|| self.begin(&draft)))
+        let finish = || match is_first {
+            true => self.finish(snapshot, &draft, &path),
+            false => Ok(()),
+        };
+        let written = together(begun)
             .and_then(|()| together(write_parts(snapshot, communicator, &draft)))
-            .and_then(|()| together(first(&|| self.finish(snapshot, &draft, &path))));
+            .and_then(|()| together(finish()));
+        drop(lock);
         if written.is_err() && is_first {
             // Report the first failure, not a failure to clean up after it.
-            let _ = std::fs::remove_dir_all(&draft);
+            let _ = self.remove(&draft);
         }
         written.map(|()| path)
     }
 
-    fn begin(&self, draft: &Path) -> Result<(), CheckpointError> {
+    /// Makes the folder of a draft. Other programs leave it alone while the returned lock is held;
+    /// some file systems have none.
+    fn begin(&self, draft: &Path) -> Result<Option<File>, CheckpointError> {
         std::fs::create_dir_all(&self.folder)
             .map_err(|error| CheckpointError::io(&self.folder, error))?;
         // A left-over folder does not end the run.
         if let Err(error) = self.tidy() {
             log::warn!("a left-over is not removed: {error}");
         }
-        std::fs::create_dir(draft).map_err(|error| CheckpointError::io(draft, error))
+        std::fs::create_dir(draft).map_err(|error| CheckpointError::io(draft, error))?;
+        Ok(locked(draft).ok())
     }
 
     fn finish<M: Module>(
@@ -275,7 +290,12 @@ impl Checkpoints {
         let adapters = Parameters::of(snapshot.model);
         let settings = snapshot.settings.clone();
         let progress = snapshot.progress.clone();
-        Manifest::new(snapshot.step, &adapters, settings, progress).write(draft)?;
+        let shards = adapters.shards;
+        let of_shard = |shard| [frames_file(shard, shards), moments_file(shard, shards)];
+        let own = [MODEL, OPTIMIZER].map(String::from);
+        let files = own.into_iter().chain((0..shards).flat_map(of_shard));
+        let files = files.chain(snapshot.attachments.keys().cloned());
+        Manifest::new(snapshot.step, &adapters, settings, progress).write(draft, files)?;
         files::sync_folder(draft)?;
         if path.exists() {
             // A resumed run saves the same step again. If the program ends at any moment, one of
@@ -287,7 +307,7 @@ impl Checkpoints {
                 return Err(error);
             }
             files::sync_folder(&self.folder)?;
-            if let Err(error) = remove(&old) {
+            if let Err(error) = self.remove(&old) {
                 log::warn!("a replaced checkpoint is not removed: {error}");
             }
         } else {
@@ -310,12 +330,30 @@ impl Checkpoints {
         old.map(|step| self.discard(step)).fold(Ok(()), Result::and)
     }
 
-    /// A folder that is being deleted no longer has the name of a checkpoint.
     fn discard(&self, step: u64) -> Result<(), CheckpointError> {
-        let hidden = self.hidden(step, "discarded");
-        rename(&self.located(step), &hidden)?;
-        remove(&self.hidden(step, REPLACED))?;
-        remove(&hidden)
+        self.remove(&self.located(step))?;
+        self.remove(&self.hidden(step, REPLACED))
+    }
+
+    /// Deletes a folder of this folder if it exists.
+    ///
+    /// It first takes a name that only this call knows. A program that is still writing it, or is
+    /// about to give it the name of a checkpoint, then finds nothing under the old name. So a
+    /// checkpoint never loses its files one by one.
+    fn remove(&self, path: &Path) -> Result<(), CheckpointError> {
+        let discarded = format!(".{PREFIX}{DISCARDED}-{:06x}", random_number());
+        let discarded = self.folder.join(discarded);
+        match std::fs::rename(path, &discarded) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+            renamed => renamed.map_err(|error| CheckpointError::io(path, error))?,
+        }
+        match std::fs::remove_dir_all(&discarded) {
+            // Another program may tidy at the same time.
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                Err(CheckpointError::io(&discarded, error))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Deletes every checkpoint, and the folder if nothing else is in it.
@@ -332,6 +370,19 @@ impl Checkpoints {
         let _ = std::fs::remove_dir(&self.folder);
         Ok(())
     }
+}
+
+/// Whether a folder of this name is one of ours that is not a checkpoint.
+fn is_hidden(name: &str) -> bool {
+    let is_digit = |character: char| character.is_ascii_digit();
+    name.strip_prefix('.')
+        .and_then(|name| name.strip_prefix(PREFIX))
+        .map(|name| name.trim_start_matches(is_digit).trim_start_matches('.'))
+        .is_some_and(|what| {
+            [REPLACED, PARTIAL, DISCARDED]
+                .iter()
+                .any(|it| what.starts_with(it))
+        })
 }
 
 /// The step of a checkpoint that was being replaced, by the name of its folder.
@@ -371,23 +422,23 @@ fn write_parts<M: Module>(
 
 /// A number of 24 bits that worker 0 draws.
 fn number_of_first(communicator: &dyn Communicator) -> Result<u32, CommError> {
-    // An empty hash with random keys.
-    let drawn = (RandomState::new().hash_one(()) >> 40) as u32;
-    let received = communicator.broadcast_bytes(&drawn.to_le_bytes(), 0)?;
+    let received = communicator.broadcast_bytes(&random_number().to_le_bytes(), 0)?;
     let number = received.first_chunk().expect("worker 0 sends four bytes");
     Ok(u32::from_le_bytes(*number))
 }
 
-fn rename(from: &Path, to: &Path) -> Result<(), CheckpointError> {
-    std::fs::rename(from, to).map_err(|error| CheckpointError::io(from, error))
+/// A number of 24 bits: an empty hash with random keys.
+fn random_number() -> u32 {
+    (RandomState::new().hash_one(()) >> 40) as u32
 }
 
-/// Deletes a folder if it exists.
-fn remove(path: &Path) -> Result<(), CheckpointError> {
-    match std::fs::remove_dir_all(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(CheckpointError::io(path, error))
-        }
-        _ => Ok(()),
-    }
+/// A lock on a folder, which the system releases when its program ends in any way.
+fn locked(folder: &Path) -> Result<File, TryLockError> {
+    let folder = File::open(folder).map_err(TryLockError::Error)?;
+    folder.try_lock()?;
+    Ok(folder)
+}
+
+fn rename(from: &Path, to: &Path) -> Result<(), CheckpointError> {
+    std::fs::rename(from, to).map_err(|error| CheckpointError::io(from, error))
 }

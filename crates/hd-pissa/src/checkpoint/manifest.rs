@@ -66,15 +66,21 @@ impl Manifest {
         }
     }
 
-    /// Writes manifest and digests for the files that are in `folder`.
-    pub(super) fn write(mut self, folder: &Path) -> Result<(), CheckpointError> {
-        let io = |error| CheckpointError::io(folder, error);
+    /// Writes manifest and digests for `files` in `folder`.
+    ///
+    /// # Errors
+    ///
+    /// [`CheckpointError::Io`] with a file that is missing or cannot be read.
+    pub(super) fn write(
+        mut self,
+        folder: &Path,
+        files: impl IntoIterator<Item = String>,
+    ) -> Result<(), CheckpointError> {
         let mut sums = String::new();
-        for entry in std::fs::read_dir(folder).map_err(io)? {
-            let entry = entry.map_err(io)?;
-            let size = entry.metadata().map_err(io)?.len();
-            let name = entry.file_name().to_string_lossy().into_owned();
-            self.files.insert(name, size);
+        for name in files {
+            let path = folder.join(&name);
+            let size = path.metadata().map_err(|e| CheckpointError::io(&path, e))?;
+            self.files.insert(name, size.len());
         }
         let path = folder.join(MANIFEST);
         let mut json =

@@ -226,7 +226,7 @@ pub(super) fn open(path: &Path) -> Result<Reader, CheckpointError> {
     Reader::from_file_exact(path).map_err(|error| CheckpointError::damaged_by(path, error))
 }
 
-/// The tensors of a pack. Their values are read on request.
+/// The tensors of a pack. Their values are read on request, which may fail.
 pub(super) fn read(path: &Path) -> Result<Vec<burn_pack::Tensor>, CheckpointError> {
     let damaged = |reason: String| CheckpointError::damaged(path, reason);
     let reader = open(path)?;
@@ -242,8 +242,34 @@ pub(super) fn read(path: &Path) -> Result<Vec<burn_pack::Tensor>, CheckpointErro
             "its tensors take {total} of {size} bytes: they overlap"
         )));
     }
-    match tensors.iter().find(|tensor| tensor.param_id.is_none()) {
-        Some(tensor) => Err(damaged(format!("`{}` has no parameter id", tensor.name))),
-        None => Ok(tensors),
+    if let Some(tensor) = tensors.iter().find(|tensor| tensor.param_id.is_none()) {
+        return Err(damaged(format!("`{}` has no parameter id", tensor.name)));
     }
+    let tensors = tensors.into_iter().map(|tensor| read_later(tensor, path));
+    tensors
+        .collect::<Result<_, _>>()
+        .map_err(|error| CheckpointError::damaged_by(path, error))
+}
+
+/// A tensor of the file `path` whose values are an error if the file has gone by the time they are
+/// requested. Burn's reader would panic.
+fn read_later(
+    tensor: burn_pack::Tensor,
+    path: &Path,
+) -> Result<burn_pack::Tensor, burn_pack::Error> {
+    let (name, dtype, shape, id, bytes) = tensor.into_parts()?;
+    let (len, path) = (bytes.len(), path.to_path_buf());
+    let provider = move || {
+        let io =
+            |reason: String| burn_pack::Error::IoError(format!("{}: {reason}", path.display()));
+        let own = bytes
+            .view(0, len)
+            .map_err(|error| io(format!("{error:?}")))?;
+        own.read(Default::default())
+            .map_err(|error| io(error.to_string()))?;
+        Ok(own)
+    };
+    Ok(burn_pack::Tensor::deferred(
+        name, dtype, shape, id, len, provider,
+    ))
 }

@@ -193,7 +193,8 @@ impl Checkpoint {
         let parameters = Parameters::of(model);
         let hosted = parameters.hosted(communicator);
         let files = self.parts(&parameters, hosted, OPTIMIZER, moments_file)?;
-        states::merge(files.iter().map(|(_, path)| path.as_path()), &parameters)
+        let files = files.iter().map(|(_, path)| path.as_path());
+        states::merge(&self.path, files, &parameters)
     }
 
     /// The file of parameters outside the shards, and those of `shards`.

@@ -51,8 +51,10 @@ impl States {
     }
 }
 
-/// One record of the states in `paths`, each checked against the parameters of a model.
+/// One record of the states in `paths`, which are in `folder`. Each is checked against the parameters
+/// of a model.
 pub(super) fn merge<'a>(
+    folder: &Path,
     paths: impl Iterator<Item = &'a Path>,
     parameters: &Parameters,
 ) -> Result<Bytes, CheckpointError> {
@@ -94,5 +96,6 @@ pub(super) fn merge<'a>(
         all.metadata.extend(state.metadata);
         all.tensors.extend(state.tensors);
     }
-    Ok(all.into_bytes()?)
+    all.into_bytes()
+        .map_err(|error| CheckpointError::damaged_by(folder, error))
 }
