@@ -9,7 +9,7 @@ use burn::module::Module;
 use burn::nn::{Linear, LinearConfig, LinearLayout};
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor};
-use hd_pissa::{HdPissaConfig, HdPissaLinear, HdPissaModule, side_by_side};
+use hd_pissa::{HdPissaConfig, HdPissaLinear, HdPissaModule, HdPissaOptimizer, side_by_side};
 use hd_pissa_tests::normal;
 use hd_pissa_tests::training::{adam, gradients_by, optimizer};
 
@@ -28,6 +28,15 @@ fn layer(layout: LinearLayout, device: &Device) -> Linear {
 
 fn config() -> HdPissaConfig {
     HdPissaConfig::new().with_rank(4).with_shards(2)
+}
+
+/// In its first product, a thread takes a block of twice the processor's cache for faer, and keeps it.
+/// Of this block, a product touches what it packs.
+fn warm_up() {
+    rayon::broadcast(|_| {
+        let matrix = faer::Mat::<f32>::identity(64, 64);
+        assert_eq!(&matrix * &matrix, matrix);
+    });
 }
 
 /// The largest allocation of a forward and a backward pass with an input of the given shape.
@@ -86,12 +95,7 @@ fn a_step_updates_the_weight_in_place() {
     let mut model: HdPissaLinear = layer(LinearLayout::Row, &device).into();
     model = model.apply_hd_pissa(&config(), 0..2).unwrap();
     let mut optim = optimizer(adam());
-    // In its first product, a thread takes a block of twice the processor's cache for faer, and keeps it. Of
-    // this block, a product touches what it packs.
-    rayon::broadcast(|_| {
-        let matrix = faer::Mat::<f32>::identity(64, 64);
-        assert_eq!(&matrix * &matrix, matrix);
-    });
+    warm_up();
 
     let mut live = Vec::new();
     for step in 0..40 {
@@ -133,6 +137,54 @@ fn a_step_updates_the_weight_in_place() {
     assert!(
         (2 * factors..5 * factors / 2).contains(&held),
         "{held} bytes beside factors of {factors}"
+    );
+}
+
+/// A step holds the moments twice: before and after. The first step after a record brings its moments
+/// into the optimizer's form, and holds them in two forms at most.
+#[test]
+fn the_first_step_of_a_resumed_run_takes_no_more_than_another() {
+    const LAYERS: usize = 8;
+    let _guard = one_at_a_time();
+    let device = Device::flex().autodiff();
+    let layers = |_| HdPissaLinear::from(LinearConfig::new(256, 192).init(&device));
+    let config = HdPissaConfig::new().with_rank(8).with_shards(4);
+    let mut model: Vec<HdPissaLinear> = (0..LAYERS).map(layers).collect();
+    model = model.apply_hd_pissa(&config, 0..4).unwrap();
+    let forward = |model: &Vec<HdPissaLinear>, x: Tensor<2>| {
+        let outputs = model.iter().map(|layer| layer.forward(x.clone()));
+        Tensor::cat(outputs.collect(), 1)
+    };
+    let mut optim = optimizer(adam());
+    let mut growth_of = |optim: &mut HdPissaOptimizer| {
+        let batches = (0..4).map(|shard| (shard, normal([TOKENS, 256], &device)));
+        let (selected, gradients) = gradients_by(std::mem::take(&mut model), forward, batches);
+        let step = || optim.step(1e-4, selected, gradients).unwrap();
+        let (stepped, _, growth) = measure(step);
+        model = stepped;
+        growth
+    };
+    warm_up();
+    for _ in 0..3 {
+        growth_of(&mut optim);
+    }
+    // A thread that waits inside a product may begin another one, which takes a block of its own.
+    // So the least of several counts.
+    let mut least_of = |start: &dyn Fn() -> HdPissaOptimizer| {
+        let growths = (0..8).map(|_| growth_of(&mut start()));
+        growths.min().expect("there are some")
+    };
+    // The first step of any optimizer tries it out.
+    let fresh = least_of(&|| optimizer(adam()));
+    let resumed = least_of(&|| {
+        let mut resumed = optimizer(adam());
+        resumed.load_record(optim.to_record().unwrap()).unwrap();
+        resumed
+    });
+    let of_a_weight = 2 * 4 * 4 * 8 * (256 + 192);
+    assert!(
+        resumed < fresh + of_a_weight,
+        "{resumed} bytes, at first {fresh}"
     );
 }
 

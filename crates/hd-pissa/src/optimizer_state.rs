@@ -10,7 +10,7 @@ const MAX_DIMS: usize = 8;
 
 /// The content of a record: tensors with a parameter's id and scalars, both named `{id}.{field}`,
 /// and the path of a parameter under its id.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(crate) struct OptimizerState {
     pub(crate) tensors: Vec<Tensor>,
     pub(crate) scalars: BTreeMap<String, Scalar>,

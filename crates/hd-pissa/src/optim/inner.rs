@@ -13,7 +13,7 @@ use super::OptimizerError;
 use super::factors::{Factors, WeightFactors};
 use super::packed::unpack;
 use super::param_list::ParamList;
-use super::probe::{Probe, are_elementwise};
+use super::probe::{Probe, are_elementwise, fresh};
 use super::rows::{Rows, by_weight, divide, unite};
 use crate::ops::{is_cpu, join};
 use crate::optimizer_state::OptimizerState;
@@ -25,6 +25,8 @@ use crate::optimizer_state::OptimizerState;
 pub(super) struct InnerOptimizer {
     /// With the states of all parameters but those of `of_weights`.
     optimizer: ModuleOptimizer,
+    /// The state of a record, until the next step arranges it. Nothing else has a state then.
+    loaded: Option<OptimizerState>,
     /// Whether packed rows may be parameters.
     packs: bool,
     /// The views of the model that it was last used for, weight by weight.
@@ -98,6 +100,7 @@ impl InnerOptimizer {
     pub(super) fn new(optimizer: ModuleOptimizer, packs: bool) -> Self {
         Self {
             optimizer,
+            loaded: None,
             packs,
             weights: Arc::default(),
             of_weights: Vec::new(),
@@ -170,6 +173,7 @@ impl InnerOptimizer {
         self.optimizer = with_state(&self.optimizer, rest)?;
         self.of_weights = of_weights;
         self.weights = Arc::new(weights);
+        self.loaded = None;
         Ok(())
     }
 
@@ -227,6 +231,9 @@ impl InnerOptimizer {
 
     /// The states of single factors, and of dense parameters.
     pub(super) fn state(&self) -> Result<OptimizerState, OptimizerError> {
+        if let Some(loaded) = &self.loaded {
+            return Ok(loaded.clone());
+        }
         let mut all = OptimizerState::default();
         for optimizer in std::iter::once(&self.optimizer).chain(&self.of_weights) {
             all.extend(OptimizerState::from_bytes(optimizer.into_bytes()?)?);
@@ -237,10 +244,20 @@ impl InnerOptimizer {
     }
 
     /// Takes over the states of single factors, and of dense parameters.
-    pub(super) fn load(&mut self, record: OptimizerRecord) {
-        self.optimizer = self.optimizer.clone().load_record(record);
-        self.weights = Arc::default();
-        self.of_weights = Vec::new();
+    ///
+    /// Until a step knows the model, they stay as they are: moments are large, and each form that
+    /// they are in takes that memory once more.
+    ///
+    /// # Errors
+    ///
+    /// Those of Burn's record; nothing has changed then.
+    pub(super) fn load(&mut self, state: OptimizerState) -> Result<(), OptimizerError> {
+        let bytes = state.into_bytes()?.shared();
+        OptimizerRecord::from_bytes(bytes.clone())?;
+        let state = OptimizerState::from_bytes(bytes)?;
+        *self = Self::new(fresh(&self.optimizer), self.packs);
+        self.loaded = Some(state);
+        Ok(())
     }
 }
 
@@ -249,10 +266,10 @@ fn with_state(
     optimizer: &ModuleOptimizer,
     state: OptimizerState,
 ) -> Result<ModuleOptimizer, OptimizerError> {
-    let record = match state.is_empty() {
-        true => OptimizerRecord::default(),
-        false => OptimizerRecord::from_bytes(state.into_bytes()?)?,
-    };
+    if state.is_empty() {
+        return Ok(fresh(optimizer));
+    }
+    let record = OptimizerRecord::from_bytes(state.into_bytes()?)?;
     Ok(optimizer.clone().load_record(record))
 }
 

@@ -73,7 +73,8 @@ impl Probe {
     }
 }
 
-fn fresh(optimizer: &ModuleOptimizer) -> ModuleOptimizer {
+/// `optimizer` without a state.
+pub(super) fn fresh(optimizer: &ModuleOptimizer) -> ModuleOptimizer {
     optimizer.clone().load_record(OptimizerRecord::default())
 }
 

@@ -3,7 +3,6 @@
 use std::fmt::{self, Debug, Formatter};
 use std::path::Path;
 
-use burn::optim::OptimizerRecord;
 use burn::tensor::Bytes;
 use burn_pack::{Scalar, Writer};
 
@@ -19,7 +18,8 @@ const STEPS_KEY: &str = "hd_pissa.steps";
 /// The state of a [`HdPissaOptimizer`]: the inner optimizer's state for the factors of the hosted
 /// shards and for dense parameters, and the number of steps.
 ///
-/// Its bytes are in Burn's format for an [`OptimizerRecord`], with a format version.
+/// Its bytes are in the format of Burn's [`OptimizerRecord`](burn::optim::OptimizerRecord), with a format
+/// version.
 pub struct HdPissaOptimizerRecord {
     pub(crate) state: OptimizerState,
     pub(crate) steps: u64,
@@ -134,8 +134,7 @@ impl HdPissaOptimizer {
     pub fn load_record(&mut self, record: HdPissaOptimizerRecord) -> Result<(), OptimizerError> {
         let HdPissaOptimizerRecord { state, steps } = record;
         let paths = state.metadata.clone().into_iter();
-        let bytes = state.into_bytes()?;
-        self.inner.load(OptimizerRecord::from_bytes(bytes)?);
+        self.inner.load(state)?;
         self.steps = steps;
         self.recorded = paths
             .filter_map(|(id, path)| Some((id.parse().ok()?, path)))

@@ -264,7 +264,8 @@ pub(super) fn unite<'a>(
             ..ParamState::default()
         };
         for (field, tensor) in &first.tensors {
-            let mut bytes = Vec::new();
+            let [shards, row_len] = rows.shape();
+            let mut bytes = Vec::with_capacity(shards * row_len * tensor.dtype.size());
             for state in &states {
                 bytes.extend_from_slice(&state.tensors[field].to_bytes()?);
             }
