@@ -26,7 +26,7 @@ pub(super) struct InnerOptimizer {
     /// With the states of all parameters but those of `of_weights`.
     optimizer: ModuleOptimizer,
     /// The state of a record, until the next step arranges it. Nothing else has a state then.
-    loaded: Option<OptimizerState>,
+    loaded: Option<Box<OptimizerState>>,
     /// Whether packed rows may be parameters.
     packs: bool,
     /// The views of the model that it was last used for, weight by weight.
@@ -232,7 +232,7 @@ impl InnerOptimizer {
     /// The states of single factors, and of dense parameters.
     pub(super) fn state(&self) -> Result<OptimizerState, OptimizerError> {
         if let Some(loaded) = &self.loaded {
-            return Ok(loaded.clone());
+            return Ok((**loaded).clone());
         }
         let mut all = OptimizerState::default();
         for optimizer in std::iter::once(&self.optimizer).chain(&self.of_weights) {
@@ -256,7 +256,7 @@ impl InnerOptimizer {
         OptimizerRecord::from_bytes(bytes.clone())?;
         let state = OptimizerState::from_bytes(bytes)?;
         *self = Self::new(fresh(&self.optimizer), self.packs);
-        self.loaded = Some(state);
+        self.loaded = Some(Box::new(state));
         Ok(())
     }
 }
