@@ -19,7 +19,8 @@
 //! Whenever the program ends, a folder with the final name is complete. [`Checkpoints::latest`]
 //! notices later damage: it hashes every file of the newest checkpoint, and takes the one before if
 //! a file is missing or changed. Two programs may save into one folder by mistake: a checkpoint is
-//! then one of theirs as a whole, and neither deletes what the other is writing.
+//! then one of theirs as a whole. Where the file system has locks, neither deletes what the other is
+//! writing.
 //!
 //! Every parameter that a traversal of the model shows is saved by its path, in its own dtype, bit
 //! for bit. Each shard has files of its own, written by the worker that hosts it. A checkpoint
